@@ -1,0 +1,59 @@
+# Everything happens in .venv, made from Python 3.11 or later alone:
+#   make demo       environment, install, and the quickstart simulation on screen
+#   make test       the fast test suite          make test-slow   the tests marked slow
+#   make check      style, types, import order   make lint        repair what ruff can repair
+#   make bench      the asv benchmarks of this checkout
+#   make clean      remove the environment and every cache (results/ stays)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+PYTEST_ARGS ?= -n auto
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow check lint bench clean
+
+help:
+	@sed -n 's/^#   /  /p' Makefile
+
+# Stamps record what is installed; a run without the dev extras needs only the first two.
+$(VENV)/.stamp-venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; run make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.stamp-run: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml constraints.txt | $(VENV)/.stamp-venv
+	$(PIP) -e '.[dev]'
+	@touch $(VENV)/.stamp-run $@
+
+demo: $(VENV)/.stamp-run
+	$(BIN)/moesim simulate workloads/quickstart.yaml
+
+test: $(VENV)/.stamp-dev
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.stamp-dev
+	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+check: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.stamp-dev
+	$(BIN)/asv machine --yes
+	$(BIN)/asv run --environment existing:$(abspath $(BIN)/python) --set-commit-hash "$$(git rev-parse HEAD)" --show-stderr
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
