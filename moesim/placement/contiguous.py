@@ -1,0 +1,27 @@
+"""Contiguous placement: experts in order, the first S/G of them on rank 0 (vLLM's `linear` strategy)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from moesim.placement import Placement, PlacementContext, check_weights, initial_map, slot_count
+from moesim.spec import Spec
+
+__all__ = ["Policy"]
+
+
+class Policy(Spec):
+    """`num_redundant_experts`: slots beyond one an expert; slot i holds expert i mod E, as in vLLM."""
+
+    num_redundant_experts: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+
+    def place(self, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Placement:
+        """Ignore the loads; see `moesim.placement.PlacementPolicy.place`."""
+        layers, experts = check_weights(weight_LE).shape
+        slots = slot_count(experts, self.num_redundant_experts, ctx.num_ranks)
+        map_LS = np.broadcast_to(initial_map(experts, slots), (layers, slots))
+        return Placement(map_LS, experts, ctx.num_ranks)
