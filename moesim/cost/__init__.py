@@ -1,0 +1,1 @@
+"""What one operation costs: physics, measured residuals, and how firm the answer is."""

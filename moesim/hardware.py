@@ -1,0 +1,504 @@
+"""A device and the machines it stands in, as data: rates, sizes, links, fitted physics, measured curves,
+errors.
+
+A profile is `measured` (its curves come from timed kernels) or `assumed` (datasheet figures and typical
+efficiencies). Facts and fitted figures live in `hw_profiles/*.yaml`; measured residual curves stand beside
+them as JSON. This module takes the mapping a YAML file holds and checks it; it reads no YAML itself.
+
+Legend: G ranks (devices). Rates are one direction per GPU, in bytes a second; times are nanoseconds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import Field, ValidationError
+
+from moesim.errors import BadInput, Problem
+from moesim.spec import Spec
+from moesim.units import FlopPerS, GBPerS, GiB, Us
+
+__all__ = [
+    "GRADES",
+    "OPERATORS",
+    "Cluster",
+    "ClusterSpec",
+    "Curve",
+    "DeviceProfile",
+    "Node",
+    "NodeSpec",
+    "ProfileSpec",
+]
+
+GRADES = ("measured", "interpolated", "extrapolated", "assumed")
+"""What a priced time rests on; its index is the uint8 code in `Priced.grade`. A larger code is weaker
+ground.
+"""
+
+OPERATORS = (
+    "attention_prefill",
+    "attention_decode",
+    "gemm",
+    "moe",
+    "elementwise",
+    "all_reduce",
+    "all_gather",
+    "reduce_scatter",
+    "all_to_all",
+    "host",
+)
+"""Operator names used by curves, errors and time shares."""
+
+DtypeName = Literal["fp32", "bf16", "fp16", "fp8", "fp8_block", "int8", "int4", "mxfp4", "nvfp4"]
+"""The same names as `moesim.model.Dtype`; written again because hardware and model do not import each
+other.
+"""
+
+_COMPUTE_AS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "fp32": ("fp32", "bf16"),
+        "bf16": ("bf16", "fp16"),
+        "fp16": ("fp16", "bf16"),
+        "fp8": ("fp8", "bf16", "fp16"),
+        "fp8_block": ("fp8_block", "fp8", "bf16", "fp16"),
+        "int8": ("int8", "bf16", "fp16"),
+        "int4": ("bf16", "fp16"),  # weights only: unpacked, multiplied in bf16
+        "mxfp4": ("mxfp4", "bf16", "fp16"),
+        "nvfp4": ("nvfp4", "bf16", "fp16"),
+    }
+)
+_DEFAULT_ERROR = 0.30  # 1 sigma of log where a profile states none: a roofline with typical efficiencies
+_MAX_CURVE_BYTES = 8 << 20
+_MAX_CURVE_POINTS = 1 << 20
+
+Fits = Mapping[str, Mapping[str, float]]
+_S = TypeVar("_S", bound=Spec)
+
+
+class NodeSpec(Spec):
+    """The server around the device, per GPU where not said otherwise."""
+
+    gpus_per_node: Annotated[int, Field(ge=1, le=1024)]
+    nvlink_gb_per_s: Annotated[GBPerS, Field(gt=0, le=1e6)]
+    nvlink_latency_us: Annotated[Us, Field(le=1e6)]
+    nic_gb_per_s: Annotated[GBPerS, Field(gt=0, le=1e6)]
+    nic_latency_us: Annotated[Us, Field(le=1e6)]
+    pcie_gb_per_s: Annotated[GBPerS, Field(gt=0, le=1e6)]
+    host_memory_gib: Annotated[GiB, Field(le=1e7)]
+    host_gb_per_s: Annotated[GBPerS, Field(gt=0, le=1e6)]
+    nvme_gb_per_s: Annotated[GBPerS, Field(gt=0, le=1e6)]
+    nvme_gib: Annotated[GiB, Field(le=1e8)]
+    cpu_cores: Annotated[int, Field(ge=1, le=100_000)]
+
+
+class ProfileSpec(Spec):
+    """What `hw_profiles/*.yaml` says. `curves` names a JSON file beside it; `fits` holds the physics'
+    parameters.
+    """
+
+    name: Annotated[str, Field(min_length=1, max_length=100)]
+    kind: Literal["measured", "assumed"]
+    device: Annotated[str, Field(min_length=1, max_length=200)]
+    vendor: Annotated[str, Field(min_length=1, max_length=100)]
+    memory_gib: Annotated[GiB, Field(gt=0, le=1e6)]
+    hbm_gb_per_s: Annotated[GBPerS, Field(gt=0, le=1e6)]
+    flop_per_s: Annotated[dict[DtypeName, Annotated[FlopPerS, Field(gt=0, le=1e18)]], Field(min_length=1)]
+    num_sms: Annotated[int, Field(ge=1, le=100_000)]
+    graph_launch_us: Annotated[Us, Field(le=1e6)]
+    eager_launch_us: Annotated[Us, Field(le=1e6)]
+    moe_block_rows: Annotated[int, Field(ge=1, le=1024)] = 16
+    node: NodeSpec
+    fits: Annotated[dict[str, dict[str, float]], Field(default_factory=dict)]
+    errors: Annotated[dict[str, Annotated[float, Field(ge=0, le=3)]], Field(default_factory=dict)]
+    curves: str | None = None
+    provenance: Annotated[dict[str, Any], Field(default_factory=dict)]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """Resolved `NodeSpec`. Rates are bytes a second, one direction, per GPU; host and NVMe ones per node."""
+
+    gpus_per_node: int
+    nvlink_bytes_per_s: float
+    nvlink_latency_ns: float
+    nic_bytes_per_s: float
+    nic_latency_ns: float
+    pcie_bytes_per_s: float
+    host_memory_bytes: int
+    host_bytes_per_s: float
+    nvme_bytes_per_s: float
+    nvme_bytes: int
+    cpu_cores: int
+
+    @classmethod
+    def from_spec(cls, spec: NodeSpec) -> Node:
+        """Convert units once."""
+        return cls(
+            gpus_per_node=spec.gpus_per_node,
+            nvlink_bytes_per_s=spec.nvlink_gb_per_s * 1e9,
+            nvlink_latency_ns=spec.nvlink_latency_us * 1e3,
+            nic_bytes_per_s=spec.nic_gb_per_s * 1e9,
+            nic_latency_ns=spec.nic_latency_us * 1e3,
+            pcie_bytes_per_s=spec.pcie_gb_per_s * 1e9,
+            host_memory_bytes=round(spec.host_memory_gib * 2**30),
+            host_bytes_per_s=spec.host_gb_per_s * 1e9,
+            nvme_bytes_per_s=spec.nvme_gb_per_s * 1e9,
+            nvme_bytes=round(spec.nvme_gib * 2**30),
+            cpu_cores=spec.cpu_cores,
+        )
+
+    def scaled(self, speed: float) -> Node:
+        """Every rate times `speed`, every latency divided by it; sizes stay."""
+        return replace(
+            self,
+            nvlink_bytes_per_s=self.nvlink_bytes_per_s * speed,
+            nvlink_latency_ns=self.nvlink_latency_ns / speed,
+            nic_bytes_per_s=self.nic_bytes_per_s * speed,
+            nic_latency_ns=self.nic_latency_ns / speed,
+            pcie_bytes_per_s=self.pcie_bytes_per_s * speed,
+            host_bytes_per_s=self.host_bytes_per_s * speed,
+            nvme_bytes_per_s=self.nvme_bytes_per_s * speed,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Curve:
+    """Measured over physics for one shape of one operator: log ratio at the sizes that were measured.
+
+    key: the shape, in the order the operator's own documentation gives. axes: one increasing array of sizes
+    for each dimension. log_ratio: ln(measured / physics), shape = the axes' lengths. source: an index into
+    `DeviceProfile.provenance["curve_sources"]`.
+    """
+
+    key: tuple[int | str, ...]
+    axes: tuple[NDArray[np.float64], ...]
+    log_ratio: NDArray[np.float64]
+    source: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceProfile:
+    """A device, its node, the fitted physics and the measured curves. Built by `from_spec`.
+
+    fits: `op` or `op/variant` -> parameter -> value. A parameter ending in `_ns` is a time, one ending in
+    `_per_s` a rate, any other has no unit; `scaled` relies on it. errors: held-out relative error (1 sigma
+    of log) by operator.
+    """
+
+    name: str
+    kind: Literal["measured", "assumed"]
+    device: str
+    vendor: str
+    memory_bytes: int
+    hbm_bytes_per_s: float
+    flop_per_s: Mapping[str, float]
+    num_sms: int
+    graph_launch_ns: float
+    eager_launch_ns: float
+    moe_block_rows: int
+    node: Node
+    fits: Fits
+    errors: Mapping[str, float]
+    curves: Mapping[str, tuple[Curve, ...]]
+    provenance: Mapping[str, Any]
+
+    @classmethod
+    def from_spec(cls, spec: ProfileSpec | Mapping[str, Any], base: Path, where: str = "") -> DeviceProfile:
+        """Build a profile. `base` is the folder its `curves` file is named from; `where` names the YAML in
+        errors.
+
+        Raises BadInput with every problem found: unknown keys and operators, wrong units, values out of
+        range, curves that are missing, too large, not increasing or not finite.
+        """
+        parsed = _parse(ProfileSpec, spec, where or "profile")
+        problems = _check_names(parsed, where or parsed.name)
+        curves: Mapping[str, tuple[Curve, ...]] = MappingProxyType({})
+        if parsed.curves is not None:
+            if Path(parsed.curves).name != parsed.curves:
+                problems.append(
+                    Problem(where, f"curves must be a file name beside the profile, got {parsed.curves!r}")
+                )
+            else:
+                curves = load_curves(base / parsed.curves, problems)
+        if parsed.kind == "measured" and parsed.curves is None:
+            problems.append(
+                Problem(
+                    where,
+                    "a measured profile names its curves file: curves is missing. Add it or say assumed.",
+                )
+            )
+        if problems:
+            raise BadInput(problems)
+        return cls(
+            name=parsed.name,
+            kind=parsed.kind,
+            device=parsed.device,
+            vendor=parsed.vendor,
+            memory_bytes=round(parsed.memory_gib * 2**30),
+            hbm_bytes_per_s=parsed.hbm_gb_per_s * 1e9,
+            flop_per_s=MappingProxyType({str(k): v for k, v in parsed.flop_per_s.items()}),
+            num_sms=parsed.num_sms,
+            graph_launch_ns=parsed.graph_launch_us * 1e3,
+            eager_launch_ns=parsed.eager_launch_us * 1e3,
+            moe_block_rows=parsed.moe_block_rows,
+            node=Node.from_spec(parsed.node),
+            fits=MappingProxyType({k: MappingProxyType(dict(v)) for k, v in parsed.fits.items()}),
+            errors=MappingProxyType(dict(parsed.errors)),
+            curves=curves,
+            provenance=MappingProxyType(dict(parsed.provenance)),
+        )
+
+    def flop_rate(self, dtype: str) -> float:
+        """Peak dense FLOP/s at which operands of `dtype` are multiplied (int4 weights run at the bf16 rate).
+
+        Raises BadInput for a dtype that neither the device nor a wider type it lists can multiply.
+        """
+        for name in _COMPUTE_AS.get(dtype, ()):
+            if name in self.flop_per_s:
+                return self.flop_per_s[name]
+        known = ", ".join(sorted(self.flop_per_s))
+        raise BadInput(
+            f"device {self.name} has no FLOP rate for dtype {dtype!r}; it lists {known}.", self.name
+        )
+
+    def fit(self, op: str, variant: str, name: str, default: float) -> float:
+        """A physics parameter: of `op/variant` if stated, else of `op`, else `default`."""
+        for key in (f"{op}/{variant}", op):
+            if key in self.fits and name in self.fits[key]:
+                return self.fits[key][name]
+        return default
+
+    def error(self, op: str) -> float:
+        """Held-out relative error (1 sigma of log) of an operator; 0.30 where the profile states none."""
+        return self.errors.get(op, _DEFAULT_ERROR)
+
+    def scaled(self, speed: float) -> DeviceProfile:
+        """The device `speed` times as fast: rates times it, latencies divided by it; residual curves
+        have no unit.
+        """
+        if not (math.isfinite(speed) and speed > 0):
+            raise BadInput(f"speed must be a positive number, got {speed!r}.", self.name)
+
+        def scale(name: str, value: float) -> float:
+            if name.endswith("_ns"):
+                return value / speed
+            return value * speed if name.endswith("_per_s") else value
+
+        fits = {op: MappingProxyType({n: scale(n, v) for n, v in p.items()}) for op, p in self.fits.items()}
+        return replace(
+            self,
+            hbm_bytes_per_s=self.hbm_bytes_per_s * speed,
+            flop_per_s=MappingProxyType({k: v * speed for k, v in self.flop_per_s.items()}),
+            graph_launch_ns=self.graph_launch_ns / speed,
+            eager_launch_ns=self.eager_launch_ns / speed,
+            node=self.node.scaled(speed),
+            fits=MappingProxyType(fits),
+        )
+
+
+class ClusterSpec(Spec):
+    """The `cluster` block of a scenario. Link numbers left out are the profile's."""
+
+    device: Annotated[str, Field(min_length=1, max_length=500)]
+    nodes: Annotated[int, Field(ge=1, le=100_000)] = 1
+    gpus_per_node: Annotated[int, Field(ge=1, le=1024)] | None = None
+    nics_per_gpu: Annotated[float, Field(gt=0, le=64)] = 1.0
+    oversubscription: Annotated[float, Field(ge=1, le=1000)] = 1.0
+    rails: bool = False
+    nvlink_gb_per_s: Annotated[GBPerS, Field(gt=0, le=1e6)] | None = None
+    nvlink_latency_us: Annotated[Us, Field(le=1e6)] | None = None
+    nic_gb_per_s: Annotated[GBPerS, Field(gt=0, le=1e6)] | None = None
+    nic_latency_us: Annotated[Us, Field(le=1e6)] | None = None
+    pcie_gb_per_s: Annotated[GBPerS, Field(gt=0, le=1e6)] | None = None
+    host_memory_gib: Annotated[GiB, Field(le=1e7)] | None = None
+    nvme_gb_per_s: Annotated[GBPerS, Field(gt=0, le=1e6)] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cluster:
+    """`nodes` equal servers. `profile.node` already holds the resolved link rates, so
+    `Operators(cluster.profile)` prices this cluster.
+
+    Oversubscription: with `rails` false every byte that leaves a node crosses the spine, so the NIC rate is
+    divided by it. With `rails` true GPU i of every node hangs on switch i and the collectives here keep to
+    their rail (the bytes change rail over NVLink, as DeepEP and NCCL's PXN do), so they see the full rate;
+    `spine_bytes_per_s` is what traffic that does change rail gets.
+    """
+
+    profile: DeviceProfile
+    nodes: int
+    gpus_per_node: int
+    nics_per_gpu: float
+    oversubscription: float
+    rails: bool
+
+    @classmethod
+    def from_spec(
+        cls, spec: ClusterSpec | Mapping[str, Any], profile: DeviceProfile, where: str = "cluster"
+    ) -> Cluster:
+        """Resolve link numbers: the scenario's where it states them, else the profile's. Raises BadInput."""
+        parsed = _parse(ClusterSpec, spec, where)
+        node = profile.node
+        gpus = parsed.gpus_per_node or node.gpus_per_node
+        nic = (
+            parsed.nic_gb_per_s * 1e9 if parsed.nic_gb_per_s else node.nic_bytes_per_s
+        ) * parsed.nics_per_gpu
+        spine = nic / parsed.oversubscription
+        resolved = replace(
+            node,
+            gpus_per_node=gpus,
+            nvlink_bytes_per_s=_or(parsed.nvlink_gb_per_s, 1e9, node.nvlink_bytes_per_s),
+            nvlink_latency_ns=_or(parsed.nvlink_latency_us, 1e3, node.nvlink_latency_ns),
+            nic_bytes_per_s=nic if parsed.rails else spine,
+            nic_latency_ns=_or(parsed.nic_latency_us, 1e3, node.nic_latency_ns),
+            pcie_bytes_per_s=_or(parsed.pcie_gb_per_s, 1e9, node.pcie_bytes_per_s),
+            host_memory_bytes=round(_or(parsed.host_memory_gib, 2.0**30, node.host_memory_bytes)),
+            nvme_bytes_per_s=_or(parsed.nvme_gb_per_s, 1e9, node.nvme_bytes_per_s),
+        )
+        return cls(
+            profile=replace(profile, node=resolved),
+            nodes=parsed.nodes,
+            gpus_per_node=gpus,
+            nics_per_gpu=parsed.nics_per_gpu,
+            oversubscription=parsed.oversubscription,
+            rails=parsed.rails,
+        )
+
+    @property
+    def num_ranks(self) -> int:
+        """GPUs in the cluster."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def node(self) -> Node:
+        """The resolved link rates, host memory and NVMe."""
+        return self.profile.node
+
+    @property
+    def spine_bytes_per_s(self) -> float:
+        """One direction per GPU for traffic that changes rail (equal to the NIC rate without rails)."""
+        node = self.profile.node
+        return node.nic_bytes_per_s / self.oversubscription if self.rails else node.nic_bytes_per_s
+
+    def node_of_rank(self, rank_G: ArrayLike) -> NDArray[np.int64]:
+        """Node of each rank: consecutive ranks fill a node. rank_G: any shape, 0 <= rank < num_ranks."""
+        rank = np.asarray(rank_G, dtype=np.int64)
+        if rank.size and (rank.min() < 0 or rank.max() >= self.num_ranks):
+            raise ValueError(f"ranks must lie in [0, {self.num_ranks}), got {rank.min()}..{rank.max()}")
+        return rank // self.gpus_per_node
+
+    def rail_of_rank(self, rank_G: ArrayLike) -> NDArray[np.int64]:
+        """Place of each rank in its node, which is the rail its NIC hangs on."""
+        return np.asarray(rank_G, dtype=np.int64) % self.gpus_per_node
+
+    def nodes_of_group(self, ranks: int, stride: int = 1) -> int:
+        """Nodes that a group of `ranks` ranks, `stride` apart, starting on a node's first rank,
+        spreads over.
+        """
+        return int(((ranks - 1) * stride) // self.gpus_per_node) + 1
+
+    def scaled(self, speed: float) -> Cluster:
+        """The cluster with `profile.scaled(speed)`."""
+        return replace(self, profile=self.profile.scaled(speed))
+
+
+def _or(value: float | None, scale: float, otherwise: float) -> float:
+    return otherwise if value is None else value * scale
+
+
+def _parse(cls: type[_S], spec: _S | Mapping[str, Any], where: str) -> _S:
+    """Validate a mapping, turning pydantic's errors into one BadInput that names every key."""
+    if isinstance(spec, cls):
+        return spec
+    try:
+        return cls.model_validate(dict(spec))
+    except ValidationError as error:
+        raise BadInput(
+            [Problem(where, f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}") for e in error.errors()]
+        ) from None
+
+
+def _check_names(spec: ProfileSpec, where: str) -> list[Problem]:
+    """Operator names in `fits` and `errors` must exist; the nearest one is offered."""
+    problems = []
+    for field, names in (("fits", spec.fits), ("errors", spec.errors)):
+        for name in names:
+            op = name.split("/")[0]
+            if op not in OPERATORS or (field == "errors" and name != op):
+                near = difflib.get_close_matches(op, OPERATORS, n=1)
+                hint = f"Did you mean {near[0]!r}?" if near else f"Operators: {', '.join(OPERATORS)}."
+                problems.append(Problem(where, f"{field}.{name} is not an operator. {hint}"))
+    for name, parameters in spec.fits.items():
+        for key, value in parameters.items():
+            if not (math.isfinite(value) and value >= 0):
+                problems.append(
+                    Problem(where, f"fits.{name}.{key} must be a finite number >= 0, got {value!r}.")
+                )
+    return problems
+
+
+def load_curves(path: Path, problems: list[Problem]) -> Mapping[str, tuple[Curve, ...]]:
+    """Read measured residual curves (JSON: operator -> list of {key, axes, log_ratio, source}).
+
+    Appends what is wrong to `problems` and returns what is right; the caller raises.
+    """
+    where = str(path)
+    try:
+        size = path.stat().st_size
+        if size > _MAX_CURVE_BYTES:
+            problems.append(
+                Problem(where, f"a curve file may hold {_MAX_CURVE_BYTES} bytes, this one has {size}.")
+            )
+            return {}
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        problems.append(Problem(where, f"cannot read the curve file: {error.strerror}."))
+        return {}
+    except (ValueError, RecursionError) as error:
+        problems.append(Problem(where, f"the curve file is not JSON: {error}."))
+        return {}
+    if not isinstance(data, dict) or any(op not in OPERATORS for op in data):
+        problems.append(
+            Problem(where, f"a curve file maps operators to curves; operators: {', '.join(OPERATORS)}.")
+        )
+        return {}
+    out: dict[str, tuple[Curve, ...]] = {}
+    for op, rows in data.items():
+        curves = []
+        for i, row in enumerate(rows if isinstance(rows, list) else [None]):
+            try:
+                curves.append(_curve(row))
+            except (TypeError, ValueError, KeyError, OverflowError) as error:
+                problems.append(Problem(where, f"{op}[{i}] is not a curve: {error}."))
+        out[op] = tuple(curves)
+    return MappingProxyType(out)
+
+
+def _curve(row: Any) -> Curve:
+    """One curve, checked. Raises ValueError, TypeError or KeyError with what is wrong."""
+    if not isinstance(row, dict):
+        raise TypeError("a mapping with key, axes and log_ratio is needed")
+    key = tuple(row["key"])
+    if not key or not all(isinstance(k, int | str) and not isinstance(k, bool) for k in key):
+        raise ValueError(f"key must list integers and names, got {row['key']!r}")
+    axes = tuple(np.asarray(axis, dtype=np.float64) for axis in row["axes"])
+    ratio = np.asarray(row["log_ratio"], dtype=np.float64)
+    if not axes or len(axes) > 3 or ratio.size > _MAX_CURVE_POINTS:
+        raise ValueError("a curve has 1 to 3 axes")
+    if ratio.shape != tuple(len(a) for a in axes) or ratio.size == 0:
+        raise ValueError(f"log_ratio has shape {ratio.shape}, its axes {tuple(len(a) for a in axes)}")
+    for axis in axes:
+        if axis.ndim != 1 or not np.isfinite(axis).all() or axis[0] <= 0 or (np.diff(axis) <= 0).any():
+            raise ValueError("axes must be positive, finite and increasing")
+    if not (np.abs(ratio) <= 10).all():
+        raise ValueError("log_ratio must be finite and within +-10 (a factor of 22,000 of physics)")
+    return Curve(key=key, axes=axes, log_ratio=ratio, source=int(row.get("source", 0)))
