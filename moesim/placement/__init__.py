@@ -8,6 +8,7 @@ Legend: L MoE layers, E experts, S slots, G ranks, N nodes, X the most replicas 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -15,6 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moesim.arrays import AnyArray
 from moesim.errors import BadInput
 
 __all__ = ["Placement", "PlacementContext", "PlacementPolicy", "check_weights", "initial_map", "slot_count"]
@@ -28,30 +30,42 @@ class PlacementContext:
 
     num_ranks: ranks the experts are spread over (EP degree). num_nodes: nodes these ranks fill evenly.
     num_groups: expert groups of the model's router (1: none); hierarchical placement keeps a group on one
-    node.
+    node. rank_to_node: node of each rank, not decreasing, where the ranks do not fill the nodes evenly.
     """
 
     num_ranks: int
     num_nodes: int = 1
     num_groups: int = 1
+    rank_to_node: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_ranks", "num_nodes", "num_groups"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_nodes > self.num_ranks:
+            raise BadInput(f"every node needs a rank: nodes={self.num_nodes}, ranks={self.num_ranks}")
+        if not self.rank_to_node:
+            even = tuple(rank * self.num_nodes // self.num_ranks for rank in range(self.num_ranks))
+            object.__setattr__(self, "rank_to_node", even)
+
+    def placement(self, slot_to_expert_LS: AnyArray, num_experts: int) -> Placement:
+        """The Placement of a map onto these ranks."""
+        return Placement(slot_to_expert_LS, num_experts, self.num_ranks, self.rank_to_node)
 
 
 @dataclass(frozen=True, eq=False)
 class Placement:
     """The expert in each slot, with the tables that dispatch and pricing look up.
 
-    slot_to_expert_LS: int32 [L, S]. Raises BadInput unless S is a multiple of `num_ranks`, all ids lie in
-    [0, num_experts) and every expert has a slot in each layer. The array is copied and made read-only.
+    slot_to_expert_LS: int32 [L, S]. rank_to_node: node of each rank, not decreasing (default: one node).
+    Raises BadInput unless S is a multiple of `num_ranks`, all ids lie in [0, num_experts) and every expert
+    has a slot in each layer. The array is copied and made read-only.
     """
 
     slot_to_expert_LS: NDArray[np.int32]
     num_experts: int
     num_ranks: int
+    rank_to_node: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         given = np.asarray(self.slot_to_expert_LS)
@@ -70,6 +84,13 @@ class Placement:
                 f"expert ids of a placement must lie in [0, {self.num_experts}),"
                 f" found {int(given.min())}..{int(given.max())}"
             )
+        nodes = self.rank_to_node or (0,) * self.num_ranks
+        if len(nodes) != self.num_ranks or nodes[0] < 0 or any(a > b for a, b in itertools.pairwise(nodes)):
+            raise BadInput(
+                f"rank_to_node must name a node for each of {self.num_ranks} ranks in increasing order,"
+                f" got {nodes}"
+            )
+        object.__setattr__(self, "rank_to_node", tuple(int(n) for n in nodes))
         table_LS = np.array(given, dtype=np.int32, order="C")
         table_LS.flags.writeable = False
         object.__setattr__(self, "slot_to_expert_LS", table_LS)
@@ -100,6 +121,17 @@ class Placement:
     def slot_to_rank_S(self) -> NDArray[np.int32]:
         """Rank of each slot: int32 [S]."""
         return (np.arange(self.num_slots) // self.slots_per_rank).astype(np.int32)
+
+    @cached_property
+    def node_of_rank_G(self) -> NDArray[np.int64]:
+        """Node of each rank: int64 [G], not decreasing."""
+        return np.array(self.rank_to_node, np.int64)
+
+    @cached_property
+    def node_range_G(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First rank on the node of each rank, and one past its last: two int64 [G]."""
+        node_G = self.node_of_rank_G
+        return np.searchsorted(node_G, node_G, "left"), np.searchsorted(node_G, node_G, "right")
 
     @cached_property
     def replica_count_LE(self) -> NDArray[np.int32]:

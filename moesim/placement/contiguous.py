@@ -24,4 +24,4 @@ class Policy(Spec):
         layers, experts = check_weights(weight_LE).shape
         slots = slot_count(experts, self.num_redundant_experts, ctx.num_ranks)
         map_LS = np.broadcast_to(initial_map(experts, slots), (layers, slots))
-        return Placement(map_LS, experts, ctx.num_ranks)
+        return ctx.placement(map_LS, experts)

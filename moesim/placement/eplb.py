@@ -45,7 +45,7 @@ class Policy(Spec):
             table_LS = _pack_replicas(weight_LE, slots, ctx.num_ranks)
         else:
             table_LS = _hierarchical(weight_LE, slots, ctx)
-        return Placement(table_LS.astype(np.int32), experts, ctx.num_ranks)
+        return ctx.placement(table_LS, experts)
 
 
 def _hierarchical_obstacle(experts: int, ctx: PlacementContext) -> str:
@@ -101,16 +101,15 @@ def replicate(weight_RE: NDArray[np.float64], slots: int) -> tuple[NDArray[np.in
 
 
 def pack(weight_RI: NDArray[np.float64], bins: int) -> NDArray[np.int64]:
-    """Pack items into bins of equally many: heaviest first, each to the lightest bin with room (ties:
-    lowest).
+    """Pack items into bins of equally many: heaviest first, each to the lightest bin with room, ties lowest.
 
     Returns the items bin after bin, within a bin in the order they came: int64 [R, I]; `bins` divides I.
     """
     rows, items = weight_RI.shape
     room = items // bins
-    order_RI = np.argsort(-weight_RI, axis=1, kind="stable")
     if room == 1 or bins == 1:
-        return np.asarray(order_RI if bins > 1 else np.broadcast_to(np.arange(items), (rows, items)))
+        return np.broadcast_to(np.arange(items), (rows, items))
+    order_RI = np.argsort(-weight_RI, axis=1, kind="stable")
     sorted_RI = np.take_along_axis(weight_RI, order_RI, axis=1)
     row_R = np.arange(rows)
     load_RB = np.zeros((rows, bins))

@@ -26,4 +26,4 @@ class Policy(Spec):
         layers, experts = check_weights(weight_LE).shape
         slots = slot_count(experts, self.num_redundant_experts, ctx.num_ranks)
         dealt = initial_map(experts, slots).reshape(-1, ctx.num_ranks).T.ravel()
-        return Placement(np.broadcast_to(dealt, (layers, slots)), experts, ctx.num_ranks)
+        return ctx.placement(np.broadcast_to(dealt, (layers, slots)), experts)
