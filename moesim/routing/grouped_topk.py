@@ -1,0 +1,83 @@
+"""Group-limited top-k: the best groups of experts first, then the K best experts inside them.
+
+Source: DeepSeek-V2 (arXiv:2405.04434), section 2.1.2: softmax scores, a group is as good as its best expert.
+DeepSeek-V3 (arXiv:2412.19437), section 2.1.2: sigmoid scores plus a balancing bias for the choice, a group is
+as good as the sum of its two best; gates are the unbiased scores, normalised over the chosen.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from moesim.routing import Floats, Routed, RoutingContext, sigmoid, softmax, top_ids
+from moesim.spec import Spec
+from moesim.workload.pool import Ids
+from moesim.workload.synthetic import Groups, SyntheticSpec, generate
+
+__all__ = ["Policy"]
+
+
+class Policy(Spec):
+    """group_score: `max` or `top2_sum`; none: max for softmax scores, top2_sum for sigmoid ones.
+
+    norm_topk_prob: divide the chosen gates by their sum; none: as the model does. scaling_factor: multiplies
+    the gates.
+    """
+
+    replaces_ids: ClassVar[bool] = False
+    ideal: ClassVar[bool] = False
+    normalised: ClassVar[bool] = False
+
+    group_score: Literal["max", "top2_sum"] | None = None
+    norm_topk_prob: bool | None = None
+    scaling_factor: float = Field(default=1.0, gt=0)
+
+    def route(self, score_TE: Floats, context: RoutingContext) -> Routed:
+        """The K best experts of the top_groups best groups; of equals the lowest group and the lowest id."""
+        tokens, experts = score_TE.shape
+        number, kept = context.num_groups, context.top_groups
+        if (
+            number < 1
+            or experts % number
+            or not 1 <= kept <= number
+            or context.top_k > kept * experts // number
+        ):
+            raise ValueError(
+                f"groups must divide the experts and the kept ones hold top_k: {experts} experts, {number}"
+                " groups,"
+                f" {kept} kept, top_k {context.top_k}"
+            )
+        gate_TE = sigmoid(score_TE) if context.scoring == "sigmoid" else softmax(score_TE)
+        choice_TE = gate_TE if context.bias_E is None else gate_TE + context.bias_E
+        choice_TE = np.where(np.isneginf(score_TE), -np.inf, choice_TE)
+        if kept < number:
+            split = choice_TE.reshape(tokens, number, experts // number)
+            best = top_ids(self._group_scores(split, context), kept)
+            closed = np.ones((tokens, number), bool)
+            np.put_along_axis(closed, best.astype(np.int64), False, 1)
+            choice_TE = np.where(closed[:, :, None], -np.inf, split).reshape(tokens, experts)
+        expert_TK = top_ids(choice_TE, context.top_k)
+        gate_TK = np.take_along_axis(gate_TE, expert_TK.astype(np.int64), 1)
+        if context.norm_topk_prob if self.norm_topk_prob is None else self.norm_topk_prob:
+            gate_TK = gate_TK / np.maximum(gate_TK.sum(1, keepdims=True), 1e-20)
+        return Routed(expert_TK, gate_TK * gate_TK.dtype.type(self.scaling_factor))
+
+    def _group_scores(self, split_TGE: Floats, context: RoutingContext) -> Floats:
+        by = self.group_score or ("top2_sum" if context.scoring == "sigmoid" else "max")
+        if by == "max" or split_TGE.shape[2] == 1:
+            best: Floats = split_TGE.max(2)
+            return best
+        two: Floats = np.partition(split_TGE, -2, axis=2)[:, :, -2:].sum(2)
+        return two
+
+    def groups(self, num_groups: int, top_groups: int) -> Groups:
+        """The model's groups (none in a model without: then this is topk)."""
+        return Groups(num_groups, top_groups)
+
+    def draw(self, weight_LE: NDArray[np.float64], tokens: int, top_k: int, groups: Groups, seed: int) -> Ids:
+        """Tokens within `groups.kept` groups each, popularity `weight_LE`, independent of each other."""
+        return generate(SyntheticSpec(pool_tokens=tokens), weight_LE, top_k, seed, groups).expert_TLK
