@@ -1,0 +1,325 @@
+"""Count fidelity: batches of whole tokens drawn once for each size and reused step after step.
+
+The pool (a recorded trace, or a synthetic one) is cut into blocks of 32 tokens; a batch of T tokens is a sum of
+T / 32 blocks drawn with replacement, so it is made of whole tokens with K distinct experts each, keeps what tokens
+of one block share, and costs one matrix product. Prompts take blocks of consecutive tokens of a sequence; decode
+takes blocks of tokens from all over the pool. Sizes lie on a grid (two to three an octave, every draw of a size
+containing that of the next smaller one); between two sizes the *prices* of the same draw are interpolated.
+
+Which of the entries a step uses is a Markov chain: with probability `rho` it stays, so that the load of one step
+resembles the next as it does in the trace, where the same sequences decode on.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moesim.arrays import AnyArray, FloatArray, IntArray, U8Array
+from moesim.cost.experts import ExpertPrices, Ports
+from moesim.cost.pricer import Batch, Chunk
+from moesim.cost.touch import touch
+from moesim.dispatch import DispatchPolicy
+from moesim.layout import Layout
+from moesim.placement import Placement
+from moesim.rng import generator
+from moesim.workload.pool import RoutingSource
+
+__all__ = ["BankDetail", "BankRow", "CountExperts", "persistence"]
+
+_BLOCK = 32
+_POOL_BLOCKS = 256
+_PERIOD = 1 << 16
+_SKEWS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+
+
+class BankRow(NamedTuple):
+    """One batch size: per entry, ns of all layers by part (they add up to `total`) and what the balance was.
+
+    `stats` [6, entries]: sum over layers of the largest part's rows, of the mean part's rows, mean over layers of
+    max/mean rows, copies over NVLink and over NICs in all layers, and sum over layers of mean expert ns.
+    """
+
+    total: IntArray
+    dispatch: IntArray
+    experts: IntArray
+    combine: IntArray
+    stats: FloatArray
+    grade: U8Array
+    exchange_grade: U8Array
+
+
+class BankDetail(NamedTuple):
+    """Which row and which entries a run used: entries `sequence[start : start + steps]`."""
+
+    row: BankRow
+    start: int
+
+
+class CountExperts:
+    """`moesim.cost.step.MoECost` at count fidelity."""
+
+    def __init__(
+        self,
+        source: RoutingSource,
+        placement: Placement,
+        dispatch: DispatchPolicy,
+        layout: Layout,
+        prices: ExpertPrices,
+        entries: int,
+        seed: int,
+    ) -> None:
+        self._source = source
+        self._placement = placement
+        self._dispatch = dispatch
+        self._layout = layout
+        self._prices = prices
+        self._entries = 1 if source.ideal else entries
+        self._seed = seed
+        self._blocks: dict[str, _Blocks] = {}
+        self._cells: dict[tuple[str, int], tuple[FloatArray, Ports | None]] = {}
+        self._priced: dict[tuple[str, int, float], BankRow] = {}
+        self._rows: dict[tuple[str, int, float], BankRow] = {}
+        self.rho = persistence(source, seed)
+        self.sequence = self._draw_sequence()
+
+    def _draw_sequence(self) -> IntArray:
+        """Entry of every step: a Markov chain that stays with probability rho; repeats after 65,536 steps."""
+        rng = generator(self._seed, "bank/sequence")
+        fresh = rng.random(_PERIOD) >= self.rho
+        fresh[0] = True
+        drawn = rng.integers(self._entries, size=_PERIOD)
+        at = np.maximum.accumulate(np.where(fresh, np.arange(_PERIOD), 0))
+        return np.concatenate([drawn[at], drawn[at][:8192]])
+
+    # -- what the step pricer asks -------------------------------------------------------------------------------
+    def decode_ns(self, batch: Batch, steps: int) -> tuple[IntArray, BankDetail]:
+        """See MoECost."""
+        total = batch.total_decoding
+        busiest = total if len(batch.decoding_D) == 1 else int(batch.decoding_D.max())
+        row = self.row("decode", total, busiest)
+        start = batch.tick & (_PERIOD - 1)
+        return row.total[self.sequence[start : start + steps]], BankDetail(row, start)
+
+    def mixed_ns(self, batch: Batch, chunks: list[Chunk], paused: list[int], busiest: int) -> tuple[int, BankDetail]:
+        """See MoECost. A step with more prompt than decode tokens draws from the prompts' blocks."""
+        prefill = sum(c.tokens for c in chunks)
+        decode = batch.running(paused)
+        row = self.row("prefill" if prefill > decode else "decode", prefill + decode, busiest)
+        start = batch.tick & (_PERIOD - 1)
+        return int(row.total[self.sequence[start]]), BankDetail(row, start)
+
+    def slot_load_LS(self) -> FloatArray:
+        """Mean tokens per slot [L, S] over the blocks drawn from, the phases that occurred together."""
+        means = [blocks.mean_LS for _, blocks in sorted(self._blocks.items())]
+        if not means:
+            return np.zeros((self._placement.num_layers, self._placement.num_slots))
+        return np.asarray(np.mean(means, axis=0))
+
+    def row(self, phase: str, tokens: int, busiest: int) -> BankRow:
+        """Prices of a batch of `tokens` tokens of which `busiest` sit on one data-parallel rank."""
+        skew = 1.0
+        if self._layout.meets:
+            ratio = busiest * self._layout.dp / tokens
+            skew = next((s for s in _SKEWS if s >= ratio), float(self._layout.dp))
+            skew = min(skew, float(self._layout.dp))
+        found = self._rows.get((phase, tokens, skew))
+        if found is None:
+            low, high = _grid(tokens)
+            found = self._price(phase, low, skew)
+            if high > low:
+                found = _between(found, self._price(phase, high, skew), (tokens - low) / (high - low))
+            self._rows[phase, tokens, skew] = found
+        return found
+
+    # -- drawing ------------------------------------------------------------------------------------------------
+    def _price(self, phase: str, tokens: int, skew: float) -> BankRow:
+        key = (phase, tokens, skew)
+        found = self._priced.get(key)
+        if found is None:
+            count_BLS, ports = self._cell(phase, tokens)
+            busiest = tokens / self._layout.dp * skew
+            if ports is not None:
+                # the busiest sender's copies: its tokens times the copies a token needs
+                sent = busiest / self._layout.tp / tokens
+                ports = ports._replace(
+                    nvlink=np.maximum(ports.nvlink, ports.nvlink_total * sent),
+                    nic=np.maximum(ports.nic, ports.nic_total * sent),
+                )
+            entries = len(count_BLS)
+            found = _row(self._prices, count_BLS, np.full(entries, tokens), np.full(entries, busiest), ports)
+            self._priced[key] = found
+        return found
+
+    def _cell(self, phase: str, tokens: int) -> tuple[FloatArray, Ports | None]:
+        key = (phase, tokens)
+        found = self._cells.get(key)
+        if found is None:
+            if phase not in self._blocks:
+                self._blocks[phase] = self._cut(phase)
+            blocks = self._blocks[phase]
+            found = blocks.draw(tokens, self._entries, self._seed, phase)
+            if self._source.ideal:
+                even = np.full_like(found[0], 0.0)
+                even += tokens * self._source.top_k / even.shape[-1]
+                found = (even, found[1])
+            self._cells[key] = found
+        return found
+
+    def _cut(self, phase: str) -> _Blocks:
+        """Blocks of 32 tokens of the pool, with the slots that serve them and the copies they send."""
+        available = self._source.num_tokens
+        blocks = min(_POOL_BLOCKS, max(1, available // _BLOCK))
+        rng = generator(self._seed, "bank/pool", int(phase == "decode"))
+        if phase == "decode":
+            rows = rng.permutation(available)[: blocks * _BLOCK]
+        else:
+            starts = np.sort(rng.choice(max(1, available // _BLOCK), blocks, replace=False)) * _BLOCK
+            rows = (starts[:, None] + np.arange(_BLOCK)).ravel()
+        rows = rows[rows < available]
+        if len(rows) % _BLOCK:
+            rows = np.resize(rows, -(-len(rows) // _BLOCK) * _BLOCK)
+        expert_TLK = np.ascontiguousarray(self._source.expert_TLK[rows])
+        # tokens come from all ranks alike; a rank's own share is what its data-parallel neighbours do not send
+        source_T = rng.integers(self._layout.ranks, size=len(rows)) % self._layout.ranks
+        part_of_source = source_T if self._layout.exchanges else source_T // self._layout.expert_tp
+        slot_TLK = self._dispatch.assign(expert_TLK, part_of_source, self._placement, self._seed, rows)
+        return _Blocks(slot_TLK, source_T, self._placement, self._layout)
+
+
+class _Blocks:
+    """Sums over blocks of tokens: slots [B, L, S], copies in [B, L, G] and [B, L, N]."""
+
+    def __init__(self, slot_TLK: AnyArray, source_T: IntArray, placement: Placement, layout: Layout) -> None:
+        self._slot_TLK = slot_TLK
+        self._source_T = source_T
+        self._slots = placement.num_slots
+        self._layers = slot_TLK.shape[1]
+        self._layout = layout
+        self._node_G = np.arange(layout.ranks) // layout.gpus_per_node
+        self._spr = placement.slots_per_rank
+        self.number = len(source_T) // _BLOCK
+        starts = np.arange(self.number, dtype=np.int64) * _BLOCK
+        self._count = self._counts(slot_TLK, np.repeat(np.arange(self.number), _BLOCK), self.number)
+        self.mean_LS: FloatArray = self._count.mean(axis=0, dtype=np.float64)
+        if layout.exchanges:
+            copies = touch(slot_TLK, source_T, starts, self._spr, self._node_G)
+            self._in, self._node_in = copies.in_BLG.astype(np.float32), copies.node_in_BLN.astype(np.float32)
+
+    def _counts(self, slot_TLK: AnyArray, group_T: IntArray, groups: int) -> FloatArray:
+        cells = self._layers * self._slots
+        key = slot_TLK + (np.arange(self._layers, dtype=np.int64) * self._slots)[:, None]
+        key = key + (np.asarray(group_T, np.int64) * cells)[:, None, None]
+        count = np.bincount(key.ravel(), minlength=groups * cells)
+        return count.reshape(groups, self._layers, self._slots).astype(np.float32)
+
+    def draw(self, tokens: int, entries: int, seed: int, phase: str) -> tuple[FloatArray, Ports | None]:
+        """`entries` batches: tokens per slot [entries, L, S] and the busiest ports."""
+        if tokens < _BLOCK:
+            return self._draw_few(tokens, entries, seed, phase)
+        number = tokens // _BLOCK
+        weight = np.zeros((entries, self.number), np.float32)
+        for entry in range(entries):
+            chosen = generator(seed, "bank/draw", int(phase == "decode"), entry).integers(self.number, size=number)
+            weight[entry] = np.bincount(chosen, minlength=self.number)
+        count = (weight @ self._count.reshape(self.number, -1)).reshape(entries, self._layers, self._slots)
+        if not self._layout.exchanges:
+            return count, None
+        ranks_in = (weight @ self._in.reshape(self.number, -1)).reshape(entries, self._layers, -1)
+        nodes_in = (weight @ self._node_in.reshape(self.number, -1)).reshape(entries, self._layers, -1)
+        return count, self._ports(ranks_in, nodes_in)
+
+    def _draw_few(self, tokens: int, entries: int, seed: int, phase: str) -> tuple[FloatArray, Ports | None]:
+        blocks = np.array(
+            [generator(seed, "bank/draw", int(phase == "decode"), e).integers(self.number) for e in range(entries)]
+        )
+        rows = (blocks[:, None] * _BLOCK + np.arange(tokens)).ravel()
+        count = self._counts(self._slot_TLK[rows], np.repeat(np.arange(entries), tokens), entries)
+        if not self._layout.exchanges:
+            return count, None
+        starts = np.arange(entries, dtype=np.int64) * tokens
+        copies = touch(self._slot_TLK[rows], self._source_T[rows], starts, self._spr, self._node_G)
+        return count, self._ports(copies.in_BLG.astype(np.float32), copies.node_in_BLN.astype(np.float32))
+
+    def _ports(self, ranks_in: AnyArray, nodes_in: AnyArray) -> Ports:
+        return Ports(
+            nvlink=ranks_in.max(axis=-1),
+            nic=nodes_in.max(axis=-1) / self._layout.gpus_per_node,
+            nvlink_total=ranks_in.sum(axis=-1),
+            nic_total=nodes_in.sum(axis=-1),
+        )
+
+
+def _row(
+    prices: ExpertPrices,
+    count_BLS: FloatArray,
+    tokens_B: IntArray,
+    busiest_B: FloatArray,
+    ports: Ports | None,
+) -> BankRow:
+    """Price batches [B, L, S] and keep sums over layers."""
+    priced = prices.price(count_BLS, tokens_B, busiest_B, ports)
+    dispatch, experts, combine = (x.sum(axis=-1) for x in (priced.dispatch, priced.experts, priced.combine))
+    most, mean = priced.rows_LP.max(axis=-1), priced.rows_LP.mean(axis=-1)
+    copies = (
+        np.zeros((2, len(count_BLS)))
+        if ports is None
+        else np.stack([ports.nvlink_total.sum(axis=-1), ports.nic_total.sum(axis=-1)])
+    )
+    stats = np.stack(
+        [most.sum(axis=-1), mean.sum(axis=-1), (most / np.maximum(mean, 1e-300)).mean(axis=-1), *copies,
+         priced.expert_LP.mean(axis=-1).sum(axis=-1)]
+    )  # fmt: skip
+    return BankRow(
+        dispatch + experts + combine, dispatch, experts, combine, stats,
+        priced.grade.max(axis=-1), priced.exchange_grade.max(axis=-1),
+    )  # fmt: skip
+
+
+def _between(low: BankRow, high: BankRow, share: float) -> BankRow:
+    """The same draws at a size between two of the grid: linear, each part rounded to a nanosecond."""
+    parts = [a + np.rint((b - a) * share).astype(np.int64) for a, b in zip(low[1:4], high[1:4], strict=True)]
+    stats = low.stats + (high.stats - low.stats) * share
+    grade = np.maximum(np.maximum(low.grade, high.grade), 1)
+    exchange_grade = np.maximum(np.maximum(low.exchange_grade, high.exchange_grade), 1)
+    return BankRow(parts[0] + parts[1] + parts[2], parts[0], parts[1], parts[2], stats, grade, exchange_grade)
+
+
+def _grid(tokens: int) -> tuple[int, int]:
+    """The sizes of the grid around `tokens`: every size to 4, then 2^k and 3 * 2^(k-1), whole blocks from 32 on."""
+    if tokens <= 4:
+        return tokens, tokens
+    power = 1 << (tokens.bit_length() - 1)
+    sizes = [power, power + power // 2, 2 * power]
+    if power == _BLOCK:
+        sizes = [_BLOCK, 2 * _BLOCK]
+    low = max(s for s in sizes if s <= tokens)
+    high = min(s for s in sizes if s >= tokens)
+    return low, high
+
+
+def persistence(source: RoutingSource, seed: int) -> float:
+    """Lag-1 correlation of a decode batch's expert loads: tokens at positions p against p + 1 of the same sequences.
+
+    Correlates deviations of expert counts from their means over 64 batches of 64 tokens, all layers together.
+    """
+    if source.ideal or source.num_tokens < 3:
+        return 0.0
+    rng = generator(seed, "bank/persistence")
+    last = np.zeros(source.num_tokens, np.bool_)
+    last[source.sequence_start[1:] - 1] = True
+    rows = np.flatnonzero(~last)
+    if not len(rows):
+        return 0.0
+    layers = rng.permutation(source.num_layers)[:8]
+    picked = rows[rng.integers(len(rows), size=(64, 64))]
+    counts = []
+    for shift in (0, 1):
+        ids = source.expert_TLK[(picked + shift).ravel()][:, layers].astype(np.int64)
+        key = ids + (np.arange(len(layers)) * source.num_experts)[:, None]
+        key = key.reshape(64, -1) + (np.arange(64) * len(layers) * source.num_experts)[:, None]
+        counts.append(np.bincount(key.ravel(), minlength=64 * len(layers) * source.num_experts).reshape(64, -1))
+    a, b = (c - c.mean(axis=0) for c in counts)
+    norm = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    return float(np.clip((a * b).sum() / norm, 0.0, 0.99)) if norm else 0.0

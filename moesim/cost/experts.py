@@ -1,0 +1,109 @@
+"""Time of MoE layers from the tokens that each expert slot and each port really gets.
+
+Shared by both fidelities: `ExpertPrices.price` takes tokens per slot and, where tokens travel, tokens received per
+rank and node, with any leading axes, and returns dispatch, expert and combine nanoseconds per layer.
+
+Byte rule of the exchange (DeepEP's normal kernels, `shared` experts excluded): a token goes once to each rank that
+holds one of its experts, whatever their number there; across nodes once to each node over the NICs and on over
+NVLink. Dispatch carries the activation (fp8 with a scale for 128 elements where the experts are fp8), combine bf16.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moesim.arrays import AnyArray, FloatArray, IntArray, U8Array
+from moesim.cost.operators import MoEShape, Operators
+from moesim.layout import Layout
+from moesim.model import MoEModel, dtype_bytes
+
+__all__ = ["ExpertPrices", "LayerPrices", "Ports"]
+
+
+class Ports(NamedTuple):
+    """Tokens (copies of a token) through the busiest port of each level, [..., L], and in all, [...]."""
+
+    nvlink: FloatArray
+    nic: FloatArray
+    nvlink_total: FloatArray
+    nic_total: FloatArray
+
+
+class LayerPrices(NamedTuple):
+    """ns by layer [..., L]; rows by part [..., L, P]; grades of the expert kernel and the exchange [..., L]."""
+
+    dispatch: IntArray
+    experts: IntArray
+    combine: IntArray
+    expert_LP: IntArray
+    rows_LP: FloatArray
+    grade: U8Array
+    exchange_grade: U8Array
+
+
+class ExpertPrices:
+    """Prices the MoE layers of one replica laid out by `layout`, `slots_per_part` expert slots a part and layer."""
+
+    def __init__(self, model: MoEModel, layout: Layout, ops: Operators, slots_per_part: int) -> None:
+        self._layout = layout
+        self._ops = ops
+        self._block = ops.moe_block_rows
+        self.shape = MoEShape(
+            hidden=model.hidden_size,
+            intermediate=-(-model.moe_intermediate_size // layout.expert_tp),
+            local_experts=slots_per_part,
+            top_k=model.top_k,
+            dtype=model.expert_dtype,
+            gated=model.gated_mlp,
+        )
+        act = dtype_bytes(model.activation_dtype)
+        light = model.expert_dtype in ("fp8", "fp8_block")
+        self.dispatch_bytes = model.hidden_size * (1 + 4 / 128 if light else act)
+        self.combine_bytes = model.hidden_size * act
+        self._spans = layout.nodes > 1
+
+    def price(self, slot_count: AnyArray, tokens: AnyArray, busiest: AnyArray, ports: Ports | None) -> LayerPrices:
+        """Prices of layers.
+
+        slot_count [..., L, S]: (token, choice) pairs per slot. tokens [...]: tokens of all ranks; busiest [...]: of
+        the rank with the most (for the gather of groups whose experts are split over ranks). ports: for exchanges.
+        """
+        parts = slot_count.reshape(*slot_count.shape[:-1], self._layout.ep, -1)
+        rows_LP = parts.sum(axis=-1, dtype=np.float64)
+        active_LP = (parts > 0).sum(axis=-1)
+        padded_LP = (np.ceil(parts * (1.0 / self._block)).sum(axis=-1)) * self._block
+        elsewhere_LP: FloatArray | float = 0.0
+        if not self._layout.exchanges:
+            elsewhere_LP = rows_LP.sum(axis=-1, keepdims=True) - rows_LP
+        priced = self._ops.moe(rows_LP, active_LP, padded_LP, elsewhere_LP, self.shape)
+        expert_LP = np.rint(priced.ns).astype(np.int64)
+        layers = expert_LP.shape[:-1]
+        dispatch = combine = np.zeros(layers, np.int64)
+        grade = np.zeros(layers, np.uint8)
+        if self._layout.meets:
+            dispatch, combine, grade = self._exchange(layers, busiest, ports)
+        return LayerPrices(
+            dispatch, expert_LP.max(axis=-1), combine, expert_LP, rows_LP, priced.grade.max(axis=-1), grade
+        )
+
+    def _exchange(
+        self, shape: tuple[int, ...], busiest: AnyArray, ports: Ports | None
+    ) -> tuple[IntArray, IntArray, U8Array]:
+        ranks, nodes = self._layout.ranks, self._layout.nodes
+        if ports is None:
+            # every rank gathers all tokens (padded to the busiest) and sums its share back
+            share = np.broadcast_to(np.asarray(busiest, np.float64)[..., None] / self._layout.tp, shape)
+            there = self._ops.all_gather(share * self.combine_bytes, ranks, self._spans)
+            back = self._ops.reduce_scatter(share * self.combine_bytes, ranks, self._spans)
+        else:
+            there = self._ops.all_to_all(
+                ports.nvlink * self.dispatch_bytes, ports.nic * self.dispatch_bytes, ranks, nodes
+            )
+            back = self._ops.all_to_all(ports.nvlink * self.combine_bytes, ports.nic * self.combine_bytes, ranks, nodes)
+        return (
+            np.broadcast_to(np.rint(there.ns).astype(np.int64), shape),
+            np.broadcast_to(np.rint(back.ns).astype(np.int64), shape),
+            np.broadcast_to(np.maximum(there.grade, back.grade), shape),
+        )

@@ -1,0 +1,163 @@
+"""Where the time of a run went: every nanosecond of every step, by operation, with how firm each price was.
+
+Vectorised over runs from their price keys: dense parts by table look-up on the critical rank's tokens, the experts'
+share from the bank entries (or token counts) that were used, the prompt attention as booked, and decode attention as
+what remains, so the parts add up to the simulated time exactly. Where ranks wait for each other the critical rank is
+that of the run's first step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+
+from moesim.arrays import FloatArray, IntArray
+from moesim.cost.bank import BankDetail, BankRow, CountExperts
+from moesim.cost.pricer import Run
+from moesim.cost.step import StepPricer
+from moesim.cost.tokens import TokenDetail
+
+__all__ = ["Explanation", "explain"]
+
+_ENTRIES_AT_ONCE = 1 << 22
+
+
+@dataclass(slots=True)
+class Explanation:
+    """Sums over all steps of one group. `ns`, `operator`: by part; `grade_ns` [4]: ns by grade; `stats` [6] (see
+    `BankRow`), summed over steps; `max_over_mean`: summed over steps; `bank_sigma`: relative standard error."""
+
+    ns: dict[str, int]
+    operator: dict[str, str]
+    grade_ns: FloatArray
+    stats: FloatArray
+    steps: int
+    bank_sigma: float
+
+    def add(self, other: Explanation) -> None:
+        """Add another group's."""
+        for name, value in other.ns.items():
+            self.ns[name] = self.ns.get(name, 0) + value
+        self.operator.update(other.operator)
+        self.grade_ns += other.grade_ns
+        self.stats += other.stats
+        self.steps += other.steps
+        self.bank_sigma = max(self.bank_sigma, other.bank_sigma)
+
+
+def explain(runs: list[Run], pricer: StepPricer) -> Explanation:
+    """Explain the runs of the groups that `pricer` priced."""
+    dense = pricer.dense
+    steps_R = np.array([len(r.cumulative_ns) for r in runs], np.int64)
+    total_R = np.array([r.cumulative_ns[-1] for r in runs], np.int64)
+    key = np.array([r.key for r in runs], np.int64).reshape(len(runs), -1)
+    _, tokens_R, sampled_R, decoding_R, context_R, _, _, prefill_R = key.T[:8]
+    chunk_R = key[:, 9]
+    ns: dict[str, int] = {}
+    operator: dict[str, str] = {}
+    grade_ns = np.zeros(4)
+    rest_R = total_R - prefill_R
+    for part, at_R in [(p, tokens_R) for p in dense.parts] + [(p, sampled_R) for p in dense.head_parts]:
+        spent_R = part.ns_N[at_R] * steps_R
+        ns[part.name] = ns.get(part.name, 0) + int(spent_R.sum())
+        operator[part.name] = part.operator
+        grade_ns += np.bincount(part.grade_N[at_R], weights=spent_R, minlength=4)
+        rest_R = rest_R - spent_R
+    stats, sigma = np.zeros(6), 0.0
+    experts = _experts(runs, steps_R, pricer)
+    if experts is not None:
+        by_part_R, stats, expert_grade_R, exchange_grade_R, sigma = experts
+        for name, column, grade_R in (
+            ("dispatch", 0, exchange_grade_R), ("experts", 1, expert_grade_R), ("combine", 2, exchange_grade_R)
+        ):  # fmt: skip
+            spent_R = by_part_R[:, column]
+            if spent_R.any():
+                ns[name] = int(spent_R.sum())
+                operator[name] = "moe" if column == 1 else "all_to_all"
+            grade_ns += np.bincount(grade_R, weights=spent_R, minlength=4)
+            rest_R = rest_R - spent_R
+    attention = pricer.full if pricer.full is not None else pricer.window
+    if attention is not None:
+        ns["attention_prefill"], ns["attention_decode"] = int(prefill_R.sum()), int(rest_R.sum())
+        operator |= {"attention_prefill": "attention_prefill", "attention_decode": "attention_decode"}
+        prompt_grade_R = attention.prompt_grade_Q[np.minimum(chunk_R, len(attention.prompt_grade_Q) - 1)]
+        grade_ns += np.bincount(prompt_grade_R, weights=prefill_R, minlength=4)
+        column_R = np.minimum(context_R >> attention.shift, attention.decode_BC.shape[1] - 1)
+        decode_grade_R = attention.decode_grade_BC[decoding_R, column_R]
+        grade_ns += np.bincount(decode_grade_R, weights=np.maximum(rest_R, 0), minlength=4)
+    return Explanation(ns, operator, grade_ns, stats, int(steps_R.sum()), sigma)
+
+
+def _experts(
+    runs: list[Run], steps_R: IntArray, pricer: StepPricer
+) -> tuple[IntArray, FloatArray, IntArray, IntArray, float] | None:
+    if not runs or runs[0].detail is None:
+        return None
+    if isinstance(runs[0].detail, TokenDetail):
+        return _from_tokens([cast(TokenDetail, r.detail) for r in runs], steps_R)
+    moe = pricer.moe
+    assert isinstance(moe, CountExperts)
+    return _from_bank([cast(BankDetail, r.detail) for r in runs], steps_R, moe)
+
+
+def _from_tokens(
+    details: list[TokenDetail], steps_R: IntArray
+) -> tuple[IntArray, FloatArray, IntArray, IntArray, float]:
+    by_part = np.array(
+        [
+            [d.dispatch[:n].sum(), d.experts[:n].sum(), d.combine[:n].sum()]
+            for d, n in zip(details, steps_R, strict=True)
+        ]
+    )
+    stats = np.sum([d.stats[:, :n].sum(axis=1) for d, n in zip(details, steps_R, strict=True)], axis=0)
+    grade = np.array([d.grade.max() for d in details], np.int64)
+    exchange = np.array([d.exchange_grade.max() for d in details], np.int64)
+    return by_part, stats, grade, exchange, 0.0
+
+
+def _from_bank(
+    details: list[BankDetail], steps_R: IntArray, moe: CountExperts
+) -> tuple[IntArray, FloatArray, IntArray, IntArray, float]:
+    """How often each run used each entry, from prefix counts of the entry sequence; then one product a row."""
+    rows: dict[int, int] = {}
+    ordered: list[BankRow] = []
+    row_R = np.empty(len(details), np.int64)
+    for i, detail in enumerate(details):
+        found = rows.get(id(detail.row))
+        if found is None:
+            found = rows[id(detail.row)] = len(ordered)
+            ordered.append(detail.row)
+        row_R[i] = found
+    start_R = np.array([d.start for d in details], np.int64)
+    sequence = moe.sequence
+    entries = len(ordered[0].total)
+    prefix = np.zeros((len(sequence) + 1, entries), np.int32)
+    prefix[np.arange(1, len(sequence) + 1), sequence] = 1
+    np.cumsum(prefix, axis=0, out=prefix)
+    part_YXE = np.array([[row.dispatch, row.experts, row.combine] for row in ordered], np.int64)
+    stats_YXE = np.array([row.stats for row in ordered])
+    by_part_R = np.empty((len(details), 3), np.int64)
+    stats = np.zeros(6)
+    chunk = max(1, _ENTRIES_AT_ONCE // (6 * entries))
+    for lo in range(0, len(details), chunk):
+        part = slice(lo, lo + chunk)
+        used_RE = (prefix[start_R[part] + steps_R[part]] - prefix[start_R[part]]).astype(np.int64)
+        by_part_R[part] = np.einsum("re,rxe->rx", used_RE, part_YXE[row_R[part]])
+        stats += np.einsum("re,rxe->x", used_RE, stats_YXE[row_R[part]])
+    grade = np.array([int(row.grade.max()) for row in ordered])[row_R]
+    exchange = np.array([int(row.exchange_grade.max()) for row in ordered])[row_R]
+    return by_part_R, stats, grade, exchange, _bank_sigma(ordered, row_R, steps_R)
+
+
+def _bank_sigma(rows: list[BankRow], row_R: IntArray, steps_R: IntArray) -> float:
+    """Relative standard error of the experts' share from having drawn so few batches of each size."""
+    if len(rows[0].total) < 2:
+        return 0.0
+    weight = np.bincount(row_R, weights=steps_R, minlength=len(rows))
+    mean = np.array([row.total.mean() for row in rows])
+    error = np.array([row.total.std(ddof=1) / np.sqrt(len(row.total)) for row in rows])
+    spent = float((weight * mean).sum())
+    # entries of different sizes share draws, so their errors add instead of averaging out
+    return float((weight * error).sum()) / spent if spent else 0.0

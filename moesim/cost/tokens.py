@@ -1,0 +1,144 @@
+"""Token fidelity: every token of every step takes its own row of the trace, and the step is priced from exact counts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from moesim.arrays import AnyArray, FloatArray, IntArray, U8Array
+from moesim.cost.experts import ExpertPrices, Ports
+from moesim.cost.pricer import Batch, Chunk
+from moesim.cost.touch import touch
+from moesim.dispatch import DispatchPolicy
+from moesim.layout import Layout
+from moesim.placement import Placement
+from moesim.workload.pool import RoutingSource, count_steps
+from moesim.workload.replay import Replay
+
+__all__ = ["TokenDetail", "TokenExperts"]
+
+_IDS = 1 << 21
+"""expert ids priced at once in a run of decode steps"""
+
+
+class TokenDetail(NamedTuple):
+    """Per step of a run [S]: ns by part, and the statistics of `moesim.cost.bank.BankRow` [6, S]."""
+
+    dispatch: IntArray
+    experts: IntArray
+    combine: IntArray
+    stats: FloatArray
+    grade: U8Array
+    exchange_grade: U8Array
+
+
+class TokenExperts:
+    """`moesim.cost.step.MoECost` at token fidelity. `count_LE` adds up what was routed over the whole run."""
+
+    def __init__(
+        self,
+        source: RoutingSource,
+        replay: Replay,
+        placement: Placement,
+        dispatch: DispatchPolicy,
+        layout: Layout,
+        prices: ExpertPrices,
+        seed: int,
+    ) -> None:
+        self._source = source
+        self._replay = replay
+        self._placement = placement
+        self._dispatch = dispatch
+        self._layout = layout
+        self._prices = prices
+        self._seed = seed
+        self._node_G = np.arange(layout.ranks) // layout.gpus_per_node
+        self._plain = placement.max_replicas == 1 and not layout.exchanges
+        self._slot_total_LS = np.zeros((placement.num_layers, placement.num_slots), np.int64)
+        self._slot_to_expert = placement.slot_to_expert_LS.astype(np.int64)
+
+    def slot_load_LS(self) -> FloatArray:
+        """Tokens per slot [L, S] of every step that was priced (steps that an arrival cut off included)."""
+        return self._slot_total_LS.astype(np.float64)
+
+    def decode_ns(self, batch: Batch, steps: int) -> tuple[IntArray, TokenDetail]:
+        """See MoECost."""
+        request, position, rank = batch.tokens()
+        tokens = len(request)
+        steps = min(steps, max(1, _IDS // (tokens * self._source.num_layers * self._source.top_k)))
+        ahead = np.arange(steps, dtype=np.int64)[:, None]
+        rows = self._replay.rows(np.tile(request, steps), (position + ahead).ravel())
+        offsets = np.arange(steps + 1, dtype=np.int64) * tokens
+        busiest = int(np.bincount(rank).max())
+        return self._price(rows, offsets, np.tile(rank, steps), np.full(steps, busiest))
+
+    def mixed_ns(self, batch: Batch, chunks: list[Chunk], paused: list[int], busiest: int) -> tuple[int, TokenDetail]:
+        """See MoECost."""
+        request, position, rank = batch.tokens()
+        if paused:
+            keep = ~np.isin(rank, paused)
+            request, position, rank = request[keep], position[keep], rank[keep]
+        for chunk in chunks:
+            request = np.concatenate([request, np.full(chunk.tokens, chunk.request)])
+            position = np.concatenate([position, np.arange(chunk.start, chunk.start + chunk.tokens)])
+            rank = np.concatenate([rank, np.full(chunk.tokens, chunk.rank)])
+        rows = self._replay.rows(request, position)
+        ns, detail = self._price(rows, np.array([0, len(rows)]), rank, np.array([busiest]))
+        return int(ns[0]), detail
+
+    def _price(
+        self, rows: IntArray, offsets: IntArray, rank_N: IntArray, busiest_S: IntArray
+    ) -> tuple[IntArray, TokenDetail]:
+        tokens_S = np.diff(offsets)
+        ports = None
+        if self._plain:
+            count_SLE = count_steps(self._source, rows, offsets)
+            slot_SLS: AnyArray = np.take_along_axis(count_SLE, self._slot_to_expert[None], axis=2)
+        else:
+            slot_SLS, ports = self._slots(rows, offsets, rank_N)
+        self._slot_total_LS += slot_SLS.sum(axis=0)
+        priced = self._prices.price(slot_SLS, tokens_S, busiest_S, ports)
+        dispatch, experts, combine = (x.sum(axis=-1) for x in (priced.dispatch, priced.experts, priced.combine))
+        most, mean = priced.rows_LP.max(axis=-1), priced.rows_LP.mean(axis=-1)
+        copies = (
+            np.zeros((2, len(tokens_S)))
+            if ports is None
+            else np.stack([ports.nvlink_total.sum(axis=-1), ports.nic_total.sum(axis=-1)])
+        )
+        stats = np.stack(
+            [most.sum(axis=-1), mean.sum(axis=-1), (most / np.maximum(mean, 1e-300)).mean(axis=-1), *copies,
+             priced.expert_LP.mean(axis=-1).sum(axis=-1)]
+        )  # fmt: skip
+        detail = TokenDetail(
+            dispatch, experts, combine, stats, priced.grade.max(axis=-1), priced.exchange_grade.max(axis=-1)
+        )
+        return dispatch + experts + combine, detail
+
+    def _slots(self, rows: IntArray, offsets: IntArray, rank_N: IntArray) -> tuple[AnyArray, Ports | None]:
+        """Tokens per slot [S, L, slots] and ports, from the slot that dispatch chooses for every token."""
+        layout, placement = self._layout, self._placement
+        layers, slots = placement.num_layers, placement.num_slots
+        steps = len(offsets) - 1
+        # a data-parallel rank's tokens are dealt out to its tensor-parallel ranks for the exchange
+        source = rank_N * layout.tp + np.arange(len(rank_N)) % layout.tp
+        part = source if layout.exchanges else source // layout.expert_tp
+        ids = self._source.expert_TLK[rows]
+        slot_TLK = self._dispatch.assign(ids, part, placement, self._seed, np.arange(len(rows)) + int(rows[0]))
+        step_N = np.repeat(np.arange(steps), np.diff(offsets))
+        key = slot_TLK + (np.arange(layers, dtype=np.int64) * slots)[:, None]
+        key = key + (step_N * (layers * slots))[:, None, None]
+        count = np.bincount(key.ravel(), minlength=steps * layers * slots).reshape(steps, layers, slots)
+        if not layout.exchanges:
+            return count, None
+        copies = touch(slot_TLK, source, offsets[:-1], placement.slots_per_rank, self._node_G)
+        out_SG = np.zeros((steps, layout.ranks))
+        np.add.at(out_SG, (step_N, source), 1.0)
+        busiest = (out_SG.max(axis=-1) / np.diff(offsets))[:, None]
+        ports = Ports(
+            nvlink=np.maximum(copies.in_BLG.max(axis=-1), copies.out_BL * busiest),
+            nic=np.maximum(copies.node_in_BLN.max(axis=-1) / layout.gpus_per_node, copies.node_out_BL * busiest),
+            nvlink_total=copies.out_BL.astype(np.float64),
+            nic_total=copies.node_out_BL.astype(np.float64),
+        )
+        return count, ports

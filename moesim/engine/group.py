@@ -1,0 +1,251 @@
+"""A lockstep group: data-parallel ranks that share their experts and therefore step together.
+
+A dense model's ranks are groups of one. A run of steps in which only decode happens is priced at once and is one
+event; an arrival cuts it at the first step boundary at or after it (`searchsorted` on integer cumulative time), so
+the times are those of the step-by-step engine to the nanosecond (tests/property/test_run_ahead.py).
+
+Events at one instant have a total order: arrivals first, then groups by index. It does not depend on when an event
+was put into the queue, which is what makes the two ways of stepping agree.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import simpy
+from simpy.events import EventPriority
+
+from moesim.arrays import IntArray
+from moesim.cost.pricer import Batch, Chunk, Pricer, Run
+from moesim.engine.rank import Rank, Sequence
+from moesim.record import Recorder
+
+__all__ = ["ARRIVAL", "Group", "Hooks"]
+
+ARRIVAL = 1
+"""priority of an arrival among events of one instant; group `i` has `2 + i`"""
+
+_LONGEST_RUN = 4096
+
+
+class _StepEnd(simpy.Event):
+    """Fires `delay_ns` from now at `priority`; carries the version of the run it ends."""
+
+    def __init__(self, env: simpy.Environment, priority: int, delay_ns: int, version: int) -> None:
+        super().__init__(env)
+        self._ok = True
+        self._value = version
+        env.schedule(self, priority=EventPriority(priority), delay=delay_ns)
+
+
+@dataclass(slots=True)
+class Hooks:
+    """What a group tells the simulation: a sequence ended, a rank's load changed; and which event is being handled."""
+
+    finished: Callable[[Sequence, int], None]
+    load: Callable[[int, int], None]
+    priority: int = ARRIVAL
+
+
+class Group:
+    """Ranks `first_target ..` of the deployment, stepping together."""
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        index: int,
+        first_target: int,
+        ranks: list[Rank],
+        pricer: Pricer,
+        recorder: Recorder,
+        hooks: Hooks,
+        run_ahead: bool = True,
+    ) -> None:
+        self.env = env
+        self.priority = 2 + index
+        self.index = index
+        self.first_target = first_target
+        self.ranks = ranks
+        self.pricer = pricer
+        self.recorder = recorder
+        self.hooks = hooks
+        self.longest_run = _LONGEST_RUN if run_ahead else 1
+        self.batch = Batch.idle(len(ranks), self._decode_tokens)
+        self.tick = 0
+        self.skipped = [0] * len(ranks)  # steps in which a rank's decodes did not run
+        self.todo: set[int] = set()
+        self.wakes: list[tuple[int, int, int]] = []
+        self.wake_version = [0] * len(ranks)
+        self.busy = False
+        self.handled = 0
+        self.version = 0
+        self.start_ns = 0
+        self.run: Run | None = None
+        self.steps = 0
+        self.chunks: list[tuple[int, Sequence, int]] = []
+        self.paused: list[int] = []  # ranks whose decodes do not run in the current step
+        self.waiting_D = [0] * len(ranks)
+        self.waiting = 0
+        self.planned = (0, 0)
+
+    # -- arrivals -------------------------------------------------------------------------------------------
+    def submit(self, sequence: Sequence, rank: int) -> None:
+        """Queue a request on rank `rank` of the group; it is seen when the next step is planned."""
+        self.ranks[rank].waiting.append(sequence)
+        self._tell_load(rank)
+        self.todo.add(rank)
+        if not self.busy:
+            self.busy = True
+            self.version += 1
+            self._at(0)
+        elif self.run is not None and self.steps > 1:
+            self._cut()
+
+    def _cut(self) -> None:
+        """Shorten the run in progress to the first boundary at which the newcomer can be seen."""
+        assert self.run is not None
+        side: Literal["left", "right"] = "left" if self.hooks.priority < self.priority else "right"
+        elapsed = int(self.env.now) - self.start_ns
+        keep = int(np.searchsorted(self.run.cumulative_ns[: self.steps], elapsed, side=side)) + 1
+        if keep < self.steps:
+            self.steps = keep
+            self.version += 1
+            self._at(self.start_ns + int(self.run.cumulative_ns[keep - 1]) - int(self.env.now))
+
+    def _at(self, delay_ns: int) -> None:
+        event = _StepEnd(self.env, self.priority, delay_ns, self.version)
+        assert event.callbacks is not None
+        event.callbacks.append(self._wake)
+
+    def _wake(self, event: simpy.Event) -> None:
+        if event.value != self.version:
+            return
+        self.handled += 1
+        self.hooks.priority = self.priority
+        if self.run is not None:
+            self._end()
+        self._begin()
+        self.hooks.priority = ARRIVAL
+
+    # -- steps ----------------------------------------------------------------------------------------------
+    def _begin(self) -> None:
+        """Plan the next step or run of steps, price it, and schedule its end."""
+        now = int(self.env.now)
+        self.chunks.clear()
+        self.paused.clear()
+        preempted = 0
+        for d in sorted(self.todo):
+            rank = self._sync(d)
+            chunks, decode, dropped = rank.plan()
+            for sequence in dropped:
+                sequence.stalled_ns = now
+            preempted += len(dropped)
+            self.chunks.extend((d, sequence, tokens) for sequence, tokens in chunks)
+            if not decode and rank.decoding:
+                self.paused.append(d)
+            if not chunks:
+                self.todo.discard(d)
+            self._touch(d)
+        batch = self.batch
+        batch.tick = self.tick
+        decoding = batch.total_decoding
+        self.start_ns = now
+        if self.chunks:
+            parts = [Chunk(d, s.index, s.computed, tokens, s.computed + tokens == s.target)
+                     for d, s, tokens in self.chunks]  # fmt: skip
+            self.run = self.pricer.mixed(batch, parts, self.paused)
+            self.steps = 1
+        elif decoding:
+            steps = min(self._horizon(), self.longest_run)
+            self.run = self.pricer.decode(batch, steps)
+            self.steps = len(self.run.cumulative_ns)
+        else:
+            assert not self.waiting, "a request waits on an idle rank"
+            self.busy = False
+            self.run = None
+            return
+        self.planned = (preempted, self.waiting)
+        self.version += 1
+        self._at(int(self.run.cumulative_ns[self.steps - 1]))
+
+    def _horizon(self) -> int:
+        wakes = self.wakes
+        while wakes[0][2] != self.wake_version[wakes[0][1]]:
+            heapq.heappop(wakes)
+        return wakes[0][0] - self.tick
+
+    def _touch(self, d: int) -> None:
+        """Rank `d` changed: refresh its row of the batch, its load and its next wake."""
+        rank = self.ranks[d]
+        self.batch.set(d, rank.decoding, rank.context, rank.growing, rank.context_window)
+        self.pricer.prepare(rank.decoding)
+        self._tell_load(d)
+        steps = rank.horizon()
+        self.wake_version[d] += 1
+        if rank.decoding:
+            heapq.heappush(self.wakes, (self.tick + steps, d, self.wake_version[d]))
+
+    def _tell_load(self, d: int) -> None:
+        rank = self.ranks[d]
+        waiting = len(rank.waiting)
+        self.waiting += waiting - self.waiting_D[d]
+        self.waiting_D[d] = waiting
+        self.hooks.load(self.first_target + d, 4 * waiting + rank.running)
+
+    def _sync(self, d: int) -> Rank:
+        """Bring rank `d` up to the group's tick (ranks are advanced only when they are looked at)."""
+        rank = self.ranks[d]
+        rank.advance(self.tick - self.skipped[d] - rank.dtick)
+        return rank
+
+    def _end(self) -> None:
+        """Book the run that has just ended."""
+        run, self.run = self.run, None  # a request that comes back in now is seen by the plan that follows
+        assert run is not None
+        now, steps, batch = int(self.env.now), self.steps, self.batch
+        self.tick += steps
+        for d in self.paused:
+            self.skipped[d] += 1
+        self.recorder.run(self.index, self.start_ns, steps, run, batch.running(self.paused), self.planned)
+        batch.advance(steps, self.paused)
+        wakes = self.wakes
+        while wakes and (wakes[0][0] <= self.tick or wakes[0][2] != self.wake_version[wakes[0][1]]):
+            _, d, version = heapq.heappop(wakes)
+            if version == self.wake_version[d]:
+                self.todo.add(d)
+        changed = set(self.todo).union(self.paused)
+        changed.update(d for d, _, _ in self.chunks)
+        for d in sorted(changed):
+            rank = self._sync(d)
+            for sequence in rank.due():
+                self.hooks.finished(sequence, now)
+        for d, sequence, tokens in self.chunks:
+            self._end_chunk(self.ranks[d], sequence, tokens, now)
+        self.todo.update(changed)
+
+    def _end_chunk(self, rank: Rank, sequence: Sequence, tokens: int, now: int) -> None:
+        if not rank.finish_chunk(sequence, tokens):
+            return
+        if sequence.first_ns < 0:
+            sequence.first_ns = now
+        else:
+            self.recorder.resumed(now - sequence.stalled_ns)
+        if sequence.generated == sequence.output:
+            rank.drop(sequence)
+            self.hooks.finished(sequence, now)
+        else:
+            rank.join(sequence)
+
+    def _decode_tokens(self) -> tuple[IntArray, IntArray, IntArray]:
+        """(request, position, rank) of every token that the next decode step computes; position counts KV tokens."""
+        rows: list[tuple[int, int, int]] = []
+        for d, rank in enumerate(self.ranks):
+            dtick = self.tick - self.skipped[d]
+            prefilling = {s.index for s in rank.prefilling}
+            rows.extend((s.index, s.offset + dtick, d) for s in rank.running_set.values() if s.index not in prefilling)
+        out = np.array(rows, np.int64).reshape(-1, 3)
+        return out[:, 0], out[:, 1], out[:, 2]

@@ -1,0 +1,434 @@
+"""simulate(scenario) -> RunResult: the first of the four jobs."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+import moesim
+from moesim.arrays import AnyArray, FloatArray
+from moesim.cost.attention import AttentionTables
+from moesim.cost.bank import CountExperts
+from moesim.cost.dense import DenseTables, attention_shape
+from moesim.cost.experts import ExpertPrices
+from moesim.cost.explain import Explanation, explain
+from moesim.cost.operators import Operators
+from moesim.cost.pricer import Pricer, Run
+from moesim.cost.step import MoECost, NoExperts, StepPricer
+from moesim.cost.tokens import TokenExperts
+from moesim.engine.core import Deployment, Outcome, run
+from moesim.engine.load import load_weights_ns
+from moesim.engine.rank import KvShape
+from moesim.errors import BadInput, Infeasible, Problem
+from moesim.hardware import GRADES
+from moesim.layout import Layout
+from moesim.memory import RankMemory, require_fit
+from moesim.metrics import Errors, latencies, throughput
+from moesim.placement import Placement, PlacementContext
+from moesim.scenario.load import Scenario
+from moesim.units import s_to_ns
+from moesim.workload.pool import RoutingSource
+from moesim.workload.replay import Replay
+from moesim.workload.requests import RequestStream, build_requests
+from moesim.workload.routing import load_routing
+
+__all__ = ["SCHEMA_VERSION", "RunResult", "simulate"]
+
+SCHEMA_VERSION = 1
+_TOKEN_FIDELITY_IDS = 1 << 28
+"""expert ids above which `fidelity: auto` counts instead of following every token"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Experts:
+    """The routed experts of a MoE deployment: where they sit, who routes to them, at which fidelity."""
+
+    source: RoutingSource
+    placement: Placement
+    prices: ExpertPrices
+    replay: Replay | None
+
+
+@dataclass(slots=True)
+class RunResult:
+    """A run: records, memory and figures. `outcome` is None where the deployment does not fit."""
+
+    scenario: Scenario
+    seed: int
+    reasons: tuple[str, ...] = ()
+    stream: RequestStream | None = None
+    outcome: Outcome | None = None
+    memory: RankMemory | None = None
+    layout: Layout | None = None
+    explanation: Explanation | None = None
+    experts: _Experts | None = None
+    pricers: list[StepPricer] = field(default_factory=list)
+    warnings: tuple[str, ...] = ()
+    ready_ns: int = 0
+    peak_kv_units: int = 0
+    loop_s: float = 0.0
+    """seconds the event loop took, pricing included; set-up and metrics apart"""
+
+    @property
+    def feasible(self) -> bool:
+        return self.outcome is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """The stable result (see docs/result-schema.md): the same bytes for the same scenario, seed and version,
+        but for `provenance.host` and `provenance.elapsed`."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.scenario.name,
+            "seed": self.seed,
+            "feasible": self.feasible,
+            "reasons": list(self.reasons),
+            "warnings": list(self.warnings),
+            "summary": self._summary() if self.outcome is not None else None,
+            "provenance": self._provenance(),
+        }
+
+    @property
+    def devices(self) -> int:
+        """Devices of the whole deployment."""
+        p = self.scenario.parallel
+        return p.tp * p.dp * p.replicas
+
+    @property
+    def errors(self) -> Errors:
+        """Relative error of step time: profile by operator shares, and bank by the experts' share."""
+        e = self.explanation
+        if e is None:
+            return Errors(0.0, 0.0)
+        total = max(sum(e.ns.values()), 1)
+        share: dict[str, float] = {}
+        for name, spent in e.ns.items():
+            share[e.operator[name]] = share.get(e.operator[name], 0.0) + spent / total
+        profile = self.scenario.cluster.profile
+        variance = sum((part * profile.error(operator)) ** 2 for operator, part in share.items() if operator != "host")
+        expert_share = sum(e.ns.get(name, 0) for name in ("dispatch", "experts", "combine")) / total
+        return Errors(float(np.sqrt(variance)), e.bank_sigma * expert_share)
+
+    def _summary(self) -> dict[str, Any]:
+        assert self.outcome is not None
+        assert self.stream is not None
+        requests, steps = self.outcome.requests, self.outcome.steps
+        errors = self.errors
+        done = requests.completed
+        rates = throughput(requests, self.stream.concurrency is not None, self.devices, self.scenario.slo, errors)
+        rejected = int((requests.target < 0).sum())
+        return {
+            "requests": {
+                "completed": int(done.sum()),
+                "rejected": rejected,
+                "unfinished": int(len(done) - done.sum()) - rejected,
+                "preempted": int((requests.preemptions > 0).sum()),
+                "preemptions": int(requests.preemptions.sum()),
+            },
+            "tokens": {
+                "prompt": int(requests.prompt_tokens[done].sum()),
+                "output": int(requests.output_tokens[done].sum()),
+            },
+            **rates,
+            **latencies(requests, steps, errors),
+            "steps": steps.steps,
+            "runs": len(steps.run_steps),
+            "ready_s": self.ready_ns / 1e9,
+            "balance": self._balance(),
+            "time_share": self._time_share(),
+            "links": self._links(),
+            "memory": self._memory(),
+            "drops": None,
+            "cache": None,
+            "replay": self._replay(),
+            "error": {"profile": errors.profile, "bank": errors.bank},
+        }
+
+    def _balance(self) -> dict[str, Any] | None:
+        e = self.explanation
+        if e is None or self.experts is None or not e.stats[1]:
+            return None
+        most, mean, ratio, _, _, mean_ns = e.stats
+        return {
+            "max_over_mean_load": float(ratio) / e.steps,
+            "lockstep": float(most / mean),
+            "expert_idle_share": 1.0 - float(mean_ns) / max(e.ns.get("experts", 0), 1),
+            "hottest": self._hottest(),
+        }
+
+    def rank_load_LP(self) -> FloatArray | None:
+        """Mean share of (token, expert) pairs by layer and expert-parallel part, each layer summing to 1."""
+        slot_LS = self._slot_load()
+        if slot_LS is None or self.experts is None:
+            return None
+        return self.experts.placement.rank_load(slot_LS / np.maximum(slot_LS.sum(axis=1, keepdims=True), 1e-300))
+
+    def _slot_load(self) -> FloatArray | None:
+        loads = [p.moe.slot_load_LS() for p in self.pricers if isinstance(p.moe, CountExperts | TokenExperts)]
+        return sum(loads, np.zeros_like(loads[0])) if loads else None
+
+    def _hottest(self) -> dict[str, Any] | None:
+        """The layer and rank that carry most against their layer's mean, and the heaviest expert there."""
+        slot_LS, rank_LP = self._slot_load(), self.rank_load_LP()
+        if slot_LS is None or rank_LP is None or self.experts is None:
+            return None
+        ratio = rank_LP / rank_LP.mean(axis=1, keepdims=True)
+        layer, part = (int(i) for i in np.unravel_index(int(ratio.argmax()), ratio.shape))
+        placement = self.experts.placement
+        slots = slice(part * placement.slots_per_rank, (part + 1) * placement.slots_per_rank)
+        slot = slots.start + int(slot_LS[layer, slots].argmax())
+        return {
+            "layer": self.scenario.model.moe_layers[layer],
+            "rank": part,
+            "max_over_mean_load": float(ratio[layer, part]),
+            "expert": int(placement.slot_to_expert_LS[layer, slot]),
+            "expert_share_of_rank": float(slot_LS[layer, slot] / max(slot_LS[layer, slots].sum(), 1e-300)),
+        }
+
+    def _time_share(self) -> dict[str, float]:
+        e = self.explanation
+        if e is None:
+            return {}
+        total = max(sum(e.ns.values()), 1)
+        return {name: spent / total for name, spent in sorted(e.ns.items(), key=lambda kv: (-kv[1], kv[0])) if spent}
+
+    def _links(self) -> dict[str, Any] | None:
+        e, experts = self.explanation, self.experts
+        if e is None or experts is None or not e.stats[3]:
+            return None
+        size = experts.prices.dispatch_bytes + experts.prices.combine_bytes
+        busy = (e.ns.get("dispatch", 0) + e.ns.get("combine", 0)) / max(sum(e.ns.values()), 1)
+        out: dict[str, Any] = {"nvlink": {"bytes": round(float(e.stats[3]) * size), "busy_share": busy}}
+        if e.stats[4]:
+            out["nic"] = {"bytes": round(float(e.stats[4]) * size), "busy_share": busy}
+        return out
+
+    def _memory(self) -> dict[str, Any]:
+        assert self.memory is not None
+        m = self.memory
+        peak = self.peak_kv_units * m.kv_unit
+        return {
+            "hbm": {
+                "used": m.fixed + peak,
+                "capacity": m.capacity,
+                "by": {**m.by_use(), "kv_peak": peak},
+            }
+        }
+
+    def _replay(self) -> dict[str, int] | None:
+        if self.experts is None or self.experts.replay is None or self.outcome is None:
+            return None
+        served = np.flatnonzero(self.outcome.requests.target >= 0)
+        return {k: int(v) for k, v in self.experts.replay.shares(served)._asdict().items()}
+
+    def _provenance(self) -> dict[str, Any]:
+        profile = self.scenario.cluster.profile
+        shares: dict[str, Any] = dict.fromkeys(GRADES)
+        if self.explanation is not None:
+            total = max(float(self.explanation.grade_ns.sum()), 1.0)
+            shares = {g: float(s) / total for g, s in zip(GRADES, self.explanation.grade_ns, strict=True)}
+        return {
+            "profile": profile.name,
+            "profile_kind": profile.kind,
+            "shares": shares,
+            "versions": {"moesim": moesim.__version__, "numpy": np.__version__, "schema": SCHEMA_VERSION},
+            "scenario_hash": self.scenario.hash,
+            "fidelity": None if self.experts is None else ("count" if self.experts.replay is None else "token"),
+            "routing": None if self.experts is None else self.experts.source.source,
+            "requests": None if self.stream is None else self.stream.source,
+            "host": {"python": platform.python_version(), "machine": platform.machine()},
+            "elapsed": {"event_loop_s": self.loop_s},
+        }
+
+    def requests_table(self) -> dict[str, AnyArray]:
+        """One row a request; times in ns, -1 where rejected or unfinished."""
+        assert self.outcome is not None
+        r = self.outcome.requests
+        return {name: getattr(r, name) for name in r.__dataclass_fields__}
+
+    def steps_table(self) -> dict[str, AnyArray]:
+        """One row a step."""
+        assert self.outcome is not None
+        s = self.outcome.steps
+        keys = np.array([cast_run.key for cast_run in self.outcome.runs], np.int64).reshape(len(s.run_steps), -1)
+        return {
+            "group": s.per_step(s.run_group),
+            "start_ns": s.start_ns(),
+            "duration_ns": s.duration_ns,
+            "decode_tokens": s.per_step(s.run_decoding),
+            "prefill_tokens": s.per_step(keys[:, 9]),
+            "waiting": s.per_step(s.run_waiting),
+            "preempted": s.per_step(s.run_preempted),
+        }
+
+
+def simulate(
+    scenario: Scenario, seed: int | None = None, *, progress: Callable[[float], None] | None = None
+) -> RunResult:
+    """Run a scenario. `progress` is told the share of requests that have ended.
+
+    Returns a result that is not feasible, with reasons, where the deployment does not fit. Raises BadInput for
+    traffic or routing that cannot be used.
+    """
+    seed = scenario.seed if seed is None else seed
+    layout = Layout.of(
+        scenario.model, scenario.cluster, scenario.parallel.tp, scenario.parallel.dp, scenario.parallel.ep
+    )
+    result = RunResult(scenario, seed, layout=layout)
+    stream = build_requests(scenario.requests, scenario.base, seed)
+    result.stream = stream
+    ops = Operators(scenario.cluster.profile, scenario.engine.cuda_graph)
+    try:
+        experts = _experts(scenario, layout, ops, stream, seed) if scenario.model.is_moe else None
+        slots = experts.placement.slots_per_rank if experts is not None else 0
+        memory = require_fit(scenario.model, scenario.cluster, layout, scenario.engine, slots)
+    except Infeasible as error:
+        result.reasons = error.reasons
+        return result
+    result.memory, result.experts = memory, experts
+    result.warnings = (
+        *scenario.warnings,
+        *stream.warnings,
+        *(experts.source.warnings if experts is not None else ()),
+    )
+    kv = _kv_shape(scenario, layout, memory)
+    shared = _tables(scenario, layout, ops, kv)
+    groups = scenario.parallel.replicas * (1 if layout.meets else layout.dp)
+    pricers = [
+        StepPricer(*shared, _moe_cost(scenario, layout, experts, seed, g))
+        for g in range(1 if experts is None or experts.replay is None else groups)
+    ]
+    result.pricers = pricers
+    result.ready_ns = load_weights_ns(
+        scenario.engine.weights_from, scenario.cluster, layout, memory, scenario.parallel.replicas
+    )
+    deployment = Deployment(
+        pricers=_one_each(pricers, groups),
+        ranks_per_group=layout.dp if layout.meets else 1,
+        kv=kv,
+        batching=scenario.policies.batching,
+        balancer=scenario.policies.balancer,
+        max_num_seqs=scenario.engine.max_num_seqs,
+        max_num_batched_tokens=scenario.engine.max_num_batched_tokens,
+        max_model_len=scenario.engine.max_model_len or scenario.model.max_position_embeddings,
+        run_ahead=scenario.engine.run_ahead,
+        ready_ns=result.ready_ns,
+        until_ns=None if scenario.engine.max_duration_s is None else s_to_ns(scenario.engine.max_duration_s),
+    )
+    began = time.perf_counter()
+    outcome = run(stream, deployment, progress)
+    result.loop_s = time.perf_counter() - began
+    result.outcome = outcome
+    result.peak_kv_units = outcome.peak_kv_units
+    result.explanation = _explain(outcome, deployment.pricers)
+    return result
+
+
+def _one_each(pricers: list[StepPricer], groups: int) -> list[Pricer]:
+    """One pricer a group; groups share one where pricing keeps no state of a group."""
+    return [pricers[g % len(pricers)] for g in range(groups)]
+
+
+def _explain(outcome: Outcome, pricers: list[Pricer]) -> Explanation | None:
+    by_pricer: dict[int, list[Run]] = {}
+    priced: dict[int, StepPricer] = {}
+    for group, row in zip(outcome.steps.run_group.tolist(), outcome.runs, strict=True):
+        pricer = pricers[group]
+        assert isinstance(pricer, StepPricer)
+        by_pricer.setdefault(id(pricer), []).append(row)
+        priced[id(pricer)] = pricer
+    out: Explanation | None = None
+    for key, runs in by_pricer.items():
+        one = explain(runs, priced[key])
+        if out is None:
+            out = one
+        else:
+            out.add(one)
+    return out
+
+
+def _kv_shape(scenario: Scenario, layout: Layout, memory: RankMemory) -> KvShape:
+    model = scenario.model
+    window_layers = sum(kind != "full" for kind in model.attention_kind_of_layer)
+    return KvShape(
+        full_layers=model.num_layers - window_layers,
+        window_layers=window_layers,
+        window=max(model.window_of_layer, default=0),
+        block_size=scenario.engine.block_size,
+        capacity=memory.kv_units,
+    )
+
+
+def _tables(
+    scenario: Scenario, layout: Layout, ops: Operators, kv: KvShape
+) -> tuple[DenseTables, AttentionTables | None, AttentionTables | None]:
+    model, engine = scenario.model, scenario.engine
+    dense = DenseTables(model, layout, engine, ops, layout.meets)
+    most = min(kv.token_capacity, engine.max_num_seqs * (engine.max_model_len or model.max_position_embeddings))
+    if kv.window_layers and kv.full_layers:
+        most = min(kv.capacity // kv.full_layers * kv.block_size, engine.max_num_seqs * model.max_position_embeddings)
+    full = window = None
+    size = (engine.max_num_seqs, most + engine.max_num_seqs, engine.max_num_batched_tokens)
+    if dense.full_layers:
+        full = AttentionTables(ops, attention_shape(model, layout.tp, False), *size)
+    if dense.window_layers:
+        inside = min(most, engine.max_num_seqs * kv.window) + engine.max_num_seqs
+        window = AttentionTables(ops, attention_shape(model, layout.tp, True), size[0], inside, size[2])
+    return dense, full, window
+
+
+def _experts(scenario: Scenario, layout: Layout, ops: Operators, stream: RequestStream, seed: int) -> _Experts:
+    model, policies = scenario.model, scenario.policies
+    source = load_routing(scenario.routing, model, scenario.base, seed, policies.routing)
+    context = PlacementContext(
+        num_ranks=layout.ep,
+        num_nodes=max(1, min(layout.nodes, layout.ep)),
+        num_groups=model.num_expert_groups,
+    )
+    weight_LE = source.count_LE().astype(np.float64)
+    placement = policies.placement.place(weight_LE, context)
+    prices = ExpertPrices(model, layout, ops, placement.slots_per_rank)
+    replay = None
+    if _follow_tokens(scenario, source, stream):
+        replay = Replay(source, stream.prompt_tokens, stream.output_tokens, seed)
+    return _Experts(source, placement, prices, replay)
+
+
+def _follow_tokens(scenario: Scenario, source: RoutingSource, stream: RequestStream) -> bool:
+    """Token fidelity, where asked for; `auto` follows tokens of a recorded trace while that stays quick."""
+    if scenario.routing.fidelity != "auto":
+        return scenario.routing.fidelity == "token"
+    ids = int(stream.prompt_tokens.sum() + stream.output_tokens.sum()) * source.num_layers * source.top_k
+    return source.recorded and ids <= _TOKEN_FIDELITY_IDS
+
+
+def _moe_cost(scenario: Scenario, layout: Layout, experts: _Experts | None, seed: int, group: int) -> MoECost:
+    if experts is None:
+        return NoExperts()
+    dispatch = scenario.policies.dispatch
+    if experts.replay is not None:
+        return TokenExperts(experts.source, experts.replay, experts.placement, dispatch, layout, experts.prices, seed)
+    return CountExperts(
+        experts.source,
+        experts.placement,
+        dispatch,
+        layout,
+        experts.prices,
+        scenario.engine.bank_entries,
+        seed,
+    )
+
+
+def check_serves(result: RunResult) -> None:
+    """Raise BadInput where every request was rejected: a run that served nothing has no figures."""
+    if result.outcome is not None and not (result.outcome.requests.target >= 0).any():
+        raise BadInput(
+            Problem(
+                "requests",
+                "every request is longer than max_model_len or the KV cache; shorten them or raise both",
+            )
+        )
