@@ -48,20 +48,26 @@ def max_min_rates(capacity_C: ArrayLike, uses: Sequence[Sequence[int]] | AnyArra
         raise ValueError("capacities must be a vector of numbers >= 0")
     if port.size and (port.min() < 0 or port.max() >= capacity.size):
         raise ValueError(f"ports must lie in [0, {capacity.size}), got {port.min()}..{port.max()}")
+    binds = np.isfinite(capacity[port])
+    flow, port, times = flow[binds], port[binds], times[binds]
     rate_F = np.full(flows, np.inf)
     taken_C = np.zeros(capacity.size)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        while flow.size:
-            users_C = np.bincount(port, weights=times, minlength=capacity.size)
-            share_C = np.where(users_C > 0, np.maximum(capacity - taken_C, 0.0) / users_C, np.inf)
-            level = share_C.min()
-            full_C = (share_C <= level * _TIE) & (users_C > 0)
-            stops_F = np.zeros(flows, np.bool_)
-            stops_F[flow[full_C[port]]] = True
-            rate_F[stops_F] = level
-            stopped = stops_F[flow]
-            taken_C += level * np.bincount(port[stopped], weights=times[stopped], minlength=capacity.size)
-            flow, port, times = flow[~stopped], port[~stopped], times[~stopped]
+    while flow.size:
+        users_C = np.bincount(port, weights=times, minlength=capacity.size)
+        share_C = np.full(capacity.size, np.inf)
+        np.divide(np.maximum(capacity - taken_C, 0.0), users_C, out=share_C, where=users_C > 0)
+        level_F = np.full(flows, np.inf)
+        np.minimum.at(level_F, flow, share_C[port])
+        lowest_C = np.full(capacity.size, np.inf)
+        np.minimum.at(lowest_C, port, level_F[flow])
+        fills_C = share_C <= lowest_C * _TIE
+        stops_F = np.zeros(flows, np.bool_)
+        stops_F[flow[fills_C[port]]] = True
+        rate_F[stops_F] = level_F[stops_F]
+        stopped = stops_F[flow]
+        used = rate_F[flow[stopped]] * times[stopped]
+        taken_C += np.bincount(port[stopped], weights=used, minlength=capacity.size)
+        flow, port, times = flow[~stopped], port[~stopped], times[~stopped]
     return rate_F
 
 
@@ -158,15 +164,11 @@ class Topology:
 
     def host_to_gpu(self, gpu: int) -> Route:
         """Host memory of the GPU's node to the GPU. The profile states no latency for PCIe: 0."""
-        return Route(
-            (self.node_port(gpu // self.cluster.gpus_per_node, "host"), self.gpu_port(gpu, "pcie.in")), 0
-        )
+        return Route((self.node_port(gpu // self.cluster.gpus_per_node, "host"), self.gpu_port(gpu, "pcie.in")), 0)
 
     def gpu_to_host(self, gpu: int) -> Route:
         """A GPU to the host memory of its node."""
-        return Route(
-            (self.gpu_port(gpu, "pcie.out"), self.node_port(gpu // self.cluster.gpus_per_node, "host")), 0
-        )
+        return Route((self.gpu_port(gpu, "pcie.out"), self.node_port(gpu // self.cluster.gpus_per_node, "host")), 0)
 
     def nvme_to_host(self, node: int) -> Route:
         """NVMe to host memory; the same ports carry the way back."""
@@ -175,9 +177,7 @@ class Topology:
     def nvme_to_gpu(self, gpu: int) -> Route:
         """NVMe to a GPU without a stop in host memory (GPUDirect Storage); with one, use the two routes in
         turn."""
-        return Route(
-            (self.node_port(gpu // self.cluster.gpus_per_node, "nvme"), self.gpu_port(gpu, "pcie.in")), 0
-        )
+        return Route((self.node_port(gpu // self.cluster.gpus_per_node, "nvme"), self.gpu_port(gpu, "pcie.in")), 0)
 
 
 # ---- what a collective asks of the ports

@@ -49,9 +49,7 @@ def lexicographic(cases):
             shape=(open_.size, columns.size),
         )
         floor = coo_matrix((-np.ones(open_.size), (np.arange(open_.size), open_)), shape=(open_.size, total))
-        matrix = vstack(
-            [hstack([shared, csr_matrix((shared.shape[0], columns.size))]), hstack([floor, smallest])]
-        )
+        matrix = vstack([hstack([shared, csr_matrix((shared.shape[0], columns.size))]), hstack([floor, smallest])])
         bounds = [(0, None) if np.isnan(r) else (r, r) for r in rate] + [(0, None)] * columns.size
         tight = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
         solved = linprog(

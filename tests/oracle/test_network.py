@@ -53,8 +53,8 @@ def test_latency_does_not_hold_the_link():
 
 
 def test_staggered_arrivals_by_hand():
-    # 1 byte/ns. A (1000 B) runs alone until 400 (600 left), shares with B (1000 B) until A ends at 1600; B has 400
-    # left and ends alone at 2000.
+    # 1 byte/ns. A (1000 B) runs alone until 400 (600 left), shares with B (1000 B) until A ends at 1600; B has
+    # 400 left and ends alone at 2000.
     ends, network, order = run([1e9], [(0, (0,), 1000, 0), (400, (0,), 1000, 0)])
     assert ends == [1600, 2000]
     assert order == [0, 1]
@@ -104,7 +104,7 @@ def test_what_can_never_arrive_is_refused(ports, nbytes, latency):
 def fill(capacity, routes):
     """Max-min rates by raising all rates in turn to the next full link: plain Python, apart from
     moesim.topology."""
-    rate = {f: None for f in routes}
+    rate = dict.fromkeys(routes)
     while any(r is None for r in rate.values()):
         shares = []
         for link, size in enumerate(capacity):
