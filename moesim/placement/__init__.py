@@ -70,14 +70,11 @@ class Placement:
     def __post_init__(self) -> None:
         given = np.asarray(self.slot_to_expert_LS)
         if given.ndim != 2 or not np.issubdtype(given.dtype, np.integer):
-            raise BadInput(
-                f"a placement is an integer array [layers, slots], got {given.dtype} of shape {given.shape}"
-            )
+            raise BadInput(f"a placement is an integer array [layers, slots], got {given.dtype} of shape {given.shape}")
         layers, slots = given.shape
         if self.num_ranks < 1 or slots < 1 or slots % self.num_ranks:
             raise BadInput(
-                f"the number of slots must be a positive multiple of the ranks: slots={slots},"
-                f" ranks={self.num_ranks}"
+                f"the number of slots must be a positive multiple of the ranks: slots={slots}, ranks={self.num_ranks}"
             )
         if layers and (given.min() < 0 or given.max() >= self.num_experts):
             raise BadInput(
@@ -87,8 +84,7 @@ class Placement:
         nodes = self.rank_to_node or (0,) * self.num_ranks
         if len(nodes) != self.num_ranks or nodes[0] < 0 or any(a > b for a, b in itertools.pairwise(nodes)):
             raise BadInput(
-                f"rank_to_node must name a node for each of {self.num_ranks} ranks in increasing order,"
-                f" got {nodes}"
+                f"rank_to_node must name a node for each of {self.num_ranks} ranks in increasing order, got {nodes}"
             )
         object.__setattr__(self, "rank_to_node", tuple(int(n) for n in nodes))
         table_LS = np.array(given, dtype=np.int32, order="C")
@@ -162,9 +158,7 @@ class Placement:
         """The slots of each expert in increasing order (so by rank), padded with -1: int32 [L, E, X]."""
         table = np.full((self.num_layers, self.num_experts, self.max_replicas), -1, np.int32)
         layer_L1 = np.arange(self.num_layers)[:, None]
-        table[layer_L1, self.slot_to_expert_LS, self.replica_index_LS] = np.arange(
-            self.num_slots, dtype=np.int32
-        )
+        table[layer_L1, self.slot_to_expert_LS, self.replica_index_LS] = np.arange(self.num_slots, dtype=np.int32)
         return table
 
     @cached_property
