@@ -9,6 +9,7 @@ input can exhaust the stack. Every value and key keeps its place, so later check
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 import stat
@@ -20,7 +21,7 @@ import yaml
 
 from moesim.errors import BadInput, Problem
 
-__all__ = ["Marks", "YamlPath", "load_yaml", "parse_yaml", "read_text"]
+__all__ = ["Marks", "YamlPath", "dump_yaml", "load_yaml", "parse_yaml", "read_text"]
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 50
@@ -40,6 +41,7 @@ _WORDS: dict[str, bool | None] = {
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _MAX_INT = 1 << 63
 
 
@@ -249,6 +251,8 @@ class _Builder:
                 self._note(place, "merge keys (<<) are not read; write the keys out")
             else:
                 value = self._plain(value, place)
+        elif _SURROGATE.search(event.value):
+            self._note(place, "half of a surrogate pair (\\ud800 to \\udfff) is not text")
         node = _Node(str, place, value)
         if event.anchor is not None:
             self.anchors[event.anchor] = node
@@ -355,3 +359,38 @@ def _convert(root: _Node | None, name: str) -> tuple[Any, Marks]:
                 marks.keys_at[(*path, child_key)] = place
             todo.append((child, (*path, child_key), made, child_key))
     return holder[0], marks
+
+
+def dump_yaml(data: Any) -> str:
+    """Nested dicts, lists and scalars as YAML that `parse_yaml` reads back to the same value."""
+    lines: list[str] = []
+    todo: list[tuple[Any, int, str]] = [(data, -1, "")]
+    while todo:
+        value, indent, lead = todo.pop()
+        if isinstance(value, dict | list) and value:
+            if lead:
+                lines.append(lead)
+            pad = "  " * (indent + 1)
+            items: Any = value.items() if isinstance(value, dict) else [(None, v) for v in value]
+            leads = [pad + "-" if k is None else f"{pad}{_scalar_text(k)}:" for k, _ in items]
+            todo += [
+                (v, indent + 1, first) for first, (_, v) in reversed(list(zip(leads, items, strict=True)))
+            ]
+        else:
+            text = "{}" if value == {} else "[]" if value == [] else _scalar_text(value)
+            lines.append(f"{lead} {text}".strip() if indent < 0 else f"{lead} {text}")
+    return "\n".join(lines) + "\n"
+
+
+_PLAIN_QUOTED = frozenset(map(chr, range(32, 127))) - {'"', "\\"}
+_SAFE_TEXT = re.compile(r"[A-Za-z_./][A-Za-z0-9_./@ -]*(?<! )")
+
+
+def _scalar_text(value: Any) -> str:
+    if not isinstance(value, str):
+        return json.dumps(value, allow_nan=False)
+    if _SAFE_TEXT.fullmatch(value) and value not in _WORDS and not value.startswith((".", "- ")):
+        return value
+    if value.startswith((".", "..")) and _SAFE_TEXT.fullmatch(value) and "/" in value:
+        return value
+    return '"' + "".join(c if c in _PLAIN_QUOTED else f"\\U{ord(c):08X}" for c in value) + '"'

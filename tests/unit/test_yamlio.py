@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moesim.errors import BadInput, Problem
 from moesim.scenario import yamlio
-from moesim.scenario.yamlio import load_yaml, parse_yaml
+from moesim.scenario.yamlio import dump_yaml, load_yaml, parse_yaml
 
 
 def value(text: str) -> Any:
@@ -111,6 +111,7 @@ def test_every_bad_scalar_and_key_is_reported_at_once() -> None:
         ("a: 'x\n", "2:1", "not YAML"),
         ("? [1, 2]\n: 3\n", "1:3", "must be text"),
         ("a: \x00\n", "1:4", "U+0000"),
+        ('a: "\\ud800"\n', "1:4", "surrogate"),
         ("%YAML 3.0\n---\na: 1\n", "1:1", "not YAML"),
     ],
 )
@@ -211,3 +212,27 @@ def test_any_text_is_read_or_refused_in_one_way(text: str) -> None:
 def test_floats_written_by_python_come_back(number: float) -> None:
     assert math.copysign(1, value(repr(number))) == math.copysign(1, number)
     assert value(repr(number)) == number
+
+
+_scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers(min_value=-(2**63) + 1, max_value=2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=20)
+    | st.sampled_from(
+        ["no", "1e-3", "017", "null", "~", ".nan", "<<", "- a", "a: b", "#", "", " x ", "../d/f.csv"]
+    )
+)
+_keys = st.text(max_size=8) | st.sampled_from(["<<", "null", "1", "true"])
+
+
+@given(
+    st.recursive(
+        _scalars, lambda c: st.lists(c, max_size=4) | st.dictionaries(_keys, c, max_size=4), max_leaves=20
+    )
+)
+def test_what_is_dumped_is_read_back(data: Any) -> None:
+    text = dump_yaml(data)
+    got = parse_yaml(text, "f.yaml")[0]
+    assert repr(got) == repr(data), text

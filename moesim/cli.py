@@ -1,0 +1,310 @@
+"""The command line: verbs, exit codes, and one line a problem. A user never sees a traceback.
+
+Exit codes: 0 done, 1 our own mistake, 2 bad input, 3 infeasible, 5 out of memory or disk, 130 interrupted.
+Nothing heavy is imported before a verb needs it, so that `moesim --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from moesim import __version__
+from moesim.errors import BadInput, Infeasible, MoesimError, Problem
+
+if TYPE_CHECKING:
+    from moesim.scenario.load import Scenario
+
+__all__ = ["app", "main"]
+
+EXIT_RESOURCES = 5
+EXIT_INTERRUPTED = 130
+COMMANDS = "moesim.commands"
+
+
+class _Group(TyperGroup):
+    """Verbs of this module, then those that installed packages add by an entry point, loaded when called."""
+
+    listing = False
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """The verbs in --help; those of other packages are named without importing them."""
+        self.listing = True
+        try:
+            super().format_commands(ctx, formatter)
+        finally:
+            self.listing = False
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Own verbs in the order of this file, then others by name."""
+        own = list(self.commands)
+        return own + sorted(e.name for e in metadata.entry_points(group=COMMANDS) if e.name not in own)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Our verb, or the one an entry point names: a function or a Typer app."""
+        if cmd_name in self.commands:
+            return self.commands[cmd_name]
+        found = [e for e in metadata.entry_points(group=COMMANDS) if e.name == cmd_name]
+        if found and self.listing:
+            return TyperCommand(cmd_name, help=f"Added by {_package(found[0])}.")
+        return _outside(found[0]) if found else None
+
+
+def _package(entry: metadata.EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else entry.value
+
+
+def _outside(entry: metadata.EntryPoint) -> Any:
+    try:
+        loaded = entry.load()
+    except ImportError as error:
+        raise BadInput(
+            Problem(
+                f"moesim {entry.name}",
+                f"the package {_package(entry)} cannot be loaded: {error}. Install its extras",
+            )
+        ) from None
+    if not isinstance(loaded, typer.Typer):
+        function, loaded = loaded, typer.Typer(add_completion=False, rich_markup_mode=None)
+        loaded.command(entry.name)(function)
+    command = typer.main.get_command(loaded)
+    command.name = entry.name
+    return command
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="moesim",
+    help="Simulate Mixture-of-Experts deployments from recorded traffic, routing and measured hardware.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_File = Annotated[Path, typer.Argument(help="The scenario, a YAML file.", metavar="FILE")]
+_Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one key, such as --set parallel.ep=16. May be repeated.", metavar="KEY=VALUE"),
+]
+_Plugin = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", help="Import this module's POLICIES. May be repeated.", metavar="MODULE"),
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"moesim {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of internal errors.")] = False,
+) -> None:
+    if not debug:
+        sys.excepthook = _one_line
+
+
+@app.command()
+def simulate(
+    file: _File,
+    overrides: _Set = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random draw.", min=0, metavar="N")] = None,
+    out: Annotated[Path, typer.Option(help="Where results/<name>-<hash>/ goes.", metavar="DIR")] = Path("results"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a summary.")] = False,
+    timeline: Annotated[
+        Path | None, typer.Option(help="Write a trace for Perfetto or chrome://tracing.", metavar="FILE")
+    ] = None,
+    plugin: _Plugin = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no summary.")] = False,
+) -> None:
+    """Run a scenario: does it fit, how fast is it, what bounds it."""
+    scenario = _load(file, overrides, seed, plugin)
+    from moesim.results import json_text, replacing_file, write_results
+    from moesim.simulate import check_serves
+    from moesim.simulate import simulate as run
+    from moesim.terminal import progress_bar, summary
+
+    with progress_bar(enabled=not quiet) as advance:
+        result = run(scenario, progress=advance)
+    if result.feasible:
+        check_serves(result)
+    report = result.to_json()
+    if not result.feasible:
+        if as_json:
+            sys.stdout.write(json_text(report))
+        raise Infeasible(list(result.reasons))
+    folder = write_results(result, scenario, out, sys.argv)
+    if timeline is not None:
+        from moesim.timeline import write_timeline
+
+        with replacing_file(timeline) as path:
+            write_timeline(result, path)
+    if as_json:
+        sys.stdout.write(json_text(report))
+    elif not quiet:
+        summary(report, scenario)
+    if not quiet:
+        print(f"results: {folder}", file=sys.stderr if as_json else sys.stdout)
+
+
+def _load(file: Path, overrides: list[str] | None, seed: int | None, plugins: list[str] | None) -> Scenario:
+    if plugins:
+        from moesim.policy import load_plugin
+
+        sys.path.insert(0, str(Path.cwd()))
+        for module in plugins:
+            load_plugin(module)
+    from moesim.scenario.load import load_scenario
+
+    scenario = load_scenario(file, overrides or (), seed)
+    for warning in scenario.warnings:
+        print(f"note: {warning}", file=sys.stderr)
+    return scenario
+
+
+@app.command()
+def check(file: _File, overrides: _Set = None, plugin: _Plugin = None) -> None:
+    """Check a scenario and the files it names without running it."""
+    scenario = _load(file, overrides, None, plugin)
+    from moesim.workload.requests import build_requests
+    from moesim.workload.routing import load_routing
+
+    stream = build_requests(scenario.requests, scenario.base, scenario.seed)
+    notes = list(stream.warnings)
+    if scenario.model.is_moe:
+        notes += load_routing(
+            scenario.routing, scenario.model, scenario.base, scenario.seed, scenario.policies.routing
+        ).warnings
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    p = scenario.parallel
+    print(
+        f"ok: {scenario.name} ({scenario.hash}): {scenario.model.name} on {scenario.cluster.nodes} x "
+        f"{scenario.cluster.gpus_per_node} {scenario.cluster.profile.name}, tp {p.tp}, dp {p.dp}, ep {p.ep}, "
+        f"replicas {p.replicas}; {len(stream.prompt_tokens):,} requests"
+    )
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a scenario file, for editors."""
+    from moesim.results import json_text
+    from moesim.scenario.load import scenario_schema
+
+    sys.stdout.write(json_text(scenario_schema()))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A routing trace (.npz).", metavar="SRC")],
+    target: Annotated[Path, typer.Argument(help="The folder to write.", metavar="DST")],
+) -> None:
+    """Turn a routing trace (.npz) into a folder that large runs map."""
+    from moesim.traces.routing_npz import convert as run
+
+    run(source, target)
+    print(f"written: {target}")
+
+
+@app.command()
+def models() -> None:
+    """List the models that a scenario can name."""
+    from moesim.terminal import model_table
+
+    model_table()
+
+
+@app.command()
+def profiles() -> None:
+    """List the device profiles that a scenario can name."""
+    from moesim.terminal import profile_table
+
+    profile_table()
+
+
+# ---- errors
+
+
+def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In place of a traceback: our own mistake, in one line, and how to see more."""
+    where = ""
+    while trace is not None:
+        where = f" ({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})"
+        trace = trace.tb_next
+    text = " ".join(str(error).split())[:300]
+    print(
+        f"moesim: internal error: {kind.__name__}: {text}{where}. This is a mistake of moesim, not yours; "
+        "run `moesim --debug ...` for the traceback and report it",
+        file=sys.stderr,
+    )
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)  # unwinds, so that unfinished results are removed
+
+
+def _report(error: MoesimError) -> int:
+    if isinstance(error, Infeasible):
+        lines = [f"infeasible: {reason}" for reason in error.reasons]
+    elif isinstance(error, BadInput):
+        lines = [f"error: {problem}" for problem in error.problems]
+    else:
+        lines = [f"error: {error}"]
+    for line in lines:
+        print(" ".join(line.splitlines()), file=sys.stderr)
+    return error.exit_code
+
+
+def _quiet_pipe() -> None:
+    """Whoever read our output is gone: drop the rest, so that the interpreter's last flush is silent too."""
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with its code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    code: int | str | None = 0
+    try:
+        try:
+            typer.main.get_command(app).main(args=arguments, prog_name="moesim")
+        except SystemExit as ended:
+            code = ended.code
+        sys.stdout.flush()
+    except MoesimError as error:
+        code = _report(error)
+    except MemoryError as error:
+        detail = f" ({error})" if str(error) else ""
+        print(f"error: out of memory{detail}; use a smaller input or a machine with more", file=sys.stderr)
+        code = EXIT_RESOURCES
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        _quiet_pipe()
+        code = 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
+        code = EXIT_RESOURCES
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What the parts of a scenario must agree on. Each message: the rule, the facts, the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from moesim.engine_spec import EngineSpec
+from moesim.errors import Problem
+from moesim.hardware import Cluster
+from moesim.model import MoEModel
+from moesim.scenario.spec import ParallelSpec
+from moesim.scenario.yamlio import YamlPath
+
+__all__ = ["cross_checks"]
+
+_Where = Callable[[YamlPath], str]
+
+
+def cross_checks(
+    where: _Where,
+    model: MoEModel,
+    cluster: Cluster,
+    parallel: ParallelSpec,
+    engine: EngineSpec,
+    placement: Any,
+) -> list[Problem]:
+    """Every disagreement between model, cluster, parallel layout, engine limits and placement."""
+    problems = _world(where, cluster, parallel)
+    heads = model.attention.num_heads
+    if heads % parallel.tp:
+        problems.append(
+            Problem(
+                where(("parallel", "tp")),
+                f"parallel.tp must divide the attention heads: tp={parallel.tp}, {model.name} has {heads}. "
+                f"Use {_divisors(heads, cluster.num_ranks)}",
+            )
+        )
+    problems += _experts(where, model, parallel, placement)
+    if engine.max_model_len is not None and engine.max_model_len > model.max_position_embeddings:
+        problems.append(
+            Problem(
+                where(("engine", "max_model_len")),
+                f"engine.max_model_len must not exceed the model's positions: {engine.max_model_len} > "
+                f"{model.max_position_embeddings} of {model.name}. Lower it",
+            )
+        )
+    return problems
+
+
+def _world(where: _Where, cluster: Cluster, parallel: ParallelSpec) -> list[Problem]:
+    ranks = parallel.tp * parallel.dp
+    world = ranks * parallel.replicas
+    if world <= cluster.num_ranks:
+        return []
+    nodes = -(-world // cluster.gpus_per_node)
+    return [
+        Problem(
+            where(("parallel",)),
+            f"the deployment needs replicas * tp * dp = {parallel.replicas} * {parallel.tp} * {parallel.dp}"
+            f" = {world} devices, and the cluster has nodes * gpus_per_node = {cluster.nodes} * "
+            f"{cluster.gpus_per_node} = {cluster.num_ranks}. Lower one or set cluster.nodes to {nodes}",
+        )
+    ]
+
+
+def _experts(where: _Where, model: MoEModel, parallel: ParallelSpec, placement: Any) -> list[Problem]:
+    ranks, ep = parallel.tp * parallel.dp, parallel.ep
+    at = where(("parallel", "ep"))
+    if not model.is_moe:
+        message = f"{model.name} is a dense model and has no experts to spread: ep={ep}. Set parallel.ep to 1"
+        return [Problem(at, message)] if ep > 1 else []
+    if ranks % ep:
+        message = (
+            f"parallel.ep must divide tp * dp: ep={ep}, tp * dp = {ranks}. Use {_divisors(ranks, ranks)}"
+        )
+        return [Problem(at, message)]
+    problems = []
+    redundant = getattr(placement, "num_redundant_experts", 0)
+    slots = model.num_experts + redundant
+    if slots % ep:
+        more = -slots % ep
+        legal = _divisors(slots, ranks, ranks)
+        facts = f"{model.num_experts} experts + {redundant} redundant = {slots} slots"
+        problems.append(
+            Problem(
+                at,
+                f"parallel.ep must divide the expert slots: ep={ep}, {facts}. Use ep {legal}, or "
+                f"num_redundant_experts {redundant + more} with a placement that has replicas (eplb)",
+            )
+        )
+    expert_tp = ranks // ep
+    if model.moe_intermediate_size % expert_tp:
+        legal_ep = [e for e in _all_divisors(ranks) if model.moe_intermediate_size % (ranks // e) == 0]
+        problems.append(
+            Problem(
+                at,
+                f"each expert is split over tp * dp / ep = {ranks} / {ep} = {expert_tp} ranks, which must "
+                f"divide its intermediate size {model.moe_intermediate_size}. Use ep {_listed(legal_ep)}",
+            )
+        )
+    return problems
+
+
+def _all_divisors(number: int) -> list[int]:
+    small = [i for i in range(1, int(number**0.5) + 1) if number % i == 0]
+    return sorted({*small, *(number // i for i in small)})
+
+
+def _divisors(number: int, most: int, also: int | None = None) -> str:
+    """Divisors of `number` up to `most` (that divide `also`, if given), listed."""
+    return _listed([d for d in _all_divisors(number) if d <= most and (also is None or also % d == 0)])
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = numbers if len(numbers) <= 8 else [*numbers[:4], *numbers[-4:]]
+    text = [str(n) for n in shown]
+    if len(numbers) > 8:
+        text.insert(4, "...")
+    return " or ".join([", ".join(text[:-1]), text[-1]]) if len(text) > 1 else text[0]

@@ -1,0 +1,430 @@
+"""A scenario file becomes a frozen `Scenario`, or one BadInput that lists everything wrong with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from moesim.batching import BatchingPolicy
+from moesim.engine_spec import EngineSpec
+from moesim.errors import BadInput, Problem
+from moesim.hardware import Cluster, ClusterSpec, DeviceProfile, ProfileSpec
+from moesim.model import ModelSpec, MoEModel, read_hf_config
+from moesim.placement import PlacementPolicy
+from moesim.policy import load_policy, policy_class, policy_kinds, spec_problems
+from moesim.scenario.checks import cross_checks
+from moesim.scenario.files import NAME, content_hash, find_named, shown
+from moesim.scenario.source import Source, rebase
+from moesim.scenario.spec import (
+    NOT_YET,
+    RESERVED,
+    ModelRef,
+    ParallelSpec,
+    PoliciesSpec,
+    ScenarioSpec,
+    SloSpec,
+)
+from moesim.scenario.yamlio import Marks, YamlPath, load_yaml, parse_yaml
+from moesim.spec import Spec
+from moesim.workload.requests import RequestsSpec
+from moesim.workload.routing import RoutingSpec
+
+__all__ = [
+    "Policies",
+    "Scenario",
+    "load_model",
+    "load_profile",
+    "load_scenario",
+    "load_scenario_text",
+    "scenario_from_dict",
+    "scenario_schema",
+]
+
+FAMILY_KEYS = {
+    "routing": "routing",
+    "placement": "placement",
+    "dispatch": "dispatch",
+    "offload": "offload",
+    "batching": "batching",
+    "balancing": "balancer",
+}
+"""Policy family -> its key under `policies`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policies:
+    """An instance of each family; `kinds` has their names."""
+
+    routing: Any
+    placement: PlacementPolicy
+    dispatch: Any
+    offload: Any
+    batching: BatchingPolicy
+    balancer: Any
+    kinds: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scenario:
+    """Everything `simulate` needs. `base`: the folder that relative paths are named from.
+
+    raw: the mapping as written, with overrides, name and seed in it: what `scenario.yaml` of the results
+    says. resolved: the same with every default, models and files by their content; `hash` is over its
+    canonical JSON, so it does not depend on where files lie.
+    """
+
+    name: str
+    seed: int
+    model: MoEModel
+    cluster: Cluster
+    parallel: ParallelSpec
+    requests: RequestsSpec
+    routing: RoutingSpec
+    policies: Policies
+    engine: EngineSpec
+    slo: SloSpec | None
+    base: Path
+    raw: dict[str, Any]
+    resolved: dict[str, Any]
+    hash: str
+    warnings: tuple[str, ...] = ()
+
+
+def load_scenario(path: str | Path, overrides: Sequence[str] = (), seed: int | None = None) -> Scenario:
+    """Read `path`, apply `a.b=c` overrides and `seed`, check it all. Raises BadInput with every problem."""
+    path = Path(path)
+    data, marks = load_yaml(path)
+    return _load(Source(data, marks), path.parent, path.stem, overrides, seed)
+
+
+def load_scenario_text(
+    text: str, base: Path, overrides: Sequence[str] = (), seed: int | None = None, name: str = "scenario"
+) -> Scenario:
+    """`load_scenario` of YAML text; relative paths are named from `base`."""
+    data, marks = parse_yaml(text, f"{name}.yaml")
+    return _load(Source(data, marks), base, name, overrides, seed)
+
+
+def scenario_from_dict(
+    data: Mapping[str, Any], base: Path, overrides: Sequence[str] = (), seed: int | None = None
+) -> Scenario:
+    """`load_scenario` of a mapping that is already in memory."""
+    copied = json.loads(json.dumps(data, allow_nan=False))
+    return _load(Source(copied, Marks("scenario")), base, "scenario", overrides, seed)
+
+
+def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed: int | None) -> Scenario:
+    source.override(tuple(overrides))
+    _rebase_overrides(source, base)
+    if seed is not None:
+        source.override((f"seed={seed}",))
+    if source.data.get("name") is None:
+        source.data["name"] = stem if NAME.fullmatch(stem) else "scenario"
+    raw = json.loads(json.dumps(source.data))
+    problems = _not_yet(source)
+    for key in [k for k, v in source.data.items() if v is None]:
+        del source.data[key]  # `engine:` with nothing under it says nothing
+    spec = _validate(source, problems)
+    policies = _policies(source, spec.policies, problems) if spec.policies is not None else None
+    model, model_file = _find_model(source, spec.model, base, problems)
+    cluster, profile_file = _find_cluster(source, spec.cluster, base, problems)
+    files = _input_files(source, spec, base, problems)
+    if model is not None and cluster is not None and spec.parallel is not None:
+        engine = spec.engine if spec.engine is not None else EngineSpec()
+        placement = policies.placement if policies is not None else None
+        problems += cross_checks(source.where, model, cluster, spec.parallel, engine, placement)
+    if problems:
+        raise BadInput(_sorted(problems))
+    assert model is not None
+    assert cluster is not None
+    assert policies is not None
+    assert spec.full is not None
+    if policies.routing is None:
+        kind = "grouped_topk" if model.num_expert_groups > 1 else "topk"
+        policies = dataclasses.replace(
+            policies, routing=load_policy("routing", kind), kinds={**policies.kinds, "routing": kind}
+        )
+    resolved = _resolved(spec.full, model, policies, files)
+    resolved["cluster"]["device"] = {"name": cluster.profile.name, "blake2b": _profile_hash(profile_file)}
+    resolved["model"]["file"] = model_file.name if model_file else ""
+    canonical = json.dumps(resolved, sort_keys=True, allow_nan=False, separators=(",", ":"))
+    return Scenario(
+        name=spec.full.name or "scenario",
+        seed=spec.full.seed,
+        model=model,
+        cluster=cluster,
+        parallel=spec.full.parallel,
+        requests=spec.full.requests,
+        routing=spec.full.routing,
+        policies=policies,
+        engine=spec.full.engine,
+        slo=spec.full.slo,
+        base=base,
+        raw=raw,
+        resolved=resolved,
+        hash=hashlib.blake2b(canonical.encode(), digest_size=8).hexdigest(),
+        warnings=model.warnings,
+    )
+
+
+# ---- the mapping
+
+
+def _rebase_overrides(source: Source, base: Path) -> None:
+    """Relative paths given by `--set` may be named from the current folder."""
+    for path in source.overridden:
+        into: Any = source.data
+        for key in path[:-1]:
+            into = into[key]
+        value = into[path[-1]]
+        named = path in (("model",), ("model", "name"), ("cluster", "device"))
+        if isinstance(value, str) and (path[-1] == "path" or (named and "/" in value)):
+            into[path[-1]] = rebase(value, base)
+
+
+def _not_yet(source: Source) -> list[Problem]:
+    """Refuse what is reserved or not simulated yet, one sentence each; such keys are taken out."""
+    problems = []
+    for key in [k for k in source.data if k in RESERVED]:
+        where = source.where((key,), key=True)
+        problems.append(Problem(where, f"{key}: {RESERVED[key]} is not simulated yet; remove the key {key}"))
+        del source.data[key]
+    parts: list[tuple[YamlPath, dict[str, Any]]] = [((), source.data)]
+    parts += [((k,), source.data[k]) for k in ("parallel", "engine") if isinstance(source.data.get(k), dict)]
+    for prefix, part in parts:
+        for key in [k for k in part if k in NOT_YET]:
+            value = part.pop(key)
+            off = value in (None, False, 0, "none", "off") or (NOT_YET[key].startswith("pipe") and value == 1)
+            if not off or isinstance(value, float):
+                path = (*prefix, key)
+                dotted = ".".join(str(p) for p in path)
+                message = f"{dotted}: {NOT_YET[key]} is not simulated yet; remove {dotted}"
+                problems.append(Problem(source.where(path, key=True), message))
+    return problems
+
+
+class _Parts:
+    """The parts of a scenario that could be read; `full` when all could."""
+
+    def __init__(self) -> None:
+        self.full: ScenarioSpec | None = None
+        self.model: ModelRef | None = None
+        self.cluster: ClusterSpec | None = None
+        self.parallel: ParallelSpec | None = None
+        self.requests: RequestsSpec | None = None
+        self.routing: RoutingSpec | None = None
+        self.policies: PoliciesSpec | None = None
+        self.engine: EngineSpec | None = None
+
+
+_PART_SPECS: dict[str, type[Spec]] = {
+    "model": ModelRef,
+    "cluster": ClusterSpec,
+    "parallel": ParallelSpec,
+    "requests": RequestsSpec,
+    "routing": RoutingSpec,
+    "policies": PoliciesSpec,
+    "engine": EngineSpec,
+}
+
+
+def _validate(source: Source, problems: list[Problem]) -> _Parts:
+    """Validate the whole; where that fails, still return each part that is right by itself."""
+    parts = _Parts()
+    try:
+        parts.full = ScenarioSpec.model_validate(source.data)
+    except ValidationError as error:
+        problems += _located(error, source, ScenarioSpec)
+    for name, cls in _PART_SPECS.items():
+        part: Spec | None = getattr(parts.full, name) if parts.full is not None else None
+        if parts.full is None and (name in source.data or name not in ("model", "cluster", "requests")):
+            value = source.data.get(name, {})
+            try:
+                part = cls.model_validate(
+                    {"name": value} if name == "model" and isinstance(value, str) else value
+                )
+            except ValidationError:
+                part = None
+        setattr(parts, name, part)
+    return parts
+
+
+def _located(
+    error: ValidationError, source: Source, cls: type[BaseModel], prefix: YamlPath = ()
+) -> list[Problem]:
+    """pydantic's errors with their places: of the key where it is unknown, else of the value."""
+    unknown = {e["loc"][-1] for e in error.errors() if e["type"] == "extra_forbidden"}
+    return spec_problems(
+        error, lambda loc: source.where(loc, key=bool(loc) and loc[-1] in unknown), cls, prefix
+    )
+
+
+def _sorted(problems: list[Problem]) -> list[Problem]:
+    """By line and column, each once."""
+
+    def key(problem: Problem) -> tuple[str, int, int]:
+        name, *numbers = problem.where.rsplit(":", 2)
+        if len(numbers) == 2 and all(n.isdecimal() for n in numbers):
+            return name, int(numbers[0]), int(numbers[1])
+        return problem.where, 0, 0
+
+    return sorted(dict.fromkeys(problems), key=key)
+
+
+# ---- what it names
+
+
+def _policies(source: Source, spec: PoliciesSpec, problems: list[Problem]) -> Policies | None:
+    made: dict[str, Any] = {}
+    kinds: dict[str, str] = {}
+    for family, key in FAMILY_KEYS.items():
+        value = getattr(spec, key)
+        if value is None:
+            made[key] = None
+            continue
+
+        def where(loc: YamlPath, key: str = key) -> str:
+            return source.where(("policies", key, *loc))
+
+        try:
+            made[key] = load_policy(family, value, where)
+            kinds[key] = value if isinstance(value, str) else value["kind"]
+        except BadInput as error:
+            problems += [Problem(p.where, f"policies.{key}: {p.message}") for p in error.problems]
+    return Policies(**made, kinds=kinds) if len(made) == len(FAMILY_KEYS) else None
+
+
+def _find_model(
+    source: Source, ref: ModelRef | None, base: Path, problems: list[Problem]
+) -> tuple[MoEModel | None, Path | None]:
+    if ref is None:
+        return None, None
+    as_text = isinstance(source.data.get("model"), str)
+    where = source.where(("model",) if as_text else ("model", "name"))
+    try:
+        path = find_named(ref.name, "workloads/models", base, where, "model")
+        model = load_model(path)
+    except BadInput as error:
+        problems += error.problems
+        return None, None
+    dtypes = ref.model_dump(exclude={"name"}, exclude_none=True)
+    if not dtypes:
+        return model, path
+    try:
+        return model.with_dtypes(**dtypes), path
+    except BadInput as error:
+        problems += [Problem(source.where(("model",)), f"model: {p.message}") for p in error.problems]
+        return None, None
+
+
+def load_model(path: Path) -> MoEModel:
+    """A model from a YAML file of `workloads/models`' form or a Hugging Face config.json. Raises BadInput."""
+    name = shown(path)
+    if path.suffix == ".json":
+        return read_hf_config(path)
+    data, marks = load_yaml(name)
+    source = Source(data, marks)
+    try:
+        return ModelSpec.model_validate(source.data).build()
+    except ValidationError as error:
+        raise BadInput(_located(error, source, ModelSpec)) from None
+
+
+def load_profile(path: Path) -> DeviceProfile:
+    """A device profile from a YAML file of `hw_profiles`' form. Raises BadInput."""
+    data, marks = load_yaml(shown(path))
+    source = Source(data, marks)
+    try:
+        spec = ProfileSpec.model_validate(source.data)
+    except ValidationError as error:
+        raise BadInput(_located(error, source, ProfileSpec)) from None
+    return DeviceProfile.from_spec(spec, path.parent, shown(path))
+
+
+def _find_cluster(
+    source: Source, spec: ClusterSpec | None, base: Path, problems: list[Problem]
+) -> tuple[Cluster | None, Path | None]:
+    if spec is None:
+        return None, None
+    where = source.where(("cluster", "device"))
+    try:
+        path = find_named(spec.device, "hw_profiles", base, where, "device profile")
+        return Cluster.from_spec(spec, load_profile(path), source.where(("cluster",))), path
+    except BadInput as error:
+        problems += error.problems
+        return None, None
+
+
+def _profile_hash(path: Path | None) -> str:
+    """Of the profile and of every file beside it that it names itself by (`NAME.yaml`, `NAME.json`...)."""
+    assert path is not None
+    files = sorted(p for p in path.parent.glob(f"{path.stem}*") if p.stem == path.stem or p.suffix == ".json")
+    return hashlib.blake2b("".join(content_hash(f) for f in files).encode(), digest_size=16).hexdigest()
+
+
+def _input_files(source: Source, spec: _Parts, base: Path, problems: list[Problem]) -> dict[str, str]:
+    """Content hashes of `requests.path` and `routing.path`; a missing file is a problem of its place."""
+    hashes: dict[str, str] = {}
+    for part, value in (("requests", spec.requests), ("routing", spec.routing)):
+        name = getattr(value, "path", None)
+        if not isinstance(name, str):
+            continue
+        where = source.where((part, "path"))
+        try:
+            path = base / name
+            if not path.exists():
+                problems.append(Problem(where, f"{part}.path: no such file: {shown(path)}"))
+            else:
+                hashes[part] = content_hash(path)
+        except (OSError, ValueError) as error:
+            problems.append(Problem(where, f"{part}.path: cannot be read: {error}"))
+        except BadInput as error:
+            problems += error.problems
+    return hashes
+
+
+def _resolved(
+    spec: ScenarioSpec, model: MoEModel, policies: Policies, files: dict[str, str]
+) -> dict[str, Any]:
+    """Everything that decides the result, with no path in it."""
+    out: dict[str, Any] = spec.model_dump(mode="json")
+    for part, digest in files.items():
+        out[part]["path"] = {"name": Path(out[part]["path"]).name, "blake2b": digest}
+    out["model"] = json.loads(json.dumps(dataclasses.asdict(model)))
+    out["policies"] = {
+        key: {"kind": policies.kinds[key], **getattr(policies, key).model_dump(mode="json")}
+        for key in FAMILY_KEYS.values()
+    }
+    return out
+
+
+# ---- JSON Schema
+
+
+def scenario_schema() -> dict[str, Any]:
+    """JSON Schema of a scenario file, for editors; policies list the kinds and their parameters."""
+    schema = ScenarioSpec.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "moesim scenario"
+    properties = schema["$defs"]["PoliciesSpec"]["properties"]
+    for family, key in FAMILY_KEYS.items():
+        kinds = policy_kinds(family)
+        options: list[dict[str, Any]] = [{"enum": kinds}] if kinds else []
+        for kind in kinds:
+            option = policy_class(family, kind).model_json_schema(
+                ref_template=f"#/$defs/{family}.{kind}.{{model}}"
+            )
+            for name, definition in option.pop("$defs", {}).items():
+                schema["$defs"][f"{family}.{kind}.{name}"] = definition
+            option["properties"] = {"kind": {"const": kind}, **option.get("properties", {})}
+            option["required"] = ["kind", *option.get("required", [])]
+            options.append(option)
+        properties[key] = {"anyOf": options, "default": properties[key].get("default")}
+    return schema

@@ -1,0 +1,129 @@
+"""What a scenario file may say, as typed values. `load` turns it into a `Scenario`.
+
+A key that is not here is an error; keys of what is not built yet are refused with one sentence each.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from moesim.engine_spec import EngineSpec
+from moesim.hardware import ClusterSpec
+from moesim.model import Dtype
+from moesim.spec import Spec
+from moesim.units import Ms
+from moesim.workload.requests import RequestsSpec
+from moesim.workload.routing import RoutingSpec
+
+__all__ = [
+    "NOT_YET",
+    "RESERVED",
+    "EngineSpec",
+    "ModelRef",
+    "ParallelSpec",
+    "PoliciesSpec",
+    "ScenarioSpec",
+    "SloSpec",
+]
+
+_MAX_RANKS = 1 << 20
+_Degree = Annotated[int, Field(ge=1, le=_MAX_RANKS)]
+
+RESERVED = {
+    "mode": "choosing how to run (search, validation)",
+    "communication": "choosing communication libraries",
+    "rebalance": "moving experts while serving",
+    "tiers": "experts in host memory or NVMe",
+    "tune": "searching settings",
+}
+"""Top-level keys kept for later -> what they will ask for."""
+
+NOT_YET = {
+    "prefix_caching": "prefix caching",
+    "enable_prefix_caching": "prefix caching",
+    "prefix_cache": "prefix caching",
+    "speculative": "speculative decoding",
+    "speculative_config": "speculative decoding",
+    "speculative_tokens": "speculative decoding",
+    "num_speculative_tokens": "speculative decoding",
+    "mtp": "speculative decoding with MTP heads",
+    "pp": "pipeline parallelism",
+    "pipeline_parallel_size": "pipeline parallelism",
+    "disaggregation": "prefill/decode disaggregation",
+    "disaggregated": "prefill/decode disaggregation",
+    "prefill": "prefill/decode disaggregation",
+    "decode": "prefill/decode disaggregation",
+}
+"""Keys of `parallel`, `engine` and the top level that ask for what is not simulated; off is allowed."""
+
+
+class ModelRef(Spec):
+    """`model: NAME`, or a mapping with dtypes to change. NAME: a file of workloads/models or a path."""
+
+    name: Annotated[str, Field(min_length=1, max_length=500)]
+    weight_dtype: Dtype | None = None
+    expert_dtype: Dtype | None = None
+    kv_dtype: Dtype | None = None
+    activation_dtype: Dtype | None = None
+
+
+def _by_name(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class ParallelSpec(Spec):
+    """One replica has tp * dp ranks. Attention: `tp`-way tensor parallel, `dp`-way data parallel. Experts:
+    in `ep` parts, each split over tp * dp / ep ranks. `replicas` of the whole, side by side. `pp`: only 1.
+    """
+
+    tp: _Degree = 1
+    dp: _Degree = 1
+    ep: _Degree = 1
+    replicas: _Degree = 1
+    pp: Literal[1] = 1
+
+
+class SloSpec(Spec):
+    """A request is good when it meets every limit given; goodput counts good requests a second."""
+
+    ttft_ms: Annotated[Ms, Field(gt=0)] | None = None
+    tpot_ms: Annotated[Ms, Field(gt=0)] | None = None
+    itl_ms: Annotated[Ms, Field(gt=0)] | None = None
+    e2e_ms: Annotated[Ms, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> SloSpec:
+        if not self.model_fields_set:
+            raise ValueError("an SLO needs at least one of ttft_ms, tpot_ms, itl_ms, e2e_ms")
+        return self
+
+
+_Policy = str | dict[str, Any]
+
+
+class PoliciesSpec(Spec):
+    """Each a kind (`eplb`) or a mapping with `kind` and its parameters. `routing` None: the model's own."""
+
+    routing: _Policy | None = None
+    placement: _Policy = "contiguous"
+    dispatch: _Policy = "local_first"
+    offload: _Policy = "none"
+    batching: _Policy = "vllm_v1"
+    balancer: _Policy = "round_robin"
+
+
+class ScenarioSpec(Spec):
+    """A deployment, its traffic, its routing, and the policies that run it."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    model: Annotated[ModelRef, BeforeValidator(_by_name, json_schema_input_type=str | ModelRef)]
+    cluster: ClusterSpec
+    parallel: ParallelSpec = Field(default_factory=ParallelSpec)
+    requests: RequestsSpec
+    routing: RoutingSpec = Field(default_factory=RoutingSpec)
+    policies: PoliciesSpec = Field(default_factory=PoliciesSpec)
+    engine: EngineSpec = Field(default_factory=EngineSpec)
+    slo: SloSpec | None = None

@@ -1,0 +1,345 @@
+"""What a person reads: the summary of a run, the progress bar, the lists of models and profiles.
+
+Everything is drawn from the JSON report (`RunResult.to_json()`), so that the screen cannot say what the file does
+not. Plain text where the output is no terminal or NO_COLOR is set; fits any width from 60 columns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import IO, TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from moesim.scenario.load import Scenario
+
+__all__ = ["bound_by", "model_table", "profile_table", "progress_bar", "summary"]
+
+_GIB = 2**30
+_LATENCIES = {
+    "ttft_ms": "time to first token",
+    "tpot_ms": "time per output token",
+    "itl_ms": "gap between tokens",
+    "e2e_ms": "whole request",
+}
+_MEMORY_NAMES = {
+    "dense_weights": "weights, all but experts",
+    "expert_weights": "expert weights",
+    "activations": "activations",
+    "exchange_buffers": "exchange buffers",
+    "runtime": "runtime",
+    "kv_peak": "KV cache at its peak",
+}
+_GRADES = ("measured", "interpolated", "extrapolated", "assumed")
+_CAUSES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "attention": ("attention", ("attention",)),
+    "experts": ("the routed experts", ("experts", "moe")),
+    "network": ("moving tokens between ranks", ("dispatch", "combine", "all_", "reduce_scatter")),
+    "host": ("the engine's work on the host", ("host",)),
+}
+_MENDS = {
+    "attention": "contexts are long for what the batch does",
+    "experts": "more tokens a step would use each expert's weights better",
+    "network": "a faster network, a smaller EP group or fewer nodes would help most",
+    "host": "the steps are short: larger batches or a leaner engine would help most",
+    "dense": "the dense layers' products; more tensor parallelism or a lower precision would help most",
+}
+
+
+def _console(file: IO[str] | None = None, width: int | None = None) -> Console:
+    return Console(file=file or sys.stdout, width=width, highlight=False, soft_wrap=False, emoji=False)
+
+
+def summary(report: dict[str, Any], scenario: Scenario, file: IO[str] | None = None, width: int | None = None) -> None:
+    """Print the summary of a feasible run."""
+    console = _console(file, width)
+    found = report["summary"]
+    _head(console, report, scenario)
+    _speed(console, found)
+    _latency(console, found)
+    _time(console, found)
+    _balance(console, found)
+    _memory(console, found)
+    _links(console, found)
+    _honesty(console, report)
+
+
+# ---- parts of the summary
+
+
+def _head(console: Console, report: dict[str, Any], scenario: Scenario) -> None:
+    p, cluster = scenario.parallel, scenario.cluster
+    console.print(Text(report["name"], style="bold"), Text(f"seed {report['seed']}", style="dim"))
+    layout = f"tp {p.tp}, dp {p.dp}, ep {p.ep}" + (f", {p.replicas} replicas" if p.replicas > 1 else "")
+    console.print(
+        Text(f"{scenario.model.name} on {cluster.nodes} x {cluster.gpus_per_node} {cluster.profile.name}, {layout}")
+    )
+    kinds = scenario.policies.kinds
+    shown = [f"{key} {kinds[key]}" for key in ("batching", "balancer") if key in kinds]
+    if scenario.model.is_moe:
+        shown = [f"{key} {kinds[key]}" for key in ("routing", "placement", "dispatch") if key in kinds] + shown
+    console.print(Text(", ".join(shown), style="dim"))
+
+
+def _section(console: Console, title: str) -> None:
+    console.print()
+    console.print(Text(title, style="bold cyan"))
+
+
+def _speed(console: Console, found: dict[str, Any]) -> None:
+    _section(console, "Speed")
+    rates, intervals = found["throughput"], found["throughput"].get("interval90") or {}
+    table = _table("", ">", "", ">")
+    for name, label in (
+        ("output_tok_per_s", "output tokens/s"),
+        ("output_tok_per_s_per_device", "  of each device"),
+        ("total_tok_per_s", "all tokens/s"),
+        ("req_per_s", "requests/s"),
+    ):
+        if rates.get(name) is not None:
+            table.add_row(label, _number(rates[name]), _range(intervals.get(name)), "")
+    good = found.get("goodput_req_per_s")
+    if good is not None:
+        interval = (found.get("interval90") or {}).get("goodput_req_per_s")
+        table.add_row("good requests/s", _number(good), _range(interval), "")
+    console.print(Padding(table, (0, 0, 0, 2)))
+    requests, tokens = found["requests"], found["tokens"]
+    parts = [f"{requests['completed']:,} requests completed"]
+    parts += [f"{requests[k]:,} {k}" for k in ("rejected", "unfinished", "preempted") if requests.get(k)]
+    text = f"{', '.join(parts)} in {_number(found['duration_s'])} s simulated, {found['steps']:,} steps; "
+    text += f"{tokens['prompt']:,} prompt and {tokens['output']:,} output tokens"
+    console.print(Padding(Text(text, style="dim"), (0, 0, 0, 2)))
+
+
+def _latency(console: Console, found: dict[str, Any]) -> None:
+    if all(found.get(name) is None for name in _LATENCIES):
+        return
+    _section(console, "Latency, ms")
+    table = _table("", ">mean", ">p50", ">p90", ">p99", ">90 % interval of p50")
+    for name, label in _LATENCIES.items():
+        row = found.get(name)
+        if row is not None:
+            figures = [_number(row[key]) for key in ("mean", "p50", "p90", "p99")]
+            table.add_row(label, *figures, _range((row.get("interval90") or {}).get("p50")))
+    console.print(Padding(table, (0, 0, 0, 2)))
+
+
+def _time(console: Console, found: dict[str, Any]) -> None:
+    shares = {k: v for k, v in (found.get("time_share") or {}).items() if v}
+    if not shares:
+        return
+    _section(console, "Where the time goes")
+    ordered = sorted(shares.items(), key=lambda kv: (-kv[1], kv[0]))
+    shown, rest = ordered[:9], ordered[9:]
+    if rest:
+        shown.append((f"{len(rest)} others", sum(share for _, share in rest)))
+    most = max(share for _, share in shown)
+    table = _table("", ">", "")
+    for name, share in shown:
+        table.add_row(name.replace("_", " "), _percent(share), _bar(share / most, max(10, console.width // 3)))
+    console.print(Padding(table, (0, 0, 0, 2)))
+    console.print(Padding(Text(bound_by(found)), (0, 0, 0, 2)))
+
+
+def bound_by(found: dict[str, Any]) -> str:
+    """One sentence: what takes most of a step, how much of it is waiting, and what follows."""
+    shares: dict[str, float] = found.get("time_share") or {}
+    groups = dict.fromkeys((*_CAUSES, "dense"), 0.0)
+    for name, share in shares.items():
+        cause = next((c for c, (_, starts) in _CAUSES.items() if name.startswith(starts)), "dense")
+        groups[cause] += share
+    cause = max(groups, key=lambda c: (groups[c], c))
+    label = _CAUSES[cause][0] if cause in _CAUSES else "the dense layers"
+    text = f"Bound by {label}: {_percent(groups[cause])} of the time"
+    balance = found.get("balance") or {}
+    idle = balance.get("expert_idle_share")
+    if cause == "experts" and idle is not None and idle >= 0.1:
+        return (
+            f"{text}, and {_percent(idle)} of that is waiting for the busiest rank; "
+            "a better placement or redundant experts would help most."
+        )
+    return f"{text}; {_MENDS[cause]}."
+
+
+def _balance(console: Console, found: dict[str, Any]) -> None:
+    balance = found.get("balance")
+    if not balance:
+        return
+    _section(console, "Balance of the experts")
+    lines = [
+        f"busiest rank / mean: {_number(balance['max_over_mean_load'])} in load, "
+        f"{_number(balance['lockstep'])} over all layers and steps"
+    ]
+    if balance.get("expert_idle_share") is not None:
+        lines.append(f"ranks wait {_percent(balance['expert_idle_share'])} of the experts' time for the slowest one")
+    hottest = balance.get("hottest")
+    if hottest:
+        lines.append(
+            f"hottest place: layer {hottest['layer']}, rank {hottest['rank']} with "
+            f"{_number(hottest['max_over_mean_load'])} times the mean, {_percent(hottest['expert_share_of_rank'])} "
+            f"of it from expert {hottest['expert']}"
+        )
+    for line in lines:
+        console.print(Padding(Text(line), (0, 0, 0, 2)))
+
+
+def _memory(console: Console, found: dict[str, Any]) -> None:
+    for tier, use in (found.get("memory") or {}).items():
+        _section(console, f"Memory of a rank, {tier.upper()}")
+        capacity = use["capacity"]
+        table = _table("", ">GiB", "")
+        for name, size in use["by"].items():
+            if size and name != "kv_cache":
+                bar = _bar(size / capacity, max(10, console.width // 3))
+                table.add_row(_MEMORY_NAMES.get(name, name.replace("_", " ")), f"{size / _GIB:.1f}", bar)
+        console.print(Padding(table, (0, 0, 0, 2)))
+        text = f"fits: {use['used'] / _GIB:.1f} of {capacity / _GIB:.1f} GiB used at the peak"
+        if use["by"].get("kv_cache"):
+            share = use["by"].get("kv_peak", 0) / use["by"]["kv_cache"]
+            text += f"; the KV cache has {use['by']['kv_cache'] / _GIB:.1f} GiB and was {_percent(share)} full"
+        console.print(Padding(Text(text), (0, 0, 0, 2)))
+
+
+def _links(console: Console, found: dict[str, Any]) -> None:
+    links = found.get("links")
+    if not links:
+        return
+    _section(console, "Links")
+    for name, link in links.items():
+        text = f"{name}: {_size(link['bytes'])}"
+        if link.get("busy_share") is not None:
+            text += f", tokens on their way {_percent(link['busy_share'])} of the time"
+        console.print(Padding(Text(text), (0, 0, 0, 2)))
+
+
+def _honesty(console: Console, report: dict[str, Any]) -> None:
+    _section(console, "What this rests on")
+    made, found = report["provenance"], report["summary"]
+    shares = made.get("shares") or {}
+    parts = [f"{_percent(shares[g])} {g}" for g in _GRADES if shares.get(g)]
+    lines = [f"times from profile {made['profile']}" + (f": {', '.join(parts)}" if parts else "")]
+    error = found.get("error")
+    if error:
+        lines.append(
+            f"error of a step (1 sigma): {_percent(error['profile'])} profile, {_percent(error['bank'])} routing"
+        )
+    replay = found.get("replay")
+    if replay:
+        total = max(sum(replay.values()), 1)
+        parts = [f"{_percent(count / total)} {name}" for name, count in replay.items()]
+        lines.append(f"routing of the tokens: {', '.join(parts)}")
+    lines += [f"{key}: {made[key]}" for key in ("routing", "requests") if made.get(key)]
+    for line in lines:
+        console.print(Padding(Text(line, style="dim"), (0, 0, 0, 2)))
+    for warning in report.get("warnings") or ():
+        console.print(Padding(Text(f"note: {warning}", style="yellow"), (0, 0, 0, 2)))
+
+
+# ---- figures
+
+
+def _table(*columns: str) -> Table:
+    """A table without lines; a column that starts with `>` is set to the right."""
+    table = Table(box=None, show_header=any(c.lstrip(">") for c in columns), pad_edge=False, header_style="dim")
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.lstrip(">"), justify="right" if right else "left", no_wrap=not table.columns)
+    return table
+
+
+def _number(value: float | None) -> str:
+    """Three or four significant digits, thousands parted."""
+    if value is None:
+        return "-"
+    size = abs(value)
+    if size >= 100:
+        return f"{value:,.0f}"
+    if size >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if size >= 1 or not size else f"{value:.3g}"
+
+
+def _percent(share: float) -> str:
+    text = f"{100 * share:.1f}" if share < 0.0995 else f"{100 * share:.0f}"
+    return f"{text} %"
+
+
+def _range(interval: list[float] | None) -> str:
+    return f"{_number(interval[0])}\N{NO-BREAK SPACE}..\N{NO-BREAK SPACE}{_number(interval[1])}" if interval else ""
+
+
+def _bar(share: float, width: int) -> Text:
+    eighths = round(max(0.0, min(share, 1.0)) * width * 8)
+    return Text("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip(), style="cyan")
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
+        if size < 1000 or unit == "PB":
+            break
+        size /= 1000
+    return f"{_number(size)} {unit}"
+
+
+# ---- the progress bar and the lists
+
+
+@contextlib.contextmanager
+def progress_bar(enabled: bool = True) -> Iterator[Callable[[float], None] | None]:
+    """A bar on stderr while the block runs, on a terminal only; yields what tells it the share that is done."""
+    console = Console(stderr=True)
+    if not enabled or not console.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("simulating"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=1.0)
+        yield lambda share: progress.update(task, completed=share)
+
+
+def model_table(file: IO[str] | None = None, width: int | None = None) -> None:
+    """The models of workloads/models: parameters, layers, experts, attention."""
+    from moesim.scenario.files import home, names_in
+    from moesim.scenario.load import load_model
+
+    table = _table("model", ">total", ">active", ">layers", ">experts", ">top-k", "", "weights")
+    for name in names_in("workloads/models"):
+        m = load_model(home() / "workloads/models" / f"{name}.yaml")
+        experts = (str(m.num_experts), str(m.top_k)) if m.is_moe else ("-", "-")
+        dtypes = [m.weight_dtype, m.expert_dtype] if m.is_moe else [m.weight_dtype]
+        table.add_row(
+            name,
+            _billions(m.total_params()),
+            _billions(m.active_params()),
+            str(m.num_layers),
+            *experts,
+            m.attention.kind,
+            "/".join(dict.fromkeys(dtypes)),
+        )
+    _console(file, width).print(table)
+
+
+def _billions(params: int) -> str:
+    return f"{_number(params / 1e9)} B"
+
+
+def profile_table(file: IO[str] | None = None, width: int | None = None) -> None:
+    """The device profiles of hw_profiles: memory, bandwidth, bf16 rate, links, kind."""
+    from moesim.scenario.files import home, names_in
+    from moesim.scenario.load import load_profile
+
+    table = _table("profile", "times", ">GiB", ">HBM GB/s", ">bf16 TFLOP/s", ">NVLink GB/s", ">NIC GB/s")
+    for name in names_in("hw_profiles"):
+        p = load_profile(home() / "hw_profiles" / f"{name}.yaml")
+        rates = (p.hbm_bytes_per_s / 1e9, p.flop_per_s.get("bf16", 0) / 1e12)
+        links = (p.node.nvlink_bytes_per_s / 1e9, p.node.nic_bytes_per_s / 1e9)
+        table.add_row(name, p.kind, f"{p.memory_bytes / _GIB:.0f}", *map(_number, (*rates, *links)))
+    _console(file, width).print(table)
