@@ -15,6 +15,7 @@ from typing import Any
 from moesim.architecture import Attention, LayerKind, MoEModel
 from moesim.errors import BadInput, Problem
 from moesim.hf_families import (
+    DENSE_TYPES,
     FAMILIES,
     FLOATS,
     KIND_OF,
@@ -196,7 +197,7 @@ class _Reader:
         kv = self._int("num_kv_heads", heads, high=1 << 16)
         if keys.flag(("multi_query",), False) and not keys.used.get("num_kv_heads"):
             kv = 1
-        if keys.raw("head_dim") is None and keys.raw("d_kv") is None and hidden % heads:
+        if keys.raw("head_dim") is None and keys.raw("d_kv") is None and hidden % heads and not keys.problems:
             keys.wrong(
                 keys.used.get("num_heads", "num_attention_heads"),
                 f"without head_dim, heads must divide the hidden size: {heads} heads, hidden size {hidden}",
@@ -253,11 +254,18 @@ class _Reader:
         }
 
     def _really_dense(self, experts: int) -> None:
-        """Refuse to read as dense what speaks of experts."""
-        for key, value in self.keys.config.items():
-            speaks = "expert" in key or key.startswith("moe_")
-            if experts == 0 and speaks and type(value) is int and value > 1:
-                self.keys.wrong(key, f"{value}, but the number of experts is missing (num_experts or alike)")
+        """Refuse to read as dense what is known to have experts or speaks of them."""
+        if experts or self.model_type in DENSE_TYPES:
+            return
+        if self.model_type in FAMILIES:
+            self._int("num_experts")
+            return
+        for holder in (self.keys.config, *self.keys.config.values()):
+            for key, value in holder.items() if isinstance(holder, dict) else ():
+                speaks = "expert" in str(key) or str(key).startswith("moe_")
+                if speaks and type(value) is int and value > 1:
+                    message = f"{value}, but the number of experts is missing (num_experts or alike)"
+                    self.keys.wrong(ascii(key)[1:-1], message)
 
     def _dense_size(self, intermediate: int) -> int:
         names = (

@@ -12,7 +12,7 @@ from typing import Literal
 from moesim.architecture import LayerKind
 from moesim.dtypes import Dtype
 
-__all__ = ["FAMILIES", "FLOATS", "KIND_OF", "NAMES", "REFUSED_KEYS", "REFUSED_TYPES", "Family"]
+__all__ = ["DENSE_TYPES", "FAMILIES", "FLOATS", "KIND_OF", "NAMES", "REFUSED_KEYS", "REFUSED_TYPES", "Family"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,11 @@ FAMILIES: dict[str, Family] = {
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
 }  # fmt: skip
+
+# Known types without experts; every other known type must say how many it has.
+DENSE_TYPES = frozenset(
+    ("llama", "mistral", "granite", "qwen2", "qwen3", "qwen3_vl_text", "gemma", "gemma2", "gemma3_text")
+)
 
 NAMES: dict[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers", "n_layers", "n_layer", "num_layers"),

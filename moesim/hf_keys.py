@@ -75,7 +75,7 @@ class Keys:
         if isinstance(value, list) and value and all(v == value[0] and type(v) is int for v in value):
             value = value[0]
         if isinstance(value, list):
-            self.wrong(name, "values that differ from layer to layer are not modelled; one whole number is needed")
+            self.wrong(name, "one whole number is needed; layers that differ in it are not modelled")
             return low
         if isinstance(value, float) and value.is_integer():
             value = int(value)

@@ -129,7 +129,7 @@ def _compressed(config: dict[str, Any]) -> Dtype | None:
 
 
 def _group_dtype(name: str, group: Any) -> Dtype:
-    key = f"config_groups.{name}"
+    key = f"config_groups.{ascii(name)[1:-1]}"
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
         raise Unreadable(key, "a group needs `weights`")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,19 +17,25 @@ MAX_JSON_BYTES = 16 << 20
 MAX_JSON_DEPTH = 64
 _LIMIT = f"a JSON file of at most {MAX_JSON_BYTES} bytes is read"
 _MAX_DIGITS = 40
-_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+# Possessive, and an open string runs to the end of the text: linear in the length whatever is written.
+_STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 
 
 def load_json(path: Path) -> tuple[Any, str]:
     """Read a file into (value, text). Raises BadInput with `file:line:col` where JSON gives one."""
     try:
-        size = path.stat().st_size
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):
+            raise BadInput("a regular file is needed", str(path))
+        size = facts.st_size
         if size > MAX_JSON_BYTES:
             raise BadInput(f"{_LIMIT}; this one has {size}", str(path))
         with path.open("rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
         raise BadInput(f"cannot be read: {error.strerror or error}", str(path)) from None
+    except ValueError as error:  # a path with a null byte
+        raise BadInput(f"cannot be read: {error}", repr(str(path))) from None
     if len(data) > MAX_JSON_BYTES:
         raise BadInput(f"{_LIMIT}; this one is longer", str(path))
     try:
