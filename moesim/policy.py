@@ -69,11 +69,7 @@ def did_you_mean(name: object, known: Sequence[str]) -> str:
 def _built_in(family: str) -> tuple[str, ...]:
     """Names of the files in moesim/<family>/ that define a class Policy."""
     files = (Path(__file__).parent / family).glob("*.py")
-    kinds = (
-        f.stem
-        for f in files
-        if _KIND_FILE.fullmatch(f.stem) and _POLICY_CLASS.search(f.read_bytes()) is not None
-    )
+    kinds = (f.stem for f in files if _KIND_FILE.fullmatch(f.stem) and _POLICY_CLASS.search(f.read_bytes()) is not None)
     return tuple(sorted(kinds))
 
 
@@ -81,9 +77,7 @@ def _built_in(family: str) -> tuple[str, ...]:
 def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
     """Installed packages' entry points by `family.kind`; the first in sorted order has a name given twice."""
     found: dict[str, importlib.metadata.EntryPoint] = {}
-    for entry in sorted(
-        importlib.metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda e: (e.name, e.value)
-    ):
+    for entry in sorted(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda e: (e.name, e.value)):
         found.setdefault(entry.name, entry)
     return found
 
@@ -91,9 +85,7 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
 def policy_kinds(family: str) -> list[str]:
     """Every kind of `family` that can be named: our files, entry points, loaded plugins; sorted."""
     outside = [n.partition(".") for n in (*_entry_points(), *_plugins)]
-    return sorted(
-        {*_built_in(_family(family)), *(kind for fam, _, kind in outside if fam == family and kind)}
-    )
+    return sorted({*_built_in(_family(family)), *(kind for fam, _, kind in outside if fam == family and kind)})
 
 
 def _family(family: str) -> str:
@@ -106,9 +98,7 @@ def policy_class(family: str, kind: str) -> type[Spec]:
     """The class behind `kind`, imported now. Raises BadInput for an unknown kind or a broken plugin."""
     name = f"{_family(family)}.{kind}"
     if kind in _built_in(family):
-        return _checked(
-            getattr(importlib.import_module(f"moesim.{family}.{kind}"), "Policy", None), name, "moesim"
-        )
+        return _checked(getattr(importlib.import_module(f"moesim.{family}.{kind}"), "Policy", None), name, "moesim")
     if name in _plugins:
         return _plugins[name]
     entry = _entry_points().get(name)
@@ -130,9 +120,7 @@ def _dist_name(entry: importlib.metadata.EntryPoint) -> str:
 
 def _checked(cls: object, name: str, origin: str) -> type[Spec]:
     if not (isinstance(cls, type) and issubclass(cls, Spec)):
-        raise BadInput(
-            f"a policy is a class derived from moesim.spec.Spec, but {name} of {origin} is {cls!r}"
-        )
+        raise BadInput(f"a policy is a class derived from moesim.spec.Spec, but {name} of {origin} is {cls!r}")
     return cls
 
 
@@ -151,12 +139,9 @@ def load_plugin(module_name: str) -> list[str]:
         ) from error
     policies = getattr(module, "POLICIES", None)
     if not isinstance(policies, Mapping) or not policies:
-        raise BadInput(
-            f'the plugin {module_name!r} needs POLICIES = {{"family.kind": Policy, ...}}, has {policies!r}'
-        )
+        raise BadInput(f'the plugin {module_name!r} needs POLICIES = {{"family.kind": Policy, ...}}, has {policies!r}')
     checked = {
-        _outside_name(name, cls, module_name): _checked(cls, name, module_name)
-        for name, cls in policies.items()
+        _outside_name(name, cls, module_name): _checked(cls, name, module_name) for name, cls in policies.items()
     }
     _plugins.update(checked)
     return sorted(checked)
@@ -171,9 +156,7 @@ def _outside_name(name: object, cls: object, module_name: str) -> str:
             f" lower-case letters, digits, - and _, family one of {', '.join(FAMILIES)}"
         )
     if kind in _built_in(family) or _plugins.get(name, cls) is not cls:
-        raise BadInput(
-            f"the plugin {module_name!r} takes the name {name}, which exists already. Choose another kind."
-        )
+        raise BadInput(f"the plugin {module_name!r} takes the name {name}, which exists already. Choose another kind.")
     return name
 
 
@@ -256,9 +239,7 @@ def _words(item: dict[str, Any], path: Loc, parents: list[type[BaseModel]]) -> s
     kind, given = item["type"], item.get("input")
     if kind in _WRONG_KEY:
         known = sorted({name for parent in parents for name in _fields(parent)})
-        return f"unknown key {path[-1] if path else given!r}." + (
-            did_you_mean(path[-1], known) if parents else ""
-        )
+        return f"unknown key {path[-1] if path else given!r}." + (did_you_mean(path[-1], known) if parents else "")
     if kind == "missing":
         return "is required and not given"
     if kind in ("value_error", "assertion_error"):
@@ -307,9 +288,7 @@ def _step(annotation: Any, part: str | int) -> list[Any]:
         return []
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (list, tuple, set, frozenset) or (isinstance(origin, type) and issubclass(origin, Sequence)):
-        return (
-            [b for a in arguments if a is not Ellipsis for b in _branches(a)] if isinstance(part, int) else []
-        )
+        return [b for a in arguments if a is not Ellipsis for b in _branches(a)] if isinstance(part, int) else []
     if isinstance(origin, type) and issubclass(origin, Mapping) and len(arguments) == 2:
         return _branches(arguments[1])
     return []

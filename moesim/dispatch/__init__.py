@@ -81,9 +81,7 @@ def flat_expert(expert_TLK: AnyArray, placement: Placement) -> IntArray:
     return expert_TLK.astype(np.int64) + offset_L11
 
 
-def split(
-    count_LE: ArrayLike, placement: Placement, kind: Literal["first", "uniform"] = "uniform"
-) -> IntArray:
+def split(count_LE: ArrayLike, placement: Placement, kind: Literal["first", "uniform"] = "uniform") -> IntArray:
     """Tokens per slot from tokens per expert: [..., L, E] integers -> int64 [..., L, S]; sums by expert are
     kept.
 
@@ -119,9 +117,7 @@ def split_local(count_GLE: ArrayLike, placement: Placement) -> IntArray:
     return out
 
 
-def _split_near(
-    count_LE: IntArray, expert_LS: IntArray, near_S: IntArray, experts: int, turn: int
-) -> IntArray:
+def _split_near(count_LE: IntArray, expert_LS: IntArray, near_S: IntArray, experts: int, turn: int) -> IntArray:
     """One source rank of `split_local`. near_S: 2 on the rank, 1 on its node, 0 elsewhere. -> [L, S]"""
     layers, slots = expert_LS.shape
     layer_LS = np.broadcast_to(np.arange(layers)[:, None], (layers, slots))

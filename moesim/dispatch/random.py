@@ -31,9 +31,7 @@ class Policy(Spec):
         tokens, layers, choices = flat.shape
         bits = hash_TLK(seed, np.arange(tokens) if token_T is None else token_T, layers, choices)
         replica = draw_below(bits, placement.replica_count_LE.ravel()[flat])
-        slot_TLK: NDArray[np.int32] = placement.expert_to_slots_LEX.ravel()[
-            flat * placement.max_replicas + replica
-        ]
+        slot_TLK: NDArray[np.int32] = placement.expert_to_slots_LEX.ravel()[flat * placement.max_replicas + replica]
         return slot_TLK
 
     def split(self, count_LE: IntArray, placement: Placement) -> IntArray:
