@@ -17,7 +17,7 @@ __all__ = ["Client", "read_clients"]
 
 _NAME = re.compile(r"chunk-([0-9]{1,9})-(trace\.csv|dataset\.json)")
 _MAX_MEMBER_BYTES = 64 * 2**20
-_MAX_TOTAL_BYTES = 256 * 2**20
+_MAX_TOTAL_BYTES = 128 * 2**20
 _MAX_MEMBERS = 20_000
 
 
@@ -82,9 +82,7 @@ def _from_archive(path: Path) -> dict[tuple[int, str], bytes]:
                 if match is None:
                     continue
                 if not member.isreg() or member.issparse():
-                    findings.add(
-                        member.name, "a regular file is needed, but the archive has a link or a special file"
-                    )
+                    findings.add(member.name, "a regular file is needed, but the archive has a link or a special file")
                 elif member.size > _MAX_MEMBER_BYTES or member.offset_data + member.size > len(data):
                     findings.add(
                         member.name,

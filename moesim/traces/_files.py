@@ -16,6 +16,7 @@ __all__ = ["MAX_FILE_BYTES", "Findings", "checked_text", "gunzip", "read_file", 
 
 MAX_FILE_BYTES = 512 * 2**20
 _SHOWN = 20
+_MAX_BRACKETS = 5_000_000  # an empty list takes 3 bytes of a file and 64 of memory
 _BINARY = {
     b"PK\x03\x04": "a zip archive",
     b"PAR1": "a parquet file",
@@ -62,9 +63,7 @@ def read_file(path: Path, most_bytes: int = MAX_FILE_BYTES) -> bytes:
             raise BadInput("a regular file is needed, but this is a device, pipe or socket", str(path))
         size = path.stat().st_size
         if size > most_bytes:
-            raise BadInput(
-                f"a file may have at most {most_bytes:,} bytes, this one has {size:,}; cut it", str(path)
-            )
+            raise BadInput(f"a file may have at most {most_bytes:,} bytes, this one has {size:,}; cut it", str(path))
         with path.open("rb") as handle:
             data = handle.read(most_bytes + 1)
     except (OSError, ValueError) as error:
@@ -82,9 +81,7 @@ def _missing(path: Path) -> str:
         return "no such file: its folder does not exist either"
     names = sorted(entry.name for entry in folder.iterdir())
     near = get_close_matches(path.name, names, n=1, cutoff=0.5)
-    return "no such file" + (
-        f"; did you mean {near[0]!r}?" if near else "; nothing in its folder has a similar name"
-    )
+    return "no such file" + (f"; did you mean {near[0]!r}?" if near else "; nothing in its folder has a similar name")
 
 
 def gunzip(data: bytes, most_bytes: int, where: str) -> bytes:
@@ -121,9 +118,7 @@ def checked_text(data: bytes, where: str) -> bytes:
         raise BadInput("the file is empty", where)
     nul = data.find(b"\0")
     if nul >= 0:
-        raise BadInput(
-            "a text file is needed, but there is a NUL byte", f"{where}:{data[:nul].count(10) + 1}"
-        )
+        raise BadInput("a text file is needed, but there is a NUL byte", f"{where}:{data[:nul].count(10) + 1}")
     if not data.isascii():
         try:
             data.decode("utf-8")
@@ -164,6 +159,8 @@ _decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_consta
 
 def strict_json(text: str) -> Any:
     """JSON without duplicate keys, NaN or infinity. Raises ValueError (JSONDecodeError knows the line)."""
+    if text.count("[") + text.count("{") > _MAX_BRACKETS:
+        raise ValueError(f"more than {_MAX_BRACKETS:,} lists and objects")
     try:
         return _decoder.decode(text)
     except RecursionError:

@@ -20,14 +20,15 @@ from moesim.errors import BadInput
 from moesim.traces._files import Findings, checked_text, read_file, text_lines
 from moesim.workload.generators import MAX_REQUESTS, MAX_TOKENS
 
-__all__ = ["MAX_SECONDS", "Cells", "Column", "Table", "labels", "read_table", "seconds", "tokens"]
+__all__ = ["MAX_SECONDS", "NUMBER", "Cells", "Column", "Table", "labels", "read_table", "seconds", "tokens"]
 
 MAX_SECONDS = 1e11
 """Largest time stamp in seconds; the Unix clock is at 1.8e9."""
 _MAX_LINE = 2**20
+_MAX_CELLS = 1000
 _CHUNK = 65_536
 _DIGITS = re.compile(r"[0-9]{1,18}")
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
+NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def tokens(least: int) -> Cells:
         if not _DIGITS.fullmatch(text):
             if not text:
                 raise ValueError("a number of tokens is missing")
-            if _NUMBER.fullmatch(text):
+            if NUMBER.fullmatch(text):
                 if text.lstrip("+-").isdigit() and not text.startswith("-"):
                     raise ValueError(f"at most {MAX_TOKENS:,} tokens, got {_shown(text)}")
                 why = "must not be negative" if text.startswith("-") else "must be written as a whole number"
@@ -104,7 +105,7 @@ def _one_second(text: str) -> float:
     text = text.strip()
     if not text:
         raise ValueError("a time in seconds is missing")
-    if not _NUMBER.fullmatch(text):
+    if not NUMBER.fullmatch(text):
         raise ValueError(f"a time in seconds is needed, got {_shown(text)}")
     value = float(text)
     if not 0 <= value <= MAX_SECONDS:
@@ -113,7 +114,7 @@ def _one_second(text: str) -> float:
 
 
 def _many_seconds(texts: Sequence[str]) -> AnyArray:
-    if not all(map(_NUMBER.fullmatch, texts)):
+    if not all(map(NUMBER.fullmatch, texts)):
         raise ValueError
     values = np.array(list(map(float, texts)), dtype=np.float64)
     if not (float(values.min()) >= 0 and float(values.max()) <= MAX_SECONDS):
@@ -131,9 +132,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s_]+", "_", name.strip().lower())
 
 
-def _find_columns(
-    header: list[str], columns: Sequence[Column], findings: Findings, line: int
-) -> dict[str, int]:
+def _find_columns(header: list[str], columns: Sequence[Column], findings: Findings, line: int) -> dict[str, int]:
     """Where each column stands. Missing, doubled and misspelt ones become findings."""
     plain = [_plain(name) for name in header]
     place: dict[str, int] = {}
@@ -150,9 +149,7 @@ def _find_columns(
             missing.append(column)
     if not missing:
         return place
-    if all(
-        _NUMBER.fullmatch(cell.strip()) or not cell.strip() or cell.strip()[0].isdigit() for cell in header
-    ):
+    if all(NUMBER.fullmatch(cell.strip()) or not cell.strip() or cell.strip()[0].isdigit() for cell in header):
         wanted = ",".join(column.name for column in columns if column.required)
         findings.add(
             line,
@@ -181,6 +178,9 @@ def _records(data: bytes, findings: Findings) -> Iterator[tuple[list[str], int]]
     reader = csv.reader(text_lines(data, findings.path, _MAX_LINE), strict=True)
     try:
         for row in reader:
+            if len(row) > _MAX_CELLS:
+                message = f"a line may have at most {_MAX_CELLS:,} cells, this one has {len(row):,}"
+                raise BadInput(message, f"{findings.path}:{reader.line_num}")
             if len(row) > 1 or (row and row[0].strip()):
                 yield row, reader.line_num
     except csv.Error as error:
@@ -205,11 +205,7 @@ def _chunk(
     out: dict[str, list[Any]] = {name: [] for name in columns}
     for row, line in zip(rows, lines, strict=True):
         if len(row) != width:
-            what = (
-                "the last line is cut off"
-                if line == last_line and len(row) < width
-                else "the line does not fit"
-            )
+            what = "the last line is cut off" if line == last_line and len(row) < width else "the line does not fit"
             findings.add(line, f"{what}: {len(row)} cells, but the header has {width}")
             continue
         for name, (i, cells) in columns.items():
@@ -217,11 +213,7 @@ def _chunk(
                 out[name].append(cells.one(row[i]))
             except ValueError as error:
                 findings.add(line, f"column '{name}': {error}")
-    return {
-        name: np.array(out[name], dtype=cells.dtype)
-        for name, (_, cells) in columns.items()
-        if not findings.count
-    }
+    return {name: np.array(out[name], dtype=cells.dtype) for name, (_, cells) in columns.items() if not findings.count}
 
 
 def read_table(path: Path, columns: Sequence[Column]) -> Table:
@@ -231,9 +223,7 @@ def read_table(path: Path, columns: Sequence[Column]) -> Table:
     data = checked_text(read_file(path), str(path))
     num_lines = data.count(b"\n") + (not data.endswith(b"\n"))
     if num_lines > MAX_REQUESTS + 1:
-        raise BadInput(
-            f"a trace may have at most {MAX_REQUESTS:,} rows, this one has {num_lines:,} lines", str(path)
-        )
+        raise BadInput(f"a trace may have at most {MAX_REQUESTS:,} rows, this one has {num_lines:,} lines", str(path))
     last_line = data.rstrip().count(b"\n") + 1
     findings = Findings(path)
     records = _records(data, findings)

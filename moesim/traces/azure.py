@@ -20,9 +20,7 @@ from moesim.workload.requests import TRACE_OPTIONS, RawRequests, ReadOptions
 __all__ = ["OPTIONS", "read"]
 
 OPTIONS = TRACE_OPTIONS
-_STAMP = re.compile(
-    r"(?:19|20)[0-9]{2}-[01][0-9]-[0-3][0-9][ T][0-2][0-9]:[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,9})?"
-)
+_STAMP = re.compile(r"(?:19|20)[0-9]{2}-[01][0-9]-[0-3][0-9][ T][0-2][0-9]:[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,9})?")
 _UTC = re.compile(r"(?:Z|\+00:?00)$")
 
 

@@ -36,9 +36,7 @@ def read(path: Path, options: ReadOptions) -> RawRequests:
     done = values["Response tokens"] > 0
     findings = Findings(path)
     for line in table.line[done & (values["Request tokens"] == 0)]:
-        findings.add(
-            int(line), "column 'Request tokens': a request that was answered has at least 1 token, got 0"
-        )
+        findings.add(int(line), "column 'Request tokens': a request that was answered has at least 1 token, got 0")
     if not done.any():
         findings.add(None, f"all {len(done):,} requests failed (0 response tokens): none is left to simulate")
     findings.raise_if_any()
@@ -54,8 +52,6 @@ def read(path: Path, options: ReadOptions) -> RawRequests:
         arrival_ns=np.rint((second - second.min()) * 1e9).astype(np.int64),
         prompt_tokens=values["Request tokens"][done],
         output_tokens=values["Response tokens"][done],
-        session_id=np.full(len(second), -1, dtype=np.int64)
-        if session is None
-        else session_ids(session[done]),
+        session_id=np.full(len(second), -1, dtype=np.int64) if session is None else session_ids(session[done]),
         warnings=tuple(warnings),
     )

@@ -49,9 +49,7 @@ def read(path: Path, options: ReadOptions) -> RawRequests:
     data = checked_text(read_file(path), str(path))
     num_lines = data.count(b"\n")
     if num_lines > MAX_REQUESTS:
-        raise BadInput(
-            f"a trace may have at most {MAX_REQUESTS:,} rows, this one has {num_lines:,}", str(path)
-        )
+        raise BadInput(f"a trace may have at most {MAX_REQUESTS:,} rows, this one has {num_lines:,}", str(path))
     last_line = data.rstrip().count(b"\n") + 1
     findings = Findings(path)
     rows: list[tuple[float, int, int, bool]] = []
@@ -61,11 +59,7 @@ def read(path: Path, options: ReadOptions) -> RawRequests:
         try:
             rows.append(_row(line))
         except ValueError as error:
-            cut = (
-                "the last line is cut off: "
-                if number == last_line and not line.rstrip().endswith("}")
-                else ""
-            )
+            cut = "the last line is cut off: " if number == last_line and not line.rstrip().endswith("}") else ""
             findings.add(number, f"{cut}{error}")
     findings.raise_if_any()
     stamp_ms, prompt, output, hashed = zip(*rows, strict=True)
@@ -78,9 +72,7 @@ def read(path: Path, options: ReadOptions) -> RawRequests:
     )
     warnings: tuple[str, ...] = ()
     if any(hashed):
-        warnings = (
-            f"{path.name}: hash_ids are ignored: prefixes are not cached, prompts are computed in full",
-        )
+        warnings = (f"{path.name}: hash_ids are ignored: prefixes are not cached, prompts are computed in full",)
     return RawRequests(
         arrival_ns=arrival_ns,
         prompt_tokens=np.array(prompt, dtype=np.int64),

@@ -32,6 +32,7 @@ from moesim.rng import generator
 from moesim.traces._chunks import Client, read_clients
 from moesim.traces._files import Findings, checked_text, strict_json
 from moesim.traces._json import near_key, shown
+from moesim.traces._table import NUMBER
 from moesim.units import s_to_ns
 from moesim.workload.generators import MAX_REQUESTS, MAX_SPAN_S, MAX_TOKENS, did_you_mean
 from moesim.workload.requests import TRACE_OPTIONS, RawRequests, ReadOptions
@@ -69,10 +70,9 @@ class _Window:
 
 
 def _number(text: str, what: str, least: float, most: float) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise ValueError(f"{what}: a number is needed, got {shown(text)}") from None
+    if not NUMBER.fullmatch(text.strip()):
+        raise ValueError(f"{what}: a number is needed, got {shown(text)}")
+    value = float(text)
     if not least <= value <= most:
         raise ValueError(f"{what}: from {least:g} to {most:g}, got {shown(text)}")
     return value
@@ -90,9 +90,7 @@ def _row(line: str) -> tuple[float, float, str, float]:
     if not rate:
         return start, 0.0, "", 0.0
     if family.lower() not in _FAMILIES:
-        raise ValueError(
-            f"arrival family {shown(family)} is not known; {did_you_mean(family, _FAMILIES.values())}"
-        )
+        raise ValueError(f"arrival family {shown(family)} is not known; {did_you_mean(family, _FAMILIES.values())}")
     shape = _number(cells[4], "shape", 1e-6, 1e9)
     _number(cells[5], "scale", 0, 1e300)
     return start, rate, _FAMILIES[family.lower()], shape
@@ -112,9 +110,7 @@ def _windows(client: Client, path: Path, findings: Findings) -> list[_Window]:
         try:
             row = _row(line)
             if rows and row[0] <= rows[-1][1][0]:
-                raise ValueError(
-                    f"windows must start one after the other: {row[0]:g} s after {rows[-1][1][0]:g} s"
-                )
+                raise ValueError(f"windows must start one after the other: {row[0]:g} s after {rows[-1][1][0]:g} s")
             rows.append((number, row))
         except ValueError as error:
             findings.add(f"{name}:{number}", str(error))
@@ -163,7 +159,7 @@ class _Dataset:
                     "", f"period {key}: an object with {' and '.join(_FIELDS)} is needed, got {shown(fields)}"
                 )
             else:
-                self._periods[int(key)] = fields
+                self._periods[int(key)] = {name: fields[name] if name in _FIELDS else None for name in fields}
         self._periods = dict(sorted(self._periods.items()))
 
     def _problem(self, place: str, message: str) -> None:
@@ -249,9 +245,7 @@ def _draw(window: _Window, dataset: _Dataset, seed: int) -> tuple[IntArray, IntA
         return None
     start_ns, duration_ns = s_to_ns(window.start_s), s_to_ns(window.duration_s)
     inside = np.minimum((_places(window, count, rng) * duration_ns).astype(np.int64), duration_ns - 1)
-    prompt, output = (
-        tokens[np.searchsorted(cdf, rng.random(count), side="right")] for tokens, cdf in lengths
-    )
+    prompt, output = (tokens[np.searchsorted(cdf, rng.random(count), side="right")] for tokens, cdf in lengths)
     return start_ns + inside, prompt, output
 
 
@@ -296,9 +290,7 @@ def read(path: Path, options: ReadOptions) -> RawRequests:
         dataset = datasets[window.client]
         if dataset.at(window.start_s) is None and not dataset.broken:
             place = f"chunk-{window.client}-trace.csv:{window.line}"
-            findings.add(
-                place, f"the window has a rate but chunk-{window.client}-dataset.json has no lengths for it"
-            )
+            findings.add(place, f"the window has a rate but chunk-{window.client}-dataset.json has no lengths for it")
     findings.raise_if_any()
     expected = math.fsum(window.expected for window in windows)
     if expected > 0.9 * MAX_REQUESTS:

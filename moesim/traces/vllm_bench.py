@@ -61,9 +61,7 @@ def _lists(document: dict[str, Any], findings: Findings, needs_arrivals: bool) -
     if "input_lens" in lengths and not lengths["input_lens"]:
         findings.add("input_lens", "the list is empty: there is no request")
     elif len(set(lengths.values())) > 1:
-        findings.add(
-            None, "the lists must be of one length: " + ", ".join(f"{k} {n:,}" for k, n in lengths.items())
-        )
+        findings.add(None, "the lists must be of one length: " + ", ".join(f"{k} {n:,}" for k, n in lengths.items()))
     findings.raise_if_any()
     return lists
 
@@ -87,9 +85,7 @@ def read(path: Path, options: ReadOptions) -> RawRequests:
         if error or (type(output) is int and output == 0):
             continue
         if type(start) not in (int, float) or not 0 <= start <= MAX_SECONDS:
-            findings.add(
-                f"start_times[{i}]", f"a time from 0 to {MAX_SECONDS:g} seconds is needed, got {shown(start)}"
-            )
+            findings.add(f"start_times[{i}]", f"a time from 0 to {MAX_SECONDS:g} seconds is needed, got {shown(start)}")
         for key, value in (("input_lens", prompt), ("output_lens", output)):
             if problem := json_tokens(value):
                 findings.add(f"{key}[{i}]", problem)

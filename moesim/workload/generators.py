@@ -119,9 +119,7 @@ class LengthsSpec(Spec):
             if value is None and key in needed:
                 problems.append((key, f"{self.distribution} lengths need {' and '.join(needed)}", value))
             elif value is not None and key not in needed + allowed:
-                message = (
-                    f"{self.distribution} lengths do not use {key}; they take {', '.join(needed + allowed)}"
-                )
+                message = f"{self.distribution} lengths do not use {key}; they take {', '.join(needed + allowed)}"
                 problems.append((key, message, value))
         if not problems:
             problems = self._inconsistent()
@@ -137,14 +135,10 @@ class LengthsSpec(Spec):
         if self.distribution == "constant" and self.mean is not None and (self.mean < 1 or self.mean % 1):
             problems.append(("mean", f"a constant length is a whole number from 1: {self.mean}", self.mean))
         if self.distribution == "geometric" and self.mean is not None and self.mean < 1:
-            problems.append(
-                ("mean", f"a geometric length is at least 1, so its mean is too: {self.mean}", self.mean)
-            )
+            problems.append(("mean", f"a geometric length is at least 1, so its mean is too: {self.mean}", self.mean))
         if self.weights is not None and self.values is not None:
             if len(self.weights) != len(self.values):
-                message = (
-                    f"one weight a value is needed: {len(self.values)} values, {len(self.weights)} weights"
-                )
+                message = f"one weight a value is needed: {len(self.values)} values, {len(self.weights)} weights"
                 problems.append(("weights", message, self.weights))
             elif not any(self.weights):
                 problems.append(("weights", "one weight at least must be above 0", self.weights))
@@ -224,9 +218,7 @@ def poisson_arrivals(rate_per_s: float, count: int | None, duration_s: float | N
     return _renewal(lambda n: rng.exponential(1 / rate_per_s, n), count, duration_s)
 
 
-def gamma_arrivals(
-    rate_per_s: float, cv: float, count: int | None, duration_s: float | None, seed: int
-) -> IntArray:
+def gamma_arrivals(rate_per_s: float, cv: float, count: int | None, duration_s: float | None, seed: int) -> IntArray:
     """Arrivals int64 ns [R] with gamma gaps of mean 1 / `rate_per_s` and coefficient of variation `cv`.
 
     Shape 1 / cv^2 (what serving benchmarks call burstiness), scale cv^2 / rate; cv = 1 is a Poisson process.

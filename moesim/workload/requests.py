@@ -189,30 +189,20 @@ class RequestsSpec(Spec):
         description="a trace format (azure, burstgpt, csv, mooncake, servegen, vllm_bench) or a generator "
         "(poisson, gamma, fixed, closed_loop)"
     )
-    path: Annotated[str, Field(min_length=1)] | None = Field(
-        None, description="trace file, relative to the scenario"
-    )
+    path: Annotated[str, Field(min_length=1)] | None = Field(None, description="trace file, relative to the scenario")
     limit: Annotated[int, Field(ge=1)] | None = Field(None, description="use the first N requests")
     offset: Annotated[int, Field(ge=0)] = Field(0, description="skip the first N requests of the window")
     window_s: Annotated[tuple[Seconds, Seconds], Field(strict=False)] | None = Field(
         None, description="use arrivals in [start, end) seconds from the trace's first"
     )
-    rate_scale: Annotated[float, Field(ge=1e-3, le=1e6)] = Field(
-        1.0, description="2: twice as many requests a second"
-    )
-    max_prompt_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="longer prompts are clipped"
-    )
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="longer answers are clipped"
-    )
+    rate_scale: Annotated[float, Field(ge=1e-3, le=1e6)] = Field(1.0, description="2: twice as many requests a second")
+    max_prompt_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="longer prompts are clipped")
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="longer answers are clipped")
     num_requests: Annotated[int, Field(ge=1, le=MAX_REQUESTS)] | None = None
     duration_s: Annotated[Seconds, Field(gt=0, le=MAX_SPAN_S)] | None = None
     rate_per_s: Annotated[PerS, Field(gt=0, le=1e9)] | None = None
-    interval_ms: Annotated[Ms, Field(gt=0)] | None = None
-    cv: Annotated[float, Field(gt=0, le=1000)] | None = Field(
-        None, description="of the gaps between arrivals"
-    )
+    interval_ms: Annotated[Ms, Field(ge=1e-6)] | None = None
+    cv: Annotated[float, Field(gt=0, le=1000)] | None = Field(None, description="of the gaps between arrivals")
     concurrency: Annotated[int, Field(ge=1, le=MAX_REQUESTS)] | None = Field(
         None, description="closed loop: requests in flight; with a trace its arrival times are not used"
     )
@@ -223,9 +213,7 @@ class RequestsSpec(Spec):
     def _belongs(self) -> RequestsSpec:
         options = _options_of(self.format)
         if options is None:
-            message = (
-                f"unknown request format {self.format!r}; {did_you_mean(self.format, request_formats())}"
-            )
+            message = f"unknown request format {self.format!r}; {did_you_mean(self.format, request_formats())}"
             raise located("RequestsSpec", [("format", message, self.format)])
         problems: list[tuple[str, str, Any]] = []
         for key, field in type(self).model_fields.items():
@@ -242,17 +230,14 @@ class RequestsSpec(Spec):
         """Keys that the format needs and has not."""
         generator = _GENERATORS.get(_ALIASES.get(self.format, self.format))
         if generator is None:
-            return (
-                [] if self.path else [("path", f"format {self.format} reads a file: path is missing", None)]
-            )
+            return [] if self.path else [("path", f"format {self.format} reads a file: path is missing", None)]
         missing = [key for key in generator.needed if getattr(self, key) is None]
         problems: list[tuple[str, str, Any]] = [
             (key, f"format {self.format} needs {key}, which is missing", None) for key in missing
         ]
         lacking = [g for g in generator.one_of if all(getattr(self, key) is None for key in g)]
         return problems + [
-            (group[0], f"format {self.format} needs {' or '.join(group)}, which is missing", None)
-            for group in lacking
+            (group[0], f"format {self.format} needs {' or '.join(group)}, which is missing", None) for group in lacking
         ]
 
     def _inconsistent(self) -> list[tuple[str, str, Any]]:
@@ -303,8 +288,10 @@ def _generate(spec: RequestsSpec, name: str, seed: int) -> RequestStream:
     arrival_ns = arrivals[name]()
     total = len(arrival_ns)
     if int(arrival_ns[-1]) >= s_to_ns(MAX_SPAN_S):
+        raise BadInput(f"a stream spans at most {MAX_SPAN_S:g} s; give fewer requests or a lower cv", "requests")
+    if count is None and total >= MAX_REQUESTS:
         raise BadInput(
-            f"a stream spans at most {MAX_SPAN_S:g} s; give fewer requests or a lower cv", "requests"
+            f"a stream has at most {MAX_REQUESTS:,} requests; give num_requests or a shorter duration_s", "requests"
         )
     warnings: list[str] = []
     tokens: list[IntArray] = []
@@ -319,11 +306,7 @@ def _generate(spec: RequestsSpec, name: str, seed: int) -> RequestStream:
             )
         tokens.append(values)
     rate = spec._rate_per_s()
-    how = (
-        f"{spec.concurrency} in flight"
-        if name == "closed_loop"
-        else f"{(rate or 0) * spec.rate_scale:g} req/s"
-    )
+    how = f"{spec.concurrency} in flight" if name == "closed_loop" else f"{(rate or 0) * spec.rate_scale:g} req/s"
     return RequestStream(
         arrival_ns=_scale(arrival_ns, spec.rate_scale),
         prompt_tokens=_clip(tokens[0], spec.max_prompt_tokens, "prompts", warnings),
@@ -354,9 +337,7 @@ def _replay(spec: RequestsSpec, name: str, base: Path, seed: int) -> RequestStre
     if spec.concurrency is not None:
         arrival_ns = np.zeros(len(chosen), dtype=np.int64)
     if int(arrival_ns[-1]) - int(arrival_ns[0]) > s_to_ns(MAX_SPAN_S):
-        raise BadInput(
-            f"a stream spans at most {MAX_SPAN_S:g} s; choose a part with window_s or limit", str(path)
-        )
+        raise BadInput(f"a stream spans at most {MAX_SPAN_S:g} s; choose a part with window_s or limit", str(path))
     return RequestStream(
         arrival_ns=_scale(arrival_ns - arrival_ns[0], spec.rate_scale),
         prompt_tokens=_clip(raw.prompt_tokens[chosen], spec.max_prompt_tokens, "prompts", warnings),
@@ -377,9 +358,7 @@ def _choose(
     late = int(np.count_nonzero(np.diff(arrival_ns) < 0))
     if late:
         order = np.argsort(arrival_ns, kind="stable")
-        warnings.append(
-            f"{path.name}: {late:,} rows arrive before the row above them; the rows were sorted by arrival"
-        )
+        warnings.append(f"{path.name}: {late:,} rows arrive before the row above them; the rows were sorted by arrival")
     first_ns = int(arrival_ns[order[0]]) if raw.clock_zero_ns is None else raw.clock_zero_ns
     if window_ns is not None:
         since_ns = arrival_ns[order] - first_ns
@@ -391,9 +370,7 @@ def _choose(
                 str(path),
             )
     if spec.offset >= len(order):
-        message = (
-            f"offset must be below the number of requests: offset={spec.offset:,}, requests={len(order):,}"
-        )
+        message = f"offset must be below the number of requests: offset={spec.offset:,}, requests={len(order):,}"
         raise BadInput(message, str(path))
     order = order[spec.offset :]
     if spec.limit is not None and spec.limit > len(order):
@@ -414,7 +391,5 @@ def _clip(tokens: IntArray, most: int | None, what: str, warnings: list[str]) ->
     longer = int(np.count_nonzero(tokens > most))
     if longer:
         lost = int((tokens - np.minimum(tokens, most)).sum())
-        warnings.append(
-            f"{longer:,} of {len(tokens):,} {what} were clipped to {most:,} tokens ({lost:,} tokens less)"
-        )
+        warnings.append(f"{longer:,} of {len(tokens):,} {what} were clipped to {most:,} tokens ({lost:,} tokens less)")
     return np.minimum(tokens, most)

@@ -107,6 +107,7 @@ def test_windows_line_ends_byte_order_mark_and_other_columns_are_fine(tmp_path):
         (gzip.compress(ROW.encode() * 100)[:-20], "F", ("gzip", "cut off")),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "F", ("Git LFS",)),
         (HEADER.encode() + b"x" * (2**20 + 2), "F:2", ("characters",)),
+        (HEADER.encode() + b"," * 2000, "F:2", ("cells",)),
     ],
 )
 def test_a_broken_file_names_line_and_column(tmp_path, text, place, words):

@@ -67,6 +67,7 @@ def test_without_hashes_there_is_no_warning_and_fractions_of_a_ms_count(tmp_path
         ("[0, 5, 6]", "an object with timestamp"),
         ("[" * 200_000, "nested too deeply"),
         ("hello", "Expecting value"),
+        ('{"timestamp": 0, "input_length": 5, "output_length": 6, "hash_ids": [' + "[]," * 100, "Expecting value"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, line, words):

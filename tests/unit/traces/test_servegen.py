@@ -154,8 +154,10 @@ def test_an_archive_means_the_same_as_its_folder_and_writes_nothing(tmp_path):
     [
         ("0,1,1,Gamma,1\n", "F:chunk-3-trace.csv:1", "6 cells"),
         ("0,1,1,Gamma,1,1\n100,x,1,Gamma,1,1\n", "F:chunk-3-trace.csv:2", "rate: a number"),
-        ("0,nan,1,Gamma,1,1\n", "F:chunk-3-trace.csv:1", "rate: from 0"),
-        ("0,inf,1,Gamma,1,1\n", "F:chunk-3-trace.csv:1", "rate: from 0"),
+        ("0,nan,1,Gamma,1,1\n", "F:chunk-3-trace.csv:1", "rate: a number"),
+        ("0,1_0,1,Gamma,1,1\n", "F:chunk-3-trace.csv:1", "rate: a number"),
+        ("0,1e999,1,Gamma,1,1\n", "F:chunk-3-trace.csv:1", "rate: from 0"),
+        ("0,inf,1,Gamma,1,1\n", "F:chunk-3-trace.csv:1", "rate: a number"),
         ("0,-1,1,Gamma,1,1\n", "F:chunk-3-trace.csv:1", "rate: from 0"),
         ("0,1,1,Gama,1,1\n", "F:chunk-3-trace.csv:1", "did you mean 'Gamma'"),
         ("0,1,1,Gamma,0,1\n", "F:chunk-3-trace.csv:1", "shape: from"),
@@ -176,6 +178,7 @@ def test_broken_traces(tmp_path, trace, place, words):
     ("dataset", "words"),
     [
         ({"0": {"input_tokens": "{1: 1.0}"}}, "output_tokens is missing"),
+        ({"0": {"input_tokens": "{1: 1.0}", "output_token": "{1: 1.0}"}}, "rename 'output_token'"),
         ({"0": TABLE | {"input_tokens": "{1: 0.5}"}}, "must sum to 1, they sum to 0.5"),
         ({"0": TABLE | {"input_tokens": "{1: -1, 2: 2}"}}, "from 0 to 1"),
         ({"0": TABLE | {"input_tokens": "{1: 0.5, 1: 0.5}"}}, "stands twice"),
