@@ -2,8 +2,8 @@
 
 Legend: L MoE layers, E experts, K experts a token, tp attention-TP ranks. Parameters are counted as elements
 of the checkpoint's state dict (weights, biases, norms, the router's correction bias); multi-token-prediction
-modules are kept apart (`mtp_params`), so DeepSeek-V3 counts 671.03e9 and not 684.5e9. A test holds every
-total equal to the element count of the model's public implementation, to the last parameter.
+modules are kept apart (`mtp_params`), so DeepSeek-V3 counts 671.03e9 and not 684.5e9. A test holds the
+totals of the shipped files equal to the element count of the public implementation, where one was counted.
 
 Four dtypes describe a checkpoint. `weight_dtype` holds the linear layers of attention, shared experts and
 dense FFNs; `expert_dtype` the routed experts; `kv_dtype` the KV cache; `activation_dtype` the hidden states

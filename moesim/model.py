@@ -135,7 +135,10 @@ class ModelSpec(Spec):
 
     published_counts_*: what the published total includes, so that a test compares like with like.
     published_rounding_b: half of the published figure's last digit, where that is more than 0.5 %.
-    state_dict_params: elements of the public implementation's state dict, counted without loading weights.
+    state_dict_params: elements of the public implementation's state dict: the transformers 5.17.0 class
+    (Kimi-K2: that of DeepSeek-V3) built from these sizes on torch's meta device, parameters and persistent
+    buffers added up. It tests the arithmetic, not the sizes. Llama 4's is its text model so counted plus
+    `extra_params`.
     """
 
     name: Annotated[str, Field(min_length=1, max_length=200)]
