@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moesim.arrays import AnyArray, FloatArray, IntArray, U8Array
-from moesim.cost.experts import ExpertPrices, Ports
+from moesim.cost.experts import ExpertPrices, LayerPrices, Ports
 from moesim.cost.pricer import Batch, Chunk
 from moesim.cost.touch import touch
 from moesim.dispatch import DispatchPolicy
@@ -77,12 +77,15 @@ class CountExperts:
         self._prices = prices
         self._entries = 1 if source.ideal else entries
         self._seed = seed
+        self._pool: _Sample | None = None
         self._blocks: dict[str, _Blocks] = {}
         self._cells: dict[tuple[str, int], tuple[FloatArray, Ports | None]] = {}
         self._priced: dict[tuple[str, int, float], BankRow] = {}
         self._rows: dict[tuple[str, int, float], BankRow] = {}
         self.rho = persistence(source, seed)
         self.sequence = self._draw_sequence()
+        for phase in ("prefill", "decode"):
+            self._blocks[phase] = self._cut(phase)
 
     def _draw_sequence(self) -> IntArray:
         """Entry of every step: a Markov chain that stays with probability rho; repeats after 65,536 steps."""
@@ -97,8 +100,7 @@ class CountExperts:
     def decode_ns(self, batch: Batch, steps: int) -> tuple[IntArray, BankDetail]:
         """See MoECost."""
         total = batch.total_decoding
-        busiest = total if len(batch.decoding_D) == 1 else int(batch.decoding_D.max())
-        row = self.row("decode", total, busiest)
+        row = self.row("decode", total, batch.busiest())
         start = batch.tick & (_PERIOD - 1)
         return row.total[self.sequence[start : start + steps]], BankDetail(row, start)
 
@@ -133,6 +135,13 @@ class CountExperts:
             self._rows[phase, tokens, skew] = found
         return found
 
+    def layers(self, phase: str, tokens: int, busiest: int) -> LayerPrices:
+        """Layer by layer, the prices behind the next smaller size of the grid (for a timeline)."""
+        low, _ = _grid(tokens)
+        count_BLS, ports = self._cell(phase, low)
+        share = np.full(len(count_BLS), busiest * low / tokens)
+        return self._prices.price(count_BLS, np.full(len(count_BLS), low), share, ports)
+
     # -- drawing ------------------------------------------------------------------------------------------------
     def _price(self, phase: str, tokens: int, skew: float) -> BankRow:
         key = (phase, tokens, skew)
@@ -156,10 +165,7 @@ class CountExperts:
         key = (phase, tokens)
         found = self._cells.get(key)
         if found is None:
-            if phase not in self._blocks:
-                self._blocks[phase] = self._cut(phase)
-            blocks = self._blocks[phase]
-            found = blocks.draw(tokens, self._entries, self._seed, phase)
+            found = self._blocks[phase].draw(tokens, self._entries, self._seed, phase)
             if self._source.ideal:
                 even = np.full_like(found[0], 0.0)
                 even += tokens * self._source.top_k / even.shape[-1]
@@ -167,25 +173,37 @@ class CountExperts:
             self._cells[key] = found
         return found
 
-    def _cut(self, phase: str) -> _Blocks:
-        """Blocks of 32 tokens of the pool, with the slots that serve them and the copies they send."""
+    def _sample(self) -> _Sample:
+        """Blocks of 32 consecutive tokens from all over the source, each token with the slots that serve it."""
         available = self._source.num_tokens
-        blocks = min(_POOL_BLOCKS, max(1, available // _BLOCK))
-        rng = generator(self._seed, "bank/pool", int(phase == "decode"))
+        rng = generator(self._seed, "bank/pool")
+        whole = max(1, available // _BLOCK)
+        starts = np.sort(rng.permutation(whole)[:_POOL_BLOCKS]) * _BLOCK
+        rows = (starts[:, None] + np.arange(_BLOCK)).ravel() % available
+        # tokens come from all ranks alike
+        source_T = rng.integers(self._layout.ranks, size=len(rows))
+        part_T = source_T if self._layout.exchanges else source_T // self._layout.expert_tp
+        slot_TLK = self._dispatch.assign(
+            np.ascontiguousarray(self._source.expert_TLK[rows]), part_T, self._placement, self._seed, rows
+        )
+        return _Sample(slot_TLK, source_T, rng.permutation(len(rows)))
+
+    def _cut(self, phase: str) -> _Blocks:
+        """The sample in blocks: as it is for prompts, shuffled for decode."""
+        if self._pool is None:
+            self._pool = self._sample()
+        slot_TLK, source_T, shuffle = self._pool
         if phase == "decode":
-            rows = rng.permutation(available)[: blocks * _BLOCK]
-        else:
-            starts = np.sort(rng.choice(max(1, available // _BLOCK), blocks, replace=False)) * _BLOCK
-            rows = (starts[:, None] + np.arange(_BLOCK)).ravel()
-        rows = rows[rows < available]
-        if len(rows) % _BLOCK:
-            rows = np.resize(rows, -(-len(rows) // _BLOCK) * _BLOCK)
-        expert_TLK = np.ascontiguousarray(self._source.expert_TLK[rows])
-        # tokens come from all ranks alike; a rank's own share is what its data-parallel neighbours do not send
-        source_T = rng.integers(self._layout.ranks, size=len(rows)) % self._layout.ranks
-        part_of_source = source_T if self._layout.exchanges else source_T // self._layout.expert_tp
-        slot_TLK = self._dispatch.assign(expert_TLK, part_of_source, self._placement, self._seed, rows)
+            slot_TLK, source_T = slot_TLK[shuffle], source_T[shuffle]
         return _Blocks(slot_TLK, source_T, self._placement, self._layout)
+
+
+class _Sample(NamedTuple):
+    """Tokens of the pool: slots [T, L, K], source ranks [T], and an order in which neighbours are strangers."""
+
+    slot_TLK: AnyArray
+    source_T: IntArray
+    shuffle: IntArray
 
 
 class _Blocks:

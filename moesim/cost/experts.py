@@ -42,6 +42,18 @@ class LayerPrices(NamedTuple):
     grade: U8Array
     exchange_grade: U8Array
 
+    def first(self) -> LayerPrices:
+        """The first step only, copied."""
+        return LayerPrices(
+            self.dispatch[:1].copy(),
+            self.experts[:1].copy(),
+            self.combine[:1].copy(),
+            self.expert_LP[:1].copy(),
+            self.rows_LP[:1].copy(),
+            self.grade[:1].copy(),
+            self.exchange_grade[:1].copy(),
+        )
+
 
 class ExpertPrices:
     """Prices the MoE layers of one replica laid out by `layout`, `slots_per_part` expert slots a part and layer."""

@@ -63,12 +63,17 @@ class Run(NamedTuple):
 @dataclass(slots=True)
 class Batch:
     """Decoding requests of a group by rank: how many, the sum of their contexts (each with the token being
-    computed), the same cut to the attention window, and how many still grow inside it."""
+    computed), how many still grow inside the attention window, and the contexts cut to it.
+
+    A group of one rank keeps its four numbers in `alone`, in that order, and leaves the arrays at zero.
+    """
 
     decoding_D: IntArray
     context_D: IntArray
     growing_D: IntArray
     window_D: IntArray
+    alone: list[int]
+    ranks: int
     total_decoding: int
     tick: int
     tokens: Callable[[], tuple[IntArray, IntArray, IntArray]]
@@ -77,10 +82,14 @@ class Batch:
     def idle(cls, ranks: int, tokens: Callable[[], tuple[IntArray, IntArray, IntArray]]) -> Batch:
         """Nobody decodes."""
         zeros = [np.zeros(ranks, np.int64) for _ in range(4)]
-        return cls(zeros[0], zeros[1], zeros[2], zeros[3], 0, 0, tokens)
+        return cls(zeros[0], zeros[1], zeros[2], zeros[3], [0, 0, 0, 0], ranks, 0, 0, tokens)
 
     def set(self, d: int, decoding: int, context: int, growing: int, window: int) -> None:
         """Rank `d` has changed."""
+        if self.ranks == 1:
+            self.total_decoding = decoding
+            self.alone = [decoding, context, growing, window]
+            return
         self.total_decoding += decoding - int(self.decoding_D[d])
         self.decoding_D[d] = decoding
         self.context_D[d] = context
@@ -89,16 +98,28 @@ class Batch:
 
     def running(self, paused: list[int]) -> int:
         """Decode tokens of a step in which the ranks `paused` do not decode."""
-        return self.total_decoding - sum(int(self.decoding_D[d]) for d in paused)
+        if not paused:
+            return self.total_decoding
+        return 0 if self.ranks == 1 else self.total_decoding - int(self.decoding_D[paused].sum())
+
+    def busiest(self) -> int:
+        """Decode tokens of the rank that has most."""
+        return self.total_decoding if self.ranks == 1 else int(self.decoding_D.max())
 
     def advance(self, steps: int, paused: list[int]) -> None:
         """`steps` decode steps have passed, on all ranks but `paused`."""
-        context, window = self.context_D[paused], self.window_D[paused]
-        self.context_D += self.decoding_D * steps
-        self.window_D += self.growing_D * steps
+        if self.ranks == 1:
+            if not paused:
+                alone = self.alone
+                alone[1] += alone[0] * steps
+                alone[3] += alone[2] * steps
+            return
+        step_D, grow_D = self.decoding_D * steps, self.growing_D * steps
         if paused:
-            self.context_D[paused] = context
-            self.window_D[paused] = window
+            step_D[paused] = 0
+            grow_D[paused] = 0
+        self.context_D += step_D
+        self.window_D += grow_D
 
 
 class Pricer(Protocol):

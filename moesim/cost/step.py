@@ -70,9 +70,9 @@ class StepPricer:
 
     def decode(self, batch: Batch, steps: int) -> Run:
         """A run of decode-only steps. Raises nothing; prices at least one step."""
-        if len(batch.decoding_D) == 1:
+        if batch.ranks == 1:
             return self._decode_alone(batch, steps)
-        return self._decode_together(batch, min(steps, max(1, _CELLS // len(batch.decoding_D))))
+        return self._decode_together(batch, min(steps, max(1, _CELLS // batch.ranks)))
 
     def _decode_alone(self, batch: Batch, steps: int) -> Run:
         dense = self.dense
@@ -150,9 +150,9 @@ class StepPricer:
 
     def mixed(self, batch: Batch, chunks: list[Chunk], paused: list[int]) -> Run:
         """One step with prompt chunks."""
-        if len(batch.decoding_D) == 1:
+        if batch.ranks == 1:
             return self._mixed_alone(batch, chunks, paused)
-        ranks = len(batch.decoding_D)
+        ranks = batch.ranks
         decoding_D = batch.decoding_D.copy()
         if paused:
             decoding_D[paused] = 0
@@ -194,7 +194,7 @@ class StepPricer:
         sampled = decoding + sum(c.last for c in chunks)
         busiest = decoding + prefill
         tokens = self._pad[busiest] if busiest <= self._largest else busiest
-        context, context_window = int(batch.context_D[0]), int(batch.window_D[0])
+        _, context, _, context_window = batch.alone
         spent = own = 0
         if self.full is not None:
             spent += self.dense.full_layers * sum(self.full.prefill(c.start, c.tokens) for c in chunks)

@@ -1,4 +1,4 @@
-"""Token fidelity: every token of every step takes its own row of the trace, and the step is priced from exact counts."""
+"""Token fidelity: every token of every step takes its own row of the trace; steps are priced from exact counts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moesim.arrays import AnyArray, FloatArray, IntArray, U8Array
-from moesim.cost.experts import ExpertPrices, Ports
+from moesim.cost.experts import ExpertPrices, LayerPrices, Ports
 from moesim.cost.pricer import Batch, Chunk
 from moesim.cost.touch import touch
 from moesim.dispatch import DispatchPolicy
@@ -18,6 +18,7 @@ from moesim.workload.replay import Replay
 
 __all__ = ["TokenDetail", "TokenExperts"]
 
+_KEPT = 256
 _IDS = 1 << 21
 """expert ids priced at once in a run of decode steps"""
 
@@ -55,6 +56,8 @@ class TokenExperts:
         self._seed = seed
         self._node_G = np.arange(layout.ranks) // layout.gpus_per_node
         self._plain = placement.max_replicas == 1 and not layout.exchanges
+        self.kept: dict[int, LayerPrices] = {}
+        """layer by layer, the first runs' prices by the tick they start at (for a timeline)"""
         self._slot_total_LS = np.zeros((placement.num_layers, placement.num_slots), np.int64)
         self._slot_to_expert = placement.slot_to_expert_LS.astype(np.int64)
 
@@ -71,7 +74,7 @@ class TokenExperts:
         rows = self._replay.rows(np.tile(request, steps), (position + ahead).ravel())
         offsets = np.arange(steps + 1, dtype=np.int64) * tokens
         busiest = int(np.bincount(rank).max())
-        return self._price(rows, offsets, np.tile(rank, steps), np.full(steps, busiest))
+        return self._price(rows, offsets, np.tile(rank, steps), np.full(steps, busiest), batch.tick)
 
     def mixed_ns(self, batch: Batch, chunks: list[Chunk], paused: list[int], busiest: int) -> tuple[int, TokenDetail]:
         """See MoECost."""
@@ -84,11 +87,11 @@ class TokenExperts:
             position = np.concatenate([position, np.arange(chunk.start, chunk.start + chunk.tokens)])
             rank = np.concatenate([rank, np.full(chunk.tokens, chunk.rank)])
         rows = self._replay.rows(request, position)
-        ns, detail = self._price(rows, np.array([0, len(rows)]), rank, np.array([busiest]))
+        ns, detail = self._price(rows, np.array([0, len(rows)]), rank, np.array([busiest]), batch.tick)
         return int(ns[0]), detail
 
     def _price(
-        self, rows: IntArray, offsets: IntArray, rank_N: IntArray, busiest_S: IntArray
+        self, rows: IntArray, offsets: IntArray, rank_N: IntArray, busiest_S: IntArray, tick: int
     ) -> tuple[IntArray, TokenDetail]:
         tokens_S = np.diff(offsets)
         ports = None
@@ -99,6 +102,8 @@ class TokenExperts:
             slot_SLS, ports = self._slots(rows, offsets, rank_N)
         self._slot_total_LS += slot_SLS.sum(axis=0)
         priced = self._prices.price(slot_SLS, tokens_S, busiest_S, ports)
+        if len(self.kept) < _KEPT:
+            self.kept[tick] = priced.first()
         dispatch, experts, combine = (x.sum(axis=-1) for x in (priced.dispatch, priced.experts, priced.combine))
         most, mean = priced.rows_LP.max(axis=-1), priced.rows_LP.mean(axis=-1)
         copies = (

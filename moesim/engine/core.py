@@ -160,10 +160,14 @@ class _Simulation:
         def column(values: list[int]) -> IntArray:
             return np.array(values, np.int64)
 
-        durations = [np.diff(run.cumulative_ns, prepend=0) for run in r.runs]
+        duration = np.concatenate([run.cumulative_ns for run in r.runs]) if r.runs else np.zeros(0, np.int64)
+        first = np.cumsum(column(r.steps)) - column(r.steps)
+        before = np.roll(duration, 1)
+        before[first] = 0
+        duration = duration - before
         return StepRecords(
             column(r.groups), column(r.starts), column(r.steps), column(r.decoding), column(r.waiting),
-            column(r.preempted), np.concatenate(durations) if durations else np.zeros(0, np.int64), column(r.stalls),
+            column(r.preempted), duration, column(r.stalls),
         )  # fmt: skip
 
 

@@ -127,9 +127,11 @@ class Rank:
         kv = self.kv
         turns, rest = divmod(steps, kv.block_size)
         units = turns * (kv.full_layers * self.decoding + kv.window_layers * self.growing)
-        for j in range(self.dtick, self.dtick + rest):
-            slot = j % kv.block_size
-            units += kv.full_layers * self._crossings[slot] + kv.window_layers * self._crossings_window[slot]
+        if rest:
+            first = self.dtick % kv.block_size
+            units += kv.full_layers * _around(self._crossings, first, rest)
+            if kv.window_layers:
+                units += kv.window_layers * _around(self._crossings_window, first, rest)
         return units
 
     def horizon(self) -> int:
@@ -300,3 +302,11 @@ class Rank:
         assert self.used == held, (self.used, held)
         assert 0 <= self.used <= kv.capacity
         assert len(self.running_set) <= self.max_num_seqs
+
+
+def _around(counts: list[int], first: int, number: int) -> int:
+    """Sum of `number` entries of a ring, starting at `first`."""
+    last = first + number
+    return (
+        sum(counts[first:last]) + sum(counts[: last - len(counts)]) if last > len(counts) else sum(counts[first:last])
+    )
