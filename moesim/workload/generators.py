@@ -11,12 +11,12 @@ requests.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from moesim.arrays import FloatArray, IntArray
@@ -35,6 +35,7 @@ __all__ = [
     "gamma_arrivals",
     "located",
     "poisson_arrivals",
+    "validated",
 ]
 
 MAX_TOKENS = 2**31
@@ -44,6 +45,7 @@ MAX_SPAN_S = 1e9
 """32 years: the span of one stream, far inside what int64 ns hold."""
 
 _BLOCK = 65_536
+_Made = TypeVar("_Made")
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
@@ -53,23 +55,39 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     return (f"did you mean {near[0]!r}? " if near else "") + f"Valid: {', '.join(valid)}"
 
 
+def _detail(key: str, message: str, value: Any) -> InitErrorDetails:
+    kind = PydanticCustomError("requests", "{message}", {"message": message})
+    return InitErrorDetails(type=kind, loc=(key,), input=value)
+
+
 def located(title: str, problems: Iterable[tuple[str, str, Any]]) -> ValidationError:
     """One pydantic error from (key, message, value) triples, so that each problem keeps the place of its own
     key.
 
     Raised inside a model validator, pydantic puts the outer location before each key.
     """
-    return ValidationError.from_exception_data(
-        title,
-        [
+    return ValidationError.from_exception_data(title, [_detail(*problem) for problem in problems])
+
+
+def validated(title: str, data: Any, handler: Callable[[Any], _Made], more: Sequence[tuple[str, str, Any]]) -> _Made:
+    """`handler(data)`, with problems of its fields and `more` (as of `located`) in one error."""
+    try:
+        made = handler(data)
+    except ValidationError as error:
+        details = [
             InitErrorDetails(
-                type=PydanticCustomError("requests", "{message}", {"message": message}),
-                loc=(key,),
-                input=value,
+                type=PydanticCustomError(one["type"], "{message}", {"message": one["msg"]}),
+                loc=one["loc"],
+                input=one["input"],
             )
-            for key, message, value in problems
-        ],
-    )
+            for one in error.errors()
+        ]
+        named = {one["loc"][0] for one in details if one["loc"]}
+        details += [_detail(*problem) for problem in more if problem[0] not in named]
+        raise ValidationError.from_exception_data(title, details) from None
+    if more:
+        raise located(title, more)
+    return made
 
 
 # What each distribution takes: (needed, also allowed).
@@ -107,25 +125,36 @@ class LengthsSpec(Spec):
     weights: Annotated[tuple[Annotated[float, Field(ge=0, le=1e300)], ...], Field(strict=False)] | None = None
 
     @model_validator(mode="after")
-    def _belongs(self) -> LengthsSpec:
-        problems: list[tuple[str, str, Any]] = []
-        if self.distribution not in _LENGTH_PARAMETERS:
-            message = f"unknown length distribution {self.distribution!r}; "
-            message += did_you_mean(self.distribution, _LENGTH_PARAMETERS)
-            raise located("LengthsSpec", [("distribution", message, self.distribution)])
-        needed, allowed = _LENGTH_PARAMETERS[self.distribution]
-        for key in ("mean", "cv", "min", "max", "values", "weights"):
-            value = getattr(self, key)
-            if value is None and key in needed:
-                problems.append((key, f"{self.distribution} lengths need {' and '.join(needed)}", value))
-            elif value is not None and key not in needed + allowed:
-                message = f"{self.distribution} lengths do not use {key}; they take {', '.join(needed + allowed)}"
-                problems.append((key, message, value))
-        if not problems:
-            problems = self._inconsistent()
+    def _consistent(self) -> LengthsSpec:
+        problems = self._inconsistent()
         if problems:
             raise located("LengthsSpec", problems)
         return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _belongs(cls, data: Any, handler: ModelWrapValidatorHandler[LengthsSpec]) -> LengthsSpec:
+        return validated("LengthsSpec", data, handler, cls._misplaced(data) if isinstance(data, Mapping) else [])
+
+    @classmethod
+    def _misplaced(cls, data: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+        """Keys that the distribution needs and has not, or has and does not use."""
+        kind = data.get("distribution")
+        if not isinstance(kind, str):
+            return []
+        if kind not in _LENGTH_PARAMETERS:
+            message = f"unknown length distribution {kind!r}; {did_you_mean(kind, _LENGTH_PARAMETERS)}"
+            return [("distribution", message, kind)]
+        needed, allowed = _LENGTH_PARAMETERS[kind]
+        problems: list[tuple[str, str, Any]] = []
+        for key in ("mean", "cv", "min", "max", "values", "weights"):
+            value = data.get(key)
+            if value is None and key in needed:
+                problems.append((key, f"{kind} lengths need {' and '.join(needed)}", value))
+            elif value is not None and key not in needed + allowed:
+                message = f"{kind} lengths do not use {key}; they take {', '.join(needed + allowed)}"
+                problems.append((key, message, value))
+        return problems
 
     def _inconsistent(self) -> list[tuple[str, str, Any]]:
         """Values that are right alone and wrong together."""

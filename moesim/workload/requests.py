@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from moesim.arrays import IntArray
 from moesim.errors import BadInput
@@ -34,6 +34,7 @@ from moesim.workload.generators import (
     gamma_arrivals,
     located,
     poisson_arrivals,
+    validated,
 )
 
 __all__ = [
@@ -210,35 +211,41 @@ class RequestsSpec(Spec):
     output_tokens: Lengths | None = None
 
     @model_validator(mode="after")
-    def _belongs(self) -> RequestsSpec:
-        options = _options_of(self.format)
-        if options is None:
-            message = f"unknown request format {self.format!r}; {did_you_mean(self.format, request_formats())}"
-            raise located("RequestsSpec", [("format", message, self.format)])
-        problems: list[tuple[str, str, Any]] = []
-        for key, field in type(self).model_fields.items():
-            value = getattr(self, key)
-            if key != "format" and value != field.default and key not in options:
-                message = f"format {self.format} does not use {key}; it takes {', '.join(sorted(options))}"
-                problems.append((key, message, value))
-        problems += self._incomplete() + self._inconsistent()
+    def _consistent(self) -> RequestsSpec:
+        problems = self._inconsistent()
         if problems:
             raise located("RequestsSpec", problems)
         return self
 
-    def _incomplete(self) -> list[tuple[str, str, Any]]:
-        """Keys that the format needs and has not."""
-        generator = _GENERATORS.get(_ALIASES.get(self.format, self.format))
+    @model_validator(mode="wrap")
+    @classmethod
+    def _belongs(cls, data: Any, handler: ModelWrapValidatorHandler[RequestsSpec]) -> RequestsSpec:
+        return validated("RequestsSpec", data, handler, cls._misplaced(data) if isinstance(data, Mapping) else [])
+
+    @classmethod
+    def _misplaced(cls, data: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+        """Keys that the format does not use, or needs and has not."""
+        name = data.get("format")
+        if not isinstance(name, str):
+            return []
+        options = _options_of(name)
+        if options is None:
+            message = f"unknown request format {name!r}; {did_you_mean(name, request_formats())}"
+            return [("format", message, name)]
+        problems: list[tuple[str, str, Any]] = []
+        for key, field in cls.model_fields.items():
+            value = data.get(key)
+            if key not in ("format", *options) and value is not None and value != field.default:
+                message = f"format {name} does not use {key}; it takes {', '.join(sorted(options))}"
+                problems.append((key, message, value))
+        generator = _GENERATORS.get(_ALIASES.get(name, name))
         if generator is None:
-            return [] if self.path else [("path", f"format {self.format} reads a file: path is missing", None)]
-        missing = [key for key in generator.needed if getattr(self, key) is None]
-        problems: list[tuple[str, str, Any]] = [
-            (key, f"format {self.format} needs {key}, which is missing", None) for key in missing
-        ]
-        lacking = [g for g in generator.one_of if all(getattr(self, key) is None for key in g)]
-        return problems + [
-            (group[0], f"format {self.format} needs {' or '.join(group)}, which is missing", None) for group in lacking
-        ]
+            if data.get("path") is None:
+                problems.append(("path", f"format {name} reads a file: path is missing", None))
+            return problems
+        groups = [(key,) for key in generator.needed] + list(generator.one_of)
+        lacking = [group for group in groups if all(data.get(key) is None for key in group)]
+        return problems + [(g[0], f"format {name} needs {' or '.join(g)}, which is missing", None) for g in lacking]
 
     def _inconsistent(self) -> list[tuple[str, str, Any]]:
         """Values that are right alone and wrong together."""

@@ -166,6 +166,14 @@ def test_lengths_that_are_wrong_keep_their_own_place(lengths, key, words):
     assert words in found[f"prompt_tokens.{key}".rstrip(".")], found
 
 
+def test_all_problems_of_a_spec_are_told_at_once():
+    lengths = {"distribution": "lognorml", "mean": "x"}
+    found = refused(format="poisson", cv=2, limit=0, prompt_tokens=lengths, num_requests=5)
+    assert set(found) == {
+        "cv", "limit", "rate_per_s", "output_tokens", "prompt_tokens.mean", "prompt_tokens.distribution",
+    }  # fmt: skip
+
+
 def test_a_spec_survives_a_round_trip_and_has_a_schema():
     spec = RequestsSpec(format="gamma", rate_per_s="20 /s", cv=2, duration_s="1 min", prompt_tokens=7, output_tokens=8)
     assert spec.duration_s == 60.0
