@@ -108,13 +108,13 @@ def _speed(console: Console, found: dict[str, Any]) -> None:
     if good is not None:
         interval = (found.get("interval90") or {}).get("goodput_req_per_s")
         table.add_row("good requests/s", _number(good), _range(interval), "")
-    console.print(Padding(table, (0, 0, 0, 2)))
+    console.print(Padding(table, (0, 0, 0, 2), expand=False))
     requests, tokens = found["requests"], found["tokens"]
     parts = [f"{requests['completed']:,} requests completed"]
     parts += [f"{requests[k]:,} {k}" for k in ("rejected", "unfinished", "preempted") if requests.get(k)]
     text = f"{', '.join(parts)} in {_number(found['duration_s'])} s simulated, {found['steps']:,} steps; "
     text += f"{tokens['prompt']:,} prompt and {tokens['output']:,} output tokens"
-    console.print(Padding(Text(text, style="dim"), (0, 0, 0, 2)))
+    console.print(Padding(Text(text, style="dim"), (0, 0, 0, 2), expand=False))
 
 
 def _latency(console: Console, found: dict[str, Any]) -> None:
@@ -127,7 +127,7 @@ def _latency(console: Console, found: dict[str, Any]) -> None:
         if row is not None:
             figures = [_number(row[key]) for key in ("mean", "p50", "p90", "p99")]
             table.add_row(label, *figures, _range((row.get("interval90") or {}).get("p50")))
-    console.print(Padding(table, (0, 0, 0, 2)))
+    console.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
 def _time(console: Console, found: dict[str, Any]) -> None:
@@ -143,8 +143,8 @@ def _time(console: Console, found: dict[str, Any]) -> None:
     table = _table("", ">", "")
     for name, share in shown:
         table.add_row(name.replace("_", " "), _percent(share), _bar(share / most, max(10, console.width // 3)))
-    console.print(Padding(table, (0, 0, 0, 2)))
-    console.print(Padding(Text(bound_by(found)), (0, 0, 0, 2)))
+    console.print(Padding(table, (0, 0, 0, 2), expand=False))
+    console.print(Padding(Text(bound_by(found)), (0, 0, 0, 2), expand=False))
 
 
 def bound_by(found: dict[str, Any]) -> str:
@@ -186,7 +186,7 @@ def _balance(console: Console, found: dict[str, Any]) -> None:
             f"of it from expert {hottest['expert']}"
         )
     for line in lines:
-        console.print(Padding(Text(line), (0, 0, 0, 2)))
+        console.print(Padding(Text(line), (0, 0, 0, 2), expand=False))
 
 
 def _memory(console: Console, found: dict[str, Any]) -> None:
@@ -198,12 +198,12 @@ def _memory(console: Console, found: dict[str, Any]) -> None:
             if size and name != "kv_cache":
                 bar = _bar(size / capacity, max(10, console.width // 3))
                 table.add_row(_MEMORY_NAMES.get(name, name.replace("_", " ")), f"{size / _GIB:.1f}", bar)
-        console.print(Padding(table, (0, 0, 0, 2)))
+        console.print(Padding(table, (0, 0, 0, 2), expand=False))
         text = f"fits: {use['used'] / _GIB:.1f} of {capacity / _GIB:.1f} GiB used at the peak"
         if use["by"].get("kv_cache"):
             share = use["by"].get("kv_peak", 0) / use["by"]["kv_cache"]
             text += f"; the KV cache has {use['by']['kv_cache'] / _GIB:.1f} GiB and was {_percent(share)} full"
-        console.print(Padding(Text(text), (0, 0, 0, 2)))
+        console.print(Padding(Text(text), (0, 0, 0, 2), expand=False))
 
 
 def _links(console: Console, found: dict[str, Any]) -> None:
@@ -215,7 +215,7 @@ def _links(console: Console, found: dict[str, Any]) -> None:
         text = f"{name}: {_size(link['bytes'])}"
         if link.get("busy_share") is not None:
             text += f", tokens on their way {_percent(link['busy_share'])} of the time"
-        console.print(Padding(Text(text), (0, 0, 0, 2)))
+        console.print(Padding(Text(text), (0, 0, 0, 2), expand=False))
 
 
 def _honesty(console: Console, report: dict[str, Any]) -> None:
@@ -236,9 +236,9 @@ def _honesty(console: Console, report: dict[str, Any]) -> None:
         lines.append(f"routing of the tokens: {', '.join(parts)}")
     lines += [f"{key}: {made[key]}" for key in ("routing", "requests") if made.get(key)]
     for line in lines:
-        console.print(Padding(Text(line, style="dim"), (0, 0, 0, 2)))
+        console.print(Padding(Text(line, style="dim"), (0, 0, 0, 2), expand=False))
     for warning in report.get("warnings") or ():
-        console.print(Padding(Text(f"note: {warning}", style="yellow"), (0, 0, 0, 2)))
+        console.print(Padding(Text(f"note: {warning}", style="yellow"), (0, 0, 0, 2), expand=False))
 
 
 # ---- figures
@@ -267,7 +267,7 @@ def _number(value: float | None) -> str:
 
 def _percent(share: float) -> str:
     text = f"{100 * share:.1f}" if share < 0.0995 else f"{100 * share:.0f}"
-    return f"{text} %"
+    return f"{text}\N{NO-BREAK SPACE}%"
 
 
 def _range(interval: list[float] | None) -> str:

@@ -71,9 +71,7 @@ def _experts(where: _Where, model: MoEModel, parallel: ParallelSpec, placement: 
         message = f"{model.name} is a dense model and has no experts to spread: ep={ep}. Set parallel.ep to 1"
         return [Problem(at, message)] if ep > 1 else []
     if ranks % ep:
-        message = (
-            f"parallel.ep must divide tp * dp: ep={ep}, tp * dp = {ranks}. Use {_divisors(ranks, ranks)}"
-        )
+        message = f"parallel.ep must divide tp * dp: ep={ep}, tp * dp = {ranks}. Use {_divisors(ranks, ranks)}"
         return [Problem(at, message)]
     problems = []
     redundant = getattr(placement, "num_redundant_experts", 0)

@@ -56,9 +56,10 @@ def find_named(name: str, folder: str, base: Path, where: str, what: str) -> Pat
         message = f"no such file {_short(name)} (looked for from {shown(base)})"
     else:
         folded = {k.lower(): k for k in known}
-        close = difflib.get_close_matches(name.lower(), folded, n=1)
-        guess = f"Did you mean {folded[close[0]]!r}? " if close else ""
-        message = f"unknown {what} {_short(name)}. {guess}Known: {', '.join(known)}; or name a file"
+        close = [k for k in folded if k.startswith(name.lower())]
+        close = close or difflib.get_close_matches(name.lower(), folded, n=1)
+        hint = f"Did you mean {folded[close[0]]!r}?" if close else f"Known: {', '.join(known)}; or name a file"
+        message = f"unknown {what} {_short(name)}. {hint}"
     raise BadInput(Problem(where, message))
 
 

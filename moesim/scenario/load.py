@@ -134,7 +134,7 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
     spec = _validate(source, problems)
     policies = _policies(source, spec.policies, problems) if spec.policies is not None else None
     model, model_file = _find_model(source, spec.model, base, problems)
-    cluster, profile_file = _find_cluster(source, spec.cluster, base, problems)
+    cluster, profile_hash = _find_cluster(source, spec.cluster, base, problems)
     files = _input_files(source, spec, base, problems)
     if model is not None and cluster is not None and spec.parallel is not None:
         engine = spec.engine if spec.engine is not None else EngineSpec()
@@ -152,7 +152,7 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
             policies, routing=load_policy("routing", kind), kinds={**policies.kinds, "routing": kind}
         )
     resolved = _resolved(spec.full, model, policies, files)
-    resolved["cluster"]["device"] = {"name": cluster.profile.name, "blake2b": _profile_hash(profile_file)}
+    resolved["cluster"]["device"] = {"name": cluster.profile.name, "blake2b": profile_hash}
     resolved["model"]["file"] = model_file.name if model_file else ""
     canonical = json.dumps(resolved, sort_keys=True, allow_nan=False, separators=(",", ":"))
     return Scenario(
@@ -247,23 +247,17 @@ def _validate(source: Source, problems: list[Problem]) -> _Parts:
         if parts.full is None and (name in source.data or name not in ("model", "cluster", "requests")):
             value = source.data.get(name, {})
             try:
-                part = cls.model_validate(
-                    {"name": value} if name == "model" and isinstance(value, str) else value
-                )
+                part = cls.model_validate({"name": value} if name == "model" and isinstance(value, str) else value)
             except ValidationError:
                 part = None
         setattr(parts, name, part)
     return parts
 
 
-def _located(
-    error: ValidationError, source: Source, cls: type[BaseModel], prefix: YamlPath = ()
-) -> list[Problem]:
+def _located(error: ValidationError, source: Source, cls: type[BaseModel], prefix: YamlPath = ()) -> list[Problem]:
     """pydantic's errors with their places: of the key where it is unknown, else of the value."""
     unknown = {e["loc"][-1] for e in error.errors() if e["type"] == "extra_forbidden"}
-    return spec_problems(
-        error, lambda loc: source.where(loc, key=bool(loc) and loc[-1] in unknown), cls, prefix
-    )
+    return spec_problems(error, lambda loc: source.where(loc, key=bool(loc) and loc[-1] in unknown), cls, prefix)
 
 
 def _sorted(problems: list[Problem]) -> list[Problem]:
@@ -290,8 +284,8 @@ def _policies(source: Source, spec: PoliciesSpec, problems: list[Problem]) -> Po
             made[key] = None
             continue
 
-        def where(loc: YamlPath, key: str = key) -> str:
-            return source.where(("policies", key, *loc))
+        def where(loc: YamlPath, key: str = key, short: bool = isinstance(value, str)) -> str:
+            return source.where(("policies", key) if short else ("policies", key, *loc))
 
         try:
             made[key] = load_policy(family, value, where)
@@ -339,34 +333,39 @@ def load_model(path: Path) -> MoEModel:
 
 def load_profile(path: Path) -> DeviceProfile:
     """A device profile from a YAML file of `hw_profiles`' form. Raises BadInput."""
+    return DeviceProfile.from_spec(_profile_spec(path), path.parent, shown(path))
+
+
+def _profile_spec(path: Path) -> ProfileSpec:
     data, marks = load_yaml(shown(path))
     source = Source(data, marks)
     try:
-        spec = ProfileSpec.model_validate(source.data)
+        return ProfileSpec.model_validate(source.data)
     except ValidationError as error:
         raise BadInput(_located(error, source, ProfileSpec)) from None
-    return DeviceProfile.from_spec(spec, path.parent, shown(path))
 
 
 def _find_cluster(
     source: Source, spec: ClusterSpec | None, base: Path, problems: list[Problem]
-) -> tuple[Cluster | None, Path | None]:
-    if spec is None:
-        return None, None
+) -> tuple[Cluster | None, str]:
+    """The cluster, and the hash of its profile's files."""
     where = source.where(("cluster", "device"))
+    part = source.data.get("cluster")
+    name = part.get("device") if isinstance(part, dict) else None
+    if not isinstance(name, str):
+        return None, ""
     try:
-        path = find_named(spec.device, "hw_profiles", base, where, "device profile")
-        return Cluster.from_spec(spec, load_profile(path), source.where(("cluster",))), path
+        path = find_named(name, "hw_profiles", base, where, "device profile")
+        if spec is None:
+            return None, ""
+        written = _profile_spec(path)
+        profile = DeviceProfile.from_spec(written, path.parent, shown(path))
+        digest = content_hash(path)
+        digest += "".join(content_hash(path.parent / name) for name in written.curves)
+        return Cluster.from_spec(spec, profile, source.where(("cluster",))), digest
     except BadInput as error:
         problems += error.problems
-        return None, None
-
-
-def _profile_hash(path: Path | None) -> str:
-    """Of the profile and of every file beside it that it names itself by (`NAME.yaml`, `NAME.json`...)."""
-    assert path is not None
-    files = sorted(p for p in path.parent.glob(f"{path.stem}*") if p.stem == path.stem or p.suffix == ".json")
-    return hashlib.blake2b("".join(content_hash(f) for f in files).encode(), digest_size=16).hexdigest()
+        return None, ""
 
 
 def _input_files(source: Source, spec: _Parts, base: Path, problems: list[Problem]) -> dict[str, str]:
@@ -390,9 +389,7 @@ def _input_files(source: Source, spec: _Parts, base: Path, problems: list[Proble
     return hashes
 
 
-def _resolved(
-    spec: ScenarioSpec, model: MoEModel, policies: Policies, files: dict[str, str]
-) -> dict[str, Any]:
+def _resolved(spec: ScenarioSpec, model: MoEModel, policies: Policies, files: dict[str, str]) -> dict[str, Any]:
     """Everything that decides the result, with no path in it."""
     out: dict[str, Any] = spec.model_dump(mode="json")
     for part, digest in files.items():
@@ -418,9 +415,7 @@ def scenario_schema() -> dict[str, Any]:
         kinds = policy_kinds(family)
         options: list[dict[str, Any]] = [{"enum": kinds}] if kinds else []
         for kind in kinds:
-            option = policy_class(family, kind).model_json_schema(
-                ref_template=f"#/$defs/{family}.{kind}.{{model}}"
-            )
+            option = policy_class(family, kind).model_json_schema(ref_template=f"#/$defs/{family}.{kind}.{{model}}")
             for name, definition in option.pop("$defs", {}).items():
                 schema["$defs"][f"{family}.{kind}.{name}"] = definition
             option["properties"] = {"kind": {"const": kind}, **option.get("properties", {})}

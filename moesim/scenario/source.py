@@ -31,6 +31,10 @@ class Source:
 
     def where(self, path: YamlPath, *, key: bool = False) -> str:
         """The place of the value (or key) at `path`, or of its nearest parent."""
+        if path and path not in self.marks and path not in self.overridden:
+            below = [text for p, text in self.overridden.items() if p[: len(path)] == path]
+            if below:
+                return f"--set {below[-1]}"
         for end in range(len(path), 0, -1):
             if path[:end] in self.overridden:
                 return f"--set {self.overridden[path[:end]]}"
@@ -42,9 +46,7 @@ class Source:
         """Apply `a.b=c` texts in order. Raises BadInput with every one that cannot be applied."""
         problems: list[Problem] = []
         if len(texts) > _MAX_OVERRIDES:
-            raise BadInput(
-                Problem("--set", f"at most {_MAX_OVERRIDES} overrides are taken, got {len(texts)}")
-            )
+            raise BadInput(Problem("--set", f"at most {_MAX_OVERRIDES} overrides are taken, got {len(texts)}"))
         for text in texts:
             try:
                 self._one(text)
@@ -82,9 +84,7 @@ class Source:
                 elif not last and isinstance(here[key], str) and _takes_name(path, key):
                     here[key] = {"kind" if path else "name": here[key]}
             else:
-                raise BadInput(
-                    Problem(where, f"{_dotted(path)} holds a value, not a mapping; it has no key {key}")
-                )
+                raise BadInput(Problem(where, f"{_dotted(path)} holds a value, not a mapping; it has no key {key}"))
             path.append(step)
             if last:
                 here[step] = value

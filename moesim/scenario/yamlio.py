@@ -233,9 +233,7 @@ class _Builder:
             self._stop(place, f"nested deeper than {MAX_DEPTH} levels")
         self._check_tag(event, event.tag)
         if event.anchor is not None:
-            self.anchors.pop(
-                event.anchor, None
-            )  # an alias inside its own anchor is a loop, not the old value
+            self.anchors.pop(event.anchor, None)  # an alias inside its own anchor is a loop, not the old value
         kind = dict if isinstance(event, yaml.MappingStartEvent) else list
         self.stack.append(_Open(_Node(kind, place), event.anchor))
 
@@ -266,9 +264,7 @@ class _Builder:
             return text
         number: int | float
         if _NOT_FINITE.fullmatch(text):
-            self._note(
-                place, f"{text} is not a finite number; a number is needed (or quote it if it is text)"
-            )
+            self._note(place, f"{text} is not a finite number; a number is needed (or quote it if it is text)")
             return text
         if len(text) > 400:
             return text
@@ -317,9 +313,7 @@ class _Builder:
             top.key = None
             if key in top.keys:
                 first = next(p for k, p, _ in top.node.children if k == key)
-                self._note(
-                    place, f"the key {_short(key)} stands here again; it is already on line {first[0]}"
-                )
+                self._note(place, f"the key {_short(key)} stands here again; it is already on line {first[0]}")
                 return
             top.keys.add(key)
             top.node.children.append((key, place, node))
@@ -343,16 +337,12 @@ def _convert(root: _Node | None, name: str) -> tuple[Any, Marks]:
     while todo:
         node, path, into, key = todo.pop()
         if len(path) > MAX_DEPTH:
-            raise BadInput(
-                Problem(f"{name}:{node.place[0]}:{node.place[1]}", f"nested deeper than {MAX_DEPTH} levels")
-            )
+            raise BadInput(Problem(f"{name}:{node.place[0]}:{node.place[1]}", f"nested deeper than {MAX_DEPTH} levels"))
         marks[path] = node.place
         if node.kind is str:
             into[key] = node.value
             continue
-        made: Any = (
-            {k: None for k, _, _ in node.children} if node.kind is dict else [None] * len(node.children)
-        )
+        made: Any = {k: None for k, _, _ in node.children} if node.kind is dict else [None] * len(node.children)
         into[key] = made
         for child_key, place, child in node.children:
             if node.kind is dict:
@@ -373,9 +363,7 @@ def dump_yaml(data: Any) -> str:
             pad = "  " * (indent + 1)
             items: Any = value.items() if isinstance(value, dict) else [(None, v) for v in value]
             leads = [pad + "-" if k is None else f"{pad}{_scalar_text(k)}:" for k, _ in items]
-            todo += [
-                (v, indent + 1, first) for first, (_, v) in reversed(list(zip(leads, items, strict=True)))
-            ]
+            todo += [(v, indent + 1, first) for first, (_, v) in reversed(list(zip(leads, items, strict=True)))]
         else:
             text = "{}" if value == {} else "[]" if value == [] else _scalar_text(value)
             lines.append(f"{lead} {text}".strip() if indent < 0 else f"{lead} {text}")
