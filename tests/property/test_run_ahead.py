@@ -79,12 +79,12 @@ def test_equal_when_blocks_run_out(tmp_path: Path, batching: Any, balancer: str)
             "policies": {"batching": batching, "balancer": balancer},
             "requests": {
                 "format": "closed_loop",
-                "concurrency": 24,
-                "num_requests": 80,
+                "concurrency": 48,
+                "num_requests": 120,
                 "prompt_tokens": {"distribution": "lognormal", "mean": 120, "cv": 0.8, "max": 500},
                 "output_tokens": {"distribution": "geometric", "mean": 60, "max": 300},
             },
-            "engine": {**SMALL_KV, "gpu_memory_utilization": utilization(tmp_path, model, 1000)},
+            "engine": {**SMALL_KV, "gpu_memory_utilization": utilization(tmp_path, model, 600)},
         }
         ahead, single = both(tmp_path, **parts)
         assert_equal(ahead, single)
