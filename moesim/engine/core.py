@@ -62,6 +62,7 @@ class _Simulation:
         self.requests = len(stream.prompt_tokens)
         self.ended = 0
         self.next = 0
+        self.placed = 0
         self.prompts: list[int] = stream.prompt_tokens.tolist()
         self.outputs: list[int] = stream.output_tokens.tolist()
         size = deployment.ranks_per_group
@@ -116,7 +117,8 @@ class _Simulation:
         if total > d.max_model_len or d.kv.units(total) > d.kv.capacity:
             self._one_less()
             return False
-        target = int(d.balancer.pick(self.load, i, int(stream.session_id[i]), len(self.load)))
+        target = int(d.balancer.pick(self.load, i, int(stream.session_id[i]), self.placed))
+        self.placed += 1
         self.target[i] = target
         group, rank = divmod(target, d.ranks_per_group)
         self.groups[group].submit(Sequence(i, prompt, output, self.arrival[i]), rank)
