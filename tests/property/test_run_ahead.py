@@ -69,7 +69,8 @@ def test_equal_to_stepping(tmp_path: Path, case: str, seed: int) -> None:
 @pytest.mark.parametrize("balancer", ["round_robin", "least_loaded"])
 def test_equal_when_blocks_run_out(tmp_path: Path, batching: Any, balancer: str) -> None:
     """Little memory: prompts in chunks, preemptions and recomputation; a closed loop over replicas."""
-    model = tiny_model(tmp_path, **WINDOW)
+    # SGLang's estimate counts every layer as full, so only without windows can it run out
+    model = tiny_model(tmp_path, **(WINDOW if batching == "vllm_v1" else {}))
     found = 0
     for seed in range(3):
         parts = {
@@ -84,7 +85,7 @@ def test_equal_when_blocks_run_out(tmp_path: Path, batching: Any, balancer: str)
                 "prompt_tokens": {"distribution": "lognormal", "mean": 120, "cv": 0.8, "max": 500},
                 "output_tokens": {"distribution": "geometric", "mean": 60, "max": 300},
             },
-            "engine": {**SMALL_KV, "gpu_memory_utilization": utilization(tmp_path, model, 600)},
+            "engine": {**SMALL_KV, "gpu_memory_utilization": utilization(tmp_path, model, 900)},
         }
         ahead, single = both(tmp_path, **parts)
         assert_equal(ahead, single)
