@@ -81,11 +81,7 @@ class StepPricer:
         experts, detail = self.moe.decode_ns(batch, steps)
         if not isinstance(experts, int):
             steps = len(experts)
-        context, context_window, growing = (
-            int(batch.context_D[0]),
-            int(batch.window_D[0]),
-            int(batch.growing_D[0]),
-        )
+        _, context, growing, context_window = batch.alone
         ns: IntArray | int = experts + (self._total[tokens] + self._head[decoding])
         ramp = self._ramp[:steps]
         if self.full is not None:
