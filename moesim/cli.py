@@ -7,9 +7,11 @@ Nothing heavy is imported before a verb needs it, so that `moesim --help` answer
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
+import threading
 from importlib import metadata
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -214,11 +216,14 @@ def schema() -> None:
 def convert(
     source: Annotated[Path, typer.Argument(help="A routing trace (.npz).", metavar="SRC")],
     target: Annotated[Path, typer.Argument(help="The folder to write.", metavar="DST")],
+    num_experts: Annotated[
+        int | None, typer.Option(help="Experts of the model, where the trace does not say.", min=1, metavar="N")
+    ] = None,
 ) -> None:
     """Turn a routing trace (.npz) into a folder that large runs map."""
     from moesim.traces.routing_npz import convert as run
 
-    run(source, target)
+    run(source, target, num_experts)
     print(f"written: {target}")
 
 
@@ -278,7 +283,11 @@ def _quiet_pipe() -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit with its code."""
-    signal.signal(signal.SIGTERM, _terminated)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? for what it lacks
     code: int | str | None = 0
     try:
         try:

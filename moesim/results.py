@@ -71,16 +71,12 @@ def write_results(result: Result, scenario: Scenario, out: Path, command: list[s
         (folder / "result.json").write_text(json_text(report), encoding="utf-8")
         _write_parquet(folder / "requests.parquet", result.requests_table())
         _write_parquet(folder / "steps.parquet", result.steps_table())
-        (folder / "provenance.json").write_text(
-            json_text(_provenance(report, scenario, command)), encoding="utf-8"
-        )
+        (folder / "provenance.json").write_text(json_text(_provenance(report, scenario, command)), encoding="utf-8")
 
     with _write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         if target.is_symlink() or (target.exists() and not (target / "result.json").is_file()):
-            raise BadInput(
-                Problem(str(target), "is there already and is no result; move it away or use --out")
-            )
+            raise BadInput(Problem(str(target), "is there already and is no result; move it away or use --out"))
         _replace_folder(target, fill)
     return target
 
@@ -146,7 +142,7 @@ def _write_errors(path: Path) -> Iterator[None]:
         if error.errno in _FULL_DISK:
             raise
         reason = error.strerror or str(error)
-        raise BadInput(Problem(str(error.filename or path), f"cannot be written: {reason}")) from None
+        raise BadInput(Problem(str(path), f"cannot be written: {reason}")) from None
 
 
 def _write_parquet(path: Path, table: Mapping[str, AnyArray]) -> None:

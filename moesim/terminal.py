@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import IO, TYPE_CHECKING, Any
 
@@ -60,14 +61,21 @@ def summary(report: dict[str, Any], scenario: Scenario, file: IO[str] | None = N
     """Print the summary of a feasible run."""
     console = _console(file, width)
     found = report["summary"]
-    _head(console, report, scenario)
-    _speed(console, found)
-    _latency(console, found)
-    _time(console, found)
-    _balance(console, found)
-    _memory(console, found)
-    _links(console, found)
-    _honesty(console, report)
+    with console.capture() as captured:
+        _head(console, report, scenario)
+        _memory(console, found)
+        _speed(console, found)
+        _latency(console, found)
+        _time(console, found)
+        _balance(console, found)
+        _links(console, found)
+        _honesty(console, report)
+    _write(console, captured.get())
+
+
+def _write(console: Console, text: str) -> None:
+    """Out, without the blanks that tables leave at the ends of lines."""
+    console.file.write("".join(f"{line.rstrip()}\n" for line in text.splitlines()))
 
 
 # ---- parts of the summary
@@ -85,6 +93,12 @@ def _head(console: Console, report: dict[str, Any], scenario: Scenario) -> None:
     if scenario.model.is_moe:
         shown = [f"{key} {kinds[key]}" for key in ("routing", "placement", "dispatch") if key in kinds] + shown
     console.print(Text(", ".join(shown), style="dim"))
+
+
+def _say(console: Console, text: str, style: str = "") -> None:
+    """One or more lines, set in by two."""
+    for line in textwrap.wrap(text, console.width - 2):
+        console.print(Text(f"  {line}", style=style))
 
 
 def _section(console: Console, title: str) -> None:
@@ -114,14 +128,14 @@ def _speed(console: Console, found: dict[str, Any]) -> None:
     parts += [f"{requests[k]:,} {k}" for k in ("rejected", "unfinished", "preempted") if requests.get(k)]
     text = f"{', '.join(parts)} in {_number(found['duration_s'])} s simulated, {found['steps']:,} steps; "
     text += f"{tokens['prompt']:,} prompt and {tokens['output']:,} output tokens"
-    console.print(Padding(Text(text, style="dim"), (0, 0, 0, 2), expand=False))
+    _say(console, text, "dim")
 
 
 def _latency(console: Console, found: dict[str, Any]) -> None:
     if all(found.get(name) is None for name in _LATENCIES):
         return
     _section(console, "Latency, ms")
-    table = _table("", ">mean", ">p50", ">p90", ">p99", ">90 % interval of p50")
+    table = _table("", ">mean", ">p50", ">p90", ">p99", ">90% interval of p50")
     for name, label in _LATENCIES.items():
         row = found.get(name)
         if row is not None:
@@ -144,7 +158,7 @@ def _time(console: Console, found: dict[str, Any]) -> None:
     for name, share in shown:
         table.add_row(name.replace("_", " "), _percent(share), _bar(share / most, max(10, console.width // 3)))
     console.print(Padding(table, (0, 0, 0, 2), expand=False))
-    console.print(Padding(Text(bound_by(found)), (0, 0, 0, 2), expand=False))
+    _say(console, bound_by(found))
 
 
 def bound_by(found: dict[str, Any]) -> str:
@@ -186,7 +200,7 @@ def _balance(console: Console, found: dict[str, Any]) -> None:
             f"of it from expert {hottest['expert']}"
         )
     for line in lines:
-        console.print(Padding(Text(line), (0, 0, 0, 2), expand=False))
+        _say(console, line)
 
 
 def _memory(console: Console, found: dict[str, Any]) -> None:
@@ -203,7 +217,7 @@ def _memory(console: Console, found: dict[str, Any]) -> None:
         if use["by"].get("kv_cache"):
             share = use["by"].get("kv_peak", 0) / use["by"]["kv_cache"]
             text += f"; the KV cache has {use['by']['kv_cache'] / _GIB:.1f} GiB and was {_percent(share)} full"
-        console.print(Padding(Text(text), (0, 0, 0, 2), expand=False))
+        _say(console, text)
 
 
 def _links(console: Console, found: dict[str, Any]) -> None:
@@ -215,7 +229,7 @@ def _links(console: Console, found: dict[str, Any]) -> None:
         text = f"{name}: {_size(link['bytes'])}"
         if link.get("busy_share") is not None:
             text += f", tokens on their way {_percent(link['busy_share'])} of the time"
-        console.print(Padding(Text(text), (0, 0, 0, 2), expand=False))
+        _say(console, text)
 
 
 def _honesty(console: Console, report: dict[str, Any]) -> None:
@@ -236,9 +250,9 @@ def _honesty(console: Console, report: dict[str, Any]) -> None:
         lines.append(f"routing of the tokens: {', '.join(parts)}")
     lines += [f"{key}: {made[key]}" for key in ("routing", "requests") if made.get(key)]
     for line in lines:
-        console.print(Padding(Text(line, style="dim"), (0, 0, 0, 2), expand=False))
+        _say(console, line, "dim")
     for warning in report.get("warnings") or ():
-        console.print(Padding(Text(f"note: {warning}", style="yellow"), (0, 0, 0, 2), expand=False))
+        _say(console, f"note: {warning}", "yellow")
 
 
 # ---- figures
@@ -267,11 +281,11 @@ def _number(value: float | None) -> str:
 
 def _percent(share: float) -> str:
     text = f"{100 * share:.1f}" if share < 0.0995 else f"{100 * share:.0f}"
-    return f"{text}\N{NO-BREAK SPACE}%"
+    return f"{text}%"
 
 
 def _range(interval: list[float] | None) -> str:
-    return f"{_number(interval[0])}\N{NO-BREAK SPACE}..\N{NO-BREAK SPACE}{_number(interval[1])}" if interval else ""
+    return f"{_number(interval[0])} .. {_number(interval[1])}" if interval else ""
 
 
 def _bar(share: float, width: int) -> Text:
@@ -324,7 +338,10 @@ def model_table(file: IO[str] | None = None, width: int | None = None) -> None:
             m.attention.kind,
             "/".join(dict.fromkeys(dtypes)),
         )
-    _console(file, width).print(table)
+    console = _console(file, width)
+    with console.capture() as captured:
+        console.print(table)
+    _write(console, captured.get())
 
 
 def _billions(params: int) -> str:
@@ -342,4 +359,7 @@ def profile_table(file: IO[str] | None = None, width: int | None = None) -> None
         rates = (p.hbm_bytes_per_s / 1e9, p.flop_per_s.get("bf16", 0) / 1e12)
         links = (p.node.nvlink_bytes_per_s / 1e9, p.node.nic_bytes_per_s / 1e9)
         table.add_row(name, p.kind, f"{p.memory_bytes / _GIB:.0f}", *map(_number, (*rates, *links)))
-    _console(file, width).print(table)
+    console = _console(file, width)
+    with console.capture() as captured:
+        console.print(table)
+    _write(console, captured.get())
