@@ -78,7 +78,8 @@ def rank_memory(
     kv_unit = int(per_layer * engine.block_size)
     capacity = cluster.profile.memory_bytes
     usable = int(capacity * engine.gpu_memory_utilization)
-    dense_weights = model.weight_bytes_dense_rank(layout.tp)
+    # engines keep the two absorbed halves of MLA's up-projection beside the projection itself
+    dense_weights = model.weight_bytes_dense_rank(layout.tp) + model.mla_absorbed_bytes_rank(layout.tp)
     experts = model.num_moe_layers * slots_per_part * model.expert_bytes() // layout.expert_tp if model.is_moe else 0
     runtime = int(engine.runtime_memory_gib * _GIB)
     fixed = dense_weights + experts + activations + exchange + runtime
@@ -143,7 +144,8 @@ def _mends(model: MoEModel, cluster: Cluster, layout: Layout, engine: EngineSpec
             else model.with_dtypes(expert_dtype=dtype)
         )
         if lighter.expert_bytes() < model.expert_bytes() and fits(lighter, layout, engine, slots_per_part):
-            out.append(f"Smallest change in precision that fits: expert_dtype {dtype} (and weight_dtype with it).")
+            also = " and weight_dtype" if dtype == "fp8_block" else ""
+            out.append(f"Smallest change in precision that fits: model.expert_dtype{also} {dtype}.")
             break
     for tokens in (4096, 2048, 1024):
         if tokens < engine.max_num_batched_tokens:

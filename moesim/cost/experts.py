@@ -83,9 +83,9 @@ class ExpertPrices:
         the rank with the most (for the gather of groups whose experts are split over ranks). ports: for exchanges.
         """
         parts = slot_count.reshape(*slot_count.shape[:-1], self._layout.ep, -1)
-        rows_LP = parts.sum(axis=-1, dtype=np.float64)
-        active_LP = (parts > 0).sum(axis=-1)
-        padded_LP = (np.ceil(parts * (1.0 / self._block)).sum(axis=-1)) * self._block
+        rows_LP = _over_slots(parts)
+        active_LP = _over_slots(parts > 0)
+        padded_LP = _over_slots(np.ceil(parts * (1.0 / self._block))) * self._block
         elsewhere_LP: FloatArray | float = 0.0
         if not self._layout.exchanges:
             elsewhere_LP = rows_LP.sum(axis=-1, keepdims=True) - rows_LP
@@ -119,3 +119,13 @@ class ExpertPrices:
             np.broadcast_to(np.rint(back.ns).astype(np.int64), shape),
             np.broadcast_to(np.maximum(there.grade, back.grade), shape),
         )
+
+
+def _over_slots(values: AnyArray) -> FloatArray:
+    """Sum over the last axis, which is short: adding slices beats a reduction over it."""
+    if values.shape[-1] > 16:
+        return np.asarray(values.sum(axis=-1, dtype=np.float64))
+    total = values[..., 0].astype(np.float64)
+    for slot in range(1, values.shape[-1]):
+        total += values[..., slot]
+    return total

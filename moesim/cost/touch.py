@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moesim.arrays import AnyArray, BoolArray, IntArray
+from moesim.arrays import AnyArray, IntArray
 
 __all__ = ["Touch", "touch"]
 
-_CELLS = 1 << 24
+_IDS = 1 << 20
+"""(token, layer, choice) triples looked at together"""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,32 +41,29 @@ def touch(
 
     slot_TLK: slot of each (token, layer, choice). source_T: the rank a token comes from. Exact.
     """
-    tokens, layers, _ = slot_TLK.shape
+    tokens, layers, choices = slot_TLK.shape
     ranks = len(node_of_rank_G)
     nodes = int(node_of_rank_G.max()) + 1
     groups = len(starts_B)
-    in_BLG = np.zeros((groups, layers, ranks), np.int64)
-    node_in_BLN = np.zeros((groups, layers, nodes), np.int64)
+    in_BLG = np.zeros(groups * layers * ranks, np.int64)
+    node_in_BLN = np.zeros(groups * layers * nodes, np.int64)
     group_T = np.searchsorted(starts_B, np.arange(tokens), side="right") - 1
-    step = max(1, _CELLS // (layers * ranks))
+    cell_TL = group_T[:, None] * layers + np.arange(layers)
+    step = max(1, _IDS // (layers * choices))
     for lo in range(0, tokens, step):
-        hi = min(lo + step, tokens)
-        hit_TLG = _hits(slot_TLK[lo:hi] // slots_per_rank, ranks)
-        source = np.asarray(source_T[lo:hi])
-        group, first = np.unique(group_T[lo:hi], return_index=True)
+        part = slice(lo, min(lo + step, tokens))
+        rank_TLK = np.sort(slot_TLK[part] // slots_per_rank, axis=-1)
+        source = np.asarray(source_T[part])
+        in_BLG += _count(rank_TLK, source, cell_TL[part], ranks, len(in_BLG))
         if nodes > 1:
-            edges = np.searchsorted(node_of_rank_G, np.arange(nodes))
-            node_TLN = np.logical_or.reduceat(hit_TLG, edges, axis=-1)
-            node_TLN[np.arange(hi - lo), :, node_of_rank_G[source]] = False
-            node_in_BLN[group] += np.add.reduceat(node_TLN, first, axis=0, dtype=np.int64)
-        hit_TLG[np.arange(hi - lo), :, source] = False
-        in_BLG[group] += np.add.reduceat(hit_TLG, first, axis=0, dtype=np.int64)
-    return Touch(in_BLG, node_in_BLN)
+            node_TLK = node_of_rank_G[rank_TLK]  # ranks fill nodes in order, so these are sorted too
+            node_in_BLN += _count(node_TLK, node_of_rank_G[source], cell_TL[part], nodes, len(node_in_BLN))
+    return Touch(in_BLG.reshape(groups, layers, ranks), node_in_BLN.reshape(groups, layers, nodes))
 
 
-def _hits(rank_TLK: AnyArray, ranks: int) -> BoolArray:
-    tokens, layers, choices = rank_TLK.shape
-    hit = np.zeros(tokens * layers * ranks, np.bool_)
-    base = (np.arange(tokens * layers, dtype=np.int64) * ranks)[:, None]
-    hit[base + rank_TLK.reshape(tokens * layers, choices)] = True
-    return hit.reshape(tokens, layers, ranks)
+def _count(place_TLK: AnyArray, home_T: AnyArray, cell_TL: IntArray, places: int, cells: int) -> IntArray:
+    """How many tokens of each cell reach each place other than their home; `place_TLK` sorted along K."""
+    counts = place_TLK != home_T[:, None, None]
+    counts[..., 1:] &= place_TLK[..., 1:] != place_TLK[..., :-1]
+    key = cell_TL[..., None] * places + place_TLK
+    return np.bincount(key[counts], minlength=cells)
