@@ -177,5 +177,5 @@ def _layers(pricer: StepPricer, run: Run) -> _Layers | None:
         return None
     sums = int(parts[0].sum()), int(parts[1].max(axis=1).sum()), int(parts[2].sum())
     scale = [t / s if s else 0.0 for t, s in zip(totals, sums, strict=True)]
-    dispatch, experts, combine = (np.rint(p * f).astype(np.int64) for p, f in zip(parts, scale, strict=True))
+    dispatch, experts, combine = (np.floor(p * f).astype(np.int64) for p, f in zip(parts, scale, strict=True))
     return _Layers(dispatch, experts, combine)
