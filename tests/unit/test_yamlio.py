@@ -80,9 +80,7 @@ def test_quoted_scalars_are_text() -> None:
     assert value("'null'") == "null"
 
 
-@pytest.mark.parametrize(
-    "text", [".nan", ".inf", "-.Inf", "1e400", "-1e999", "9223372036854775808", "0x" + "f" * 20]
-)
+@pytest.mark.parametrize("text", [".nan", ".inf", "-.Inf", "1e400", "-1e999", "9223372036854775808", "0x" + "f" * 20])
 def test_numbers_that_are_not_finite_or_too_large_are_refused(text: str) -> None:
     message = refusal(f"a: 1\nx: {text}\n")
     assert message.startswith("f.yaml:2:4: ")
@@ -220,18 +218,12 @@ _scalars = (
     | st.integers(min_value=-(2**63) + 1, max_value=2**63 - 1)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=20)
-    | st.sampled_from(
-        ["no", "1e-3", "017", "null", "~", ".nan", "<<", "- a", "a: b", "#", "", " x ", "../d/f.csv"]
-    )
+    | st.sampled_from(["no", "1e-3", "017", "null", "~", ".nan", "<<", "- a", "a: b", "#", "", " x ", "../d/f.csv"])
 )
 _keys = st.text(max_size=8) | st.sampled_from(["<<", "null", "1", "true"])
 
 
-@given(
-    st.recursive(
-        _scalars, lambda c: st.lists(c, max_size=4) | st.dictionaries(_keys, c, max_size=4), max_leaves=20
-    )
-)
+@given(st.recursive(_scalars, lambda c: st.lists(c, max_size=4) | st.dictionaries(_keys, c, max_size=4), max_leaves=20))
 def test_what_is_dumped_is_read_back(data: Any) -> None:
     text = dump_yaml(data)
     got = parse_yaml(text, "f.yaml")[0]
