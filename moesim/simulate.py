@@ -322,6 +322,16 @@ def simulate(
     began = time.perf_counter()
     outcome = run(stream, deployment, progress)
     result.loop_s = time.perf_counter() - began
+    if not (outcome.requests.target >= 0).any():
+        raise BadInput(
+            Problem(
+                "requests",
+                "every request is longer than max_model_len or than the KV cache holds, so none is served: the "
+                f"shortest has {int((stream.prompt_tokens + stream.output_tokens).min()):,} tokens, "
+                f"max_model_len is {deployment.max_model_len:,} and the KV cache holds {kv.token_capacity:,}; "
+                "shorten them or raise the limit that binds",
+            )
+        )
     result.outcome = outcome
     result.peak_kv_units = outcome.peak_kv_units
     result.explanation = _explain(outcome, deployment.pricers)
@@ -421,14 +431,3 @@ def _moe_cost(scenario: Scenario, layout: Layout, experts: _Experts | None, seed
         scenario.engine.bank_entries,
         seed,
     )
-
-
-def check_serves(result: RunResult) -> None:
-    """Raise BadInput where every request was rejected: a run that served nothing has no figures."""
-    if result.outcome is not None and not (result.outcome.requests.target >= 0).any():
-        raise BadInput(
-            Problem(
-                "requests",
-                "every request is longer than max_model_len or the KV cache; shorten them or raise both",
-            )
-        )

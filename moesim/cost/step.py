@@ -85,10 +85,16 @@ class StepPricer:
         ns: IntArray | int = experts + (self._total[tokens] + self._head[decoding])
         ramp = self._ramp[:steps]
         if self.full is not None:
-            ns = self.full.rows[decoding][(context + decoding * ramp) >> self.full.shift] * dense.full_layers + ns
+            at = ramp * decoding
+            at += context
+            at >>= self.full.shift
+            own = self.full.rows[decoding].take(at)
+            own *= dense.full_layers
+            own += ns
+            ns = own
         if self.window is not None:
             at = (context_window + growing * ramp) >> self.window.shift
-            ns = self.window.rows[decoding][at] * dense.window_layers + ns
+            ns = self.window.rows[decoding].take(at) * dense.window_layers + ns
         assert not isinstance(ns, int)
         key = Key(batch.tick, tokens, decoding, decoding, context, context_window, growing, 0, decoding, 0, decoding)
         return Run(ns.cumsum(), key, detail)

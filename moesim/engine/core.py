@@ -132,12 +132,16 @@ class _Simulation:
             for _ in range(self.stream.concurrency):
                 self._next_of_closed_loop()
             return
+        alone = len(self.groups) == 1
         for i, arrival in enumerate(self.arrival):
             delay = arrival - env.now
             if delay > 0:
+                if alone:
+                    self.hooks.next_arrival_ns = arrival
                 yield env.timeout(delay)
             self.hooks.priority = ARRIVAL
             self._arrive(i)
+        self.hooks.next_arrival_ns = -1
 
     def run(self) -> Outcome:
         self.env.process(self._arrivals())

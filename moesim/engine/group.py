@@ -49,6 +49,8 @@ class Hooks:
     finished: Callable[[Sequence, int], None]
     load: Callable[[int, int], None]
     priority: int = ARRIVAL
+    next_arrival_ns: int = -1
+    """when the next request will arrive, where only one group can get it (-1: not known): no run need reach past it"""
 
 
 class Group:
@@ -163,6 +165,9 @@ class Group:
             steps = min(self._horizon(), self.longest_run)
             self.run = self.pricer.decode(batch, steps)
             self.steps = len(self.run.cumulative_ns)
+            ahead = self.hooks.next_arrival_ns - now
+            if ahead > 0:
+                self.steps = min(self.steps, int(self.run.cumulative_ns.searchsorted(ahead)) + 1)
         else:
             assert not self.waiting, "a request waits on an idle rank"
             self.busy = False

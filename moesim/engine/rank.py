@@ -129,7 +129,12 @@ class Rank:
         units = turns * (kv.full_layers * self.decoding + kv.window_layers * self.growing)
         if rest:
             first = self.dtick % kv.block_size
-            units += kv.full_layers * _around(self._crossings, first, rest)
+            last = first + rest
+            ring = self._crossings
+            if last <= kv.block_size:
+                units += kv.full_layers * sum(ring[first:last])
+            else:
+                units += kv.full_layers * _around(ring, first, rest)
             if kv.window_layers:
                 units += kv.window_layers * _around(self._crossings_window, first, rest)
         return units
