@@ -138,14 +138,11 @@ def simulate(
     """Run a scenario: does it fit, how fast is it, what bounds it."""
     scenario = _load(file, overrides, seed, plugin)
     from moesim.results import json_text, replacing_file, write_results
-    from moesim.simulate import check_serves
     from moesim.simulate import simulate as run
     from moesim.terminal import progress_bar, summary
 
     with progress_bar(enabled=not quiet) as advance:
         result = run(scenario, progress=advance)
-    if result.feasible:
-        check_serves(result)
     report = result.to_json()
     if not result.feasible:
         if as_json:
