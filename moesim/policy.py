@@ -57,7 +57,8 @@ _plugins: dict[str, type[Spec]] = {}
 
 def did_you_mean(name: object, known: Sequence[str]) -> str:
     """` Did you mean 'x'? Known: ...` for an unknown `name`; the guess is left out where nothing is near."""
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    near = [k for k in known if len(str(name)) > 2 and str(name) in k]
+    near = near or difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     guess = f" Did you mean {near[0]!r}?" if near else ""
     return f"{guess} Known: {', '.join(known)}." if known else f"{guess} None is allowed here."
 
@@ -242,7 +243,11 @@ def _words(item: dict[str, Any], path: Loc, parents: list[type[BaseModel]]) -> s
         return f"unknown key {path[-1] if path else given!r}." + (did_you_mean(path[-1], known) if parents else "")
     if kind == "missing":
         return "is required and not given"
-    if kind in ("value_error", "assertion_error"):
+    if kind in ("model_type", "dict_type"):
+        return f"should be a mapping of keys, got {_short(given)}"
+    if kind in ("tuple_type", "list_type"):
+        return f"should be a list, got {_short(given)}"
+    if kind in ("value_error", "assertion_error", "requests"):  # "requests": moesim.workload.generators.located
         return str(item["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = str(item["msg"]).removeprefix("Input ")
     if kind in ("literal_error", "enum") and isinstance(given, str):

@@ -89,12 +89,15 @@ def _experts(where: _Where, model: MoEModel, parallel: ParallelSpec, placement: 
         )
     expert_tp = ranks // ep
     if model.moe_intermediate_size % expert_tp:
-        legal_ep = [e for e in _all_divisors(ranks) if model.moe_intermediate_size % (ranks // e) == 0]
+        legal_ep = [
+            e for e in _all_divisors(ranks) if slots % e == 0 and model.moe_intermediate_size % (ranks // e) == 0
+        ]
+        mend = f"Use ep {_listed(legal_ep)}" if legal_ep else f"No ep does for {ranks} ranks: change tp or dp"
         problems.append(
             Problem(
                 at,
                 f"each expert is split over tp * dp / ep = {ranks} / {ep} = {expert_tp} ranks, which must "
-                f"divide its intermediate size {model.moe_intermediate_size}. Use ep {_listed(legal_ep)}",
+                f"divide its intermediate size {model.moe_intermediate_size}. {mend}",
             )
         )
     return problems

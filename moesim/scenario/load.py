@@ -140,6 +140,9 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
         engine = spec.engine if spec.engine is not None else EngineSpec()
         placement = policies.placement if policies is not None else None
         problems += cross_checks(source.where, model, cluster, spec.parallel, engine, placement)
+        if source.data.get("routing") and not model.is_moe:
+            message = f"routing: {model.name} is a dense model, so nothing is routed; remove routing"
+            problems.append(Problem(source.where(("routing",), key=True), message))
     if problems:
         raise BadInput(_sorted(problems))
     assert model is not None
@@ -281,6 +284,8 @@ def _policies(source: Source, spec: PoliciesSpec, problems: list[Problem]) -> Po
     for family, key in FAMILY_KEYS.items():
         value = getattr(spec, key)
         if value is None:
+            value = PoliciesSpec.model_fields[key].default
+        if value is None:  # routing: chosen by the model, below
             made[key] = None
             continue
 
@@ -383,7 +388,8 @@ def _input_files(source: Source, spec: _Parts, base: Path, problems: list[Proble
             else:
                 hashes[part] = content_hash(path)
         except (OSError, ValueError) as error:
-            problems.append(Problem(where, f"{part}.path: cannot be read: {error}"))
+            reason = getattr(error, "strerror", None) or str(error)
+            problems.append(Problem(where, f"{part}.path: cannot be read: {reason}"))
         except BadInput as error:
             problems += error.problems
     return hashes

@@ -22,9 +22,7 @@ class Source:
             data = {}
         if not isinstance(data, dict):
             kind = "a list" if isinstance(data, list) else "one value"
-            raise BadInput(
-                Problem(marks.where(()), f"a mapping of keys such as `model:` is needed, and this is {kind}")
-            )
+            raise BadInput(Problem(marks.where(()), f"a mapping of keys (`name: value`) is needed, and this is {kind}"))
         self.data: dict[str, Any] = data
         self.marks = marks
         self.overridden: dict[YamlPath, str] = {}

@@ -5,9 +5,10 @@ A key that is not here is an error; keys of what is not built yet are refused wi
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from moesim.engine_spec import EngineSpec
 from moesim.hardware import ClusterSpec
@@ -69,6 +70,12 @@ class ModelRef(Spec):
     activation_dtype: Dtype | None = None
 
 
+def _plain_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", value):
+        raise ValueError(f"at most 100 letters, digits, '.', '_' and '-', the first no sign; got {value!r:.60}")
+    return value
+
+
 def _by_name(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
@@ -100,13 +107,19 @@ class SloSpec(Spec):
         return self
 
 
-_Policy = str | dict[str, Any]
+def _kind_or_mapping(value: Any) -> Any:
+    if value is None or isinstance(value, str | dict):
+        return value
+    raise ValueError(f"a policy is a name or a mapping with `kind`, got {value!r:.60}")
+
+
+_Policy = Annotated[Any, BeforeValidator(_kind_or_mapping)]
 
 
 class PoliciesSpec(Spec):
     """Each a kind (`eplb`) or a mapping with `kind` and its parameters. `routing` None: the model's own."""
 
-    routing: _Policy | None = None
+    routing: _Policy = None
     placement: _Policy = "contiguous"
     dispatch: _Policy = "local_first"
     offload: _Policy = "none"
@@ -117,7 +130,7 @@ class PoliciesSpec(Spec):
 class ScenarioSpec(Spec):
     """A deployment, its traffic, its routing, and the policies that run it."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] | None = None
+    name: Annotated[str, AfterValidator(_plain_name), Field(min_length=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     model: Annotated[ModelRef, BeforeValidator(_by_name, json_schema_input_type=str | ModelRef)]
     cluster: ClusterSpec
