@@ -13,6 +13,9 @@ from moesim.spec import Spec
 
 __all__ = ["Policy"]
 
+_CHOICES = 1 << 17
+"""choices looked at together: what they need stays in cache"""
+
 
 class Policy(Spec):
     """No parameters. Among equally near replicas the token draws, all alike."""
@@ -31,11 +34,19 @@ class Policy(Spec):
         if placement.max_replicas == 1:
             return placement.first_slot_LE.ravel()[flat]
         tokens, layers, choices = flat.shape
-        rank_T11 = np.asarray(source_rank_T, dtype=np.int64)[:, None, None]
-        first, number = _nearest(flat, rank_T11, placement)
-        bits = hash_TLK(seed, np.arange(tokens) if token_T is None else token_T, layers, choices)
-        replica = first + draw_below(bits, number)
-        return placement.expert_to_slots_LEX.ravel()[flat * placement.max_replicas + replica]
+        token = np.arange(tokens) if token_T is None else np.asarray(token_T)
+        rank_T = np.asarray(source_rank_T, dtype=np.int64)
+        slot = placement.first_slot_LE.ravel()[flat]
+        several = placement.replica_count_LE.ravel() > 1
+        step = max(1, _CHOICES // (layers * choices))
+        for lo in range(0, tokens, step):
+            part = slice(lo, min(lo + step, tokens))
+            where = np.nonzero(several[flat[part]])  # only experts with replicas leave a choice
+            chosen = flat[part][where]
+            first, number = _nearest(chosen, rank_T[part][where[0]], placement)
+            replica = first + draw_below(hash_TLK(seed, token[part], layers, choices)[where], number)
+            slot[part][where] = placement.expert_to_slots_LEX.ravel()[chosen * placement.max_replicas + replica]
+        return slot
 
     def split(self, count_LE: IntArray, placement: Placement) -> IntArray:
         """See `moesim.dispatch.DispatchPolicy.split`: without source ranks the split is even.
@@ -45,16 +56,16 @@ class Policy(Spec):
         return split(count_LE, placement, "uniform")
 
 
-def _nearest(flat: IntArray, rank_T11: IntArray, placement: Placement) -> tuple[IntArray, IntArray]:
+def _nearest(flat_N: IntArray, rank_N: IntArray, placement: Placement) -> tuple[IntArray, IntArray]:
     """First number and how many of the nearest replicas of each choice. Replicas are in order of rank, so
     those of a rank and those of a node stand together.
     """
     before = placement.replicas_before_rank_LEG.reshape(-1, placement.num_ranks + 1)
-    on_rank = before[flat, rank_T11].astype(np.int64)
-    number = before[flat, rank_T11 + 1] - on_rank
+    on_rank = before[flat_N, rank_N].astype(np.int64)
+    number = before[flat_N, rank_N + 1] - on_rank
     low_G, high_G = placement.node_range_G
-    on_node = before[flat, low_G[rank_T11]].astype(np.int64)
-    number_on_node = before[flat, high_G[rank_T11]] - on_node
-    everywhere = before[flat, placement.num_ranks].astype(np.int64)
+    on_node = before[flat_N, low_G[rank_N]].astype(np.int64)
+    number_on_node = before[flat_N, high_G[rank_N]] - on_node
+    everywhere = before[flat_N, placement.num_ranks].astype(np.int64)
     first = np.where(number > 0, on_rank, np.where(number_on_node > 0, on_node, 0))
     return first, np.where(number > 0, number, np.where(number_on_node > 0, number_on_node, everywhere))
