@@ -19,6 +19,7 @@ from moesim.batching import BatchingPolicy, Plan
 __all__ = ["KvShape", "Rank", "Sequence"]
 
 _NEVER = 1 << 60
+_WINDOW_FULL, _LAST_TOKEN = 0, 1
 
 
 class Sequence:
@@ -68,9 +69,9 @@ class KvShape:
 class Rank:
     """Scheduler state of one data-parallel rank. `_check()` states its invariants."""
 
-    __slots__ = ("_crossings", "_crossings_window", "_events", "context", "context_window", "decoding", "dtick",
-                 "growing", "kv", "max_num_batched_tokens", "max_num_seqs", "peak", "policy", "preemptions", "prefilling",
-                 "remaining", "running_set", "used", "waiting")  # fmt: skip
+    __slots__ = ("_crossings", "_crossings_window", "_events", "_filling", "context", "context_window", "decoding",
+                 "dtick", "growing", "kv", "max_num_batched_tokens", "max_num_seqs", "peak", "policy", "preemptions",
+                 "prefilling", "remaining", "running_set", "used", "waiting")  # fmt: skip
 
     def __init__(self, kv: KvShape, policy: BatchingPolicy, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.kv = kv
@@ -91,7 +92,8 @@ class Rank:
         self.remaining = 0  # output tokens still to come from running requests
         self._crossings = [0] * kv.block_size
         self._crossings_window = [0] * kv.block_size
-        # (dtick, 0 last token | 1 window full, request, version, sequence)
+        self._filling: dict[int, int] = {}  # dtick -> windows that fill then and take their straddling block
+        # (dtick, what, request, version, sequence): a window that fills with the last token closes before it leaves
         self._events: list[tuple[int, int, int, int, Sequence]] = []
 
     # -- the view a batching policy sees ------------------------------------------------------------------
@@ -139,6 +141,11 @@ class Rank:
                 units += kv.window_layers * _around(self._crossings_window, first, rest)
         return units
 
+    def _need(self, steps: int) -> int:
+        """KV units for the next `steps` decode steps, none of which but the last fills a window."""
+        need = self._growth(steps)
+        return need + self.kv.window_layers * self._filling.get(self.dtick + steps, 0) if self._filling else need
+
     def horizon(self) -> int:
         """Decode steps until this rank must be looked at again: a finish, a full window, or blocks running out."""
         events = self._events
@@ -152,9 +159,9 @@ class Rank:
         free = kv.capacity - self.used
         safe = kv.block_size * (free // turn) if turn else _NEVER
         if safe >= steps:
-            return steps
+            return steps if steps == 1 or self._need(steps) <= free else steps - 1
         if safe == 0:
-            while safe < kv.block_size and self._growth(safe + 1) <= free:
+            while safe < kv.block_size and self._need(safe + 1) <= free:
                 safe += 1
         return min(steps, safe)
 
@@ -166,7 +173,7 @@ class Rank:
             _, what, _, version, sequence = heapq.heappop(events)
             if version != sequence.version:
                 continue
-            if what:
+            if what == _WINDOW_FULL:
                 self._close_window(sequence)
             else:
                 self._leave(sequence)
@@ -187,14 +194,15 @@ class Rank:
         slot = (self.dtick - length) % kv.block_size
         self._crossings[slot] += 1
         end = self.dtick + sequence.output - sequence.generated
-        heapq.heappush(self._events, (end, 0, sequence.index, sequence.version, sequence))
+        heapq.heappush(self._events, (end, _LAST_TOKEN, sequence.index, sequence.version, sequence))
         if kv.window_layers:
             self.context_window += min(length + 1, kv.window)
             if length < kv.window:
                 self.growing += 1
                 self._crossings_window[slot] += 1
                 full = self.dtick + kv.window - length
-                heapq.heappush(self._events, (full, 1, sequence.index, sequence.version, sequence))
+                self._filling[full] = self._filling.get(full, 0) + 1
+                heapq.heappush(self._events, (full, _WINDOW_FULL, sequence.index, sequence.version, sequence))
 
     def _close_window(self, sequence: Sequence) -> None:
         kv, length = self.kv, sequence.offset + self.dtick
@@ -202,7 +210,14 @@ class Rank:
         self._crossings_window[(-sequence.offset) % kv.block_size] -= 1
         # contexts count the token being computed: at KV length `window` the window holds `window` keys from now on
         self.context_window -= length + 1 - kv.window
-        self.used += kv.units(length) - (kv.full_layers + kv.window_layers) * -(-length // kv.block_size)
+        self.used += kv.window_layers  # the block that a full window straddles
+        self.peak = max(self.peak, self.used)
+        self._no_longer_fills(self.dtick)
+
+    def _no_longer_fills(self, dtick: int) -> None:
+        self._filling[dtick] -= 1
+        if not self._filling[dtick]:
+            del self._filling[dtick]
 
     def _leave(self, sequence: Sequence) -> None:
         kv, length = self.kv, sequence.offset + self.dtick
@@ -216,6 +231,7 @@ class Rank:
                 self.context_window -= length + 1
                 self.growing -= 1
                 self._crossings_window[slot] -= 1
+                self._no_longer_fills(self.dtick + kv.window - length)
             else:
                 self.context_window -= kv.window
 
@@ -223,7 +239,7 @@ class Rank:
     def plan(self) -> tuple[list[tuple[Sequence, int]], bool, list[Sequence]]:
         """Decide the next step: chunks granted (sequence, tokens), whether decodes run, requests preempted."""
         dropped: list[Sequence] = []
-        while self.decoding and self._growth(1) > self.free_units:
+        while self.decoding and self._need(1) > self.free_units:
             dropped.append(self._preempt())
         if not self.waiting and not self.prefilling:
             return [], True, dropped
@@ -242,7 +258,7 @@ class Rank:
 
     def _grant(self, plan: Plan, admit: bool) -> tuple[list[tuple[Sequence, int]], bool]:
         chunks: list[tuple[Sequence, int]] = []
-        reserve = self._growth(1) if plan.decode and self.decoding else 0
+        reserve = self._need(1) if plan.decode and self.decoding else 0
         for wish in plan.wishes:
             sequence: Sequence = wish.prompt  # type: ignore[assignment]  # the engine's own sequences come back
             need = self.kv.units(sequence.computed + wish.tokens) - self.kv.units(sequence.computed)
@@ -305,7 +321,8 @@ class Rank:
             assert self.context_window == sum(min(n + 1, kv.window) for n in lengths)
         held = sum(map(kv.units, lengths)) + sum(kv.units(s.computed) for s in self.prefilling)
         assert self.used == held, (self.used, held)
-        assert 0 <= self.used <= kv.capacity
+        assert 0 <= self.used <= self.peak <= kv.capacity
+        assert sum(self._filling.values()) == self.growing
         assert len(self.running_set) <= self.max_num_seqs
 
 
