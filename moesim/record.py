@@ -12,7 +12,10 @@ from moesim.arrays import IntArray
 if TYPE_CHECKING:
     from moesim.cost.pricer import Run
 
-__all__ = ["Recorder", "RequestRecords", "StepRecords"]
+__all__ = ["NOT_YET", "REJECTED", "Recorder", "RequestRecords", "StepRecords"]
+
+REJECTED, NOT_YET = -1, -2
+"""`RequestRecords.target` of requests that no rank got: too long to be served; not there when the run was cut off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ class RequestRecords:
     finish_ns: IntArray
     prompt_tokens: IntArray
     output_tokens: IntArray
-    target: IntArray  # replica * dp + data-parallel rank; -1 rejected
+    target: IntArray  # replica * dp + data-parallel rank; REJECTED; NOT_YET
     preemptions: IntArray
 
     @property

@@ -30,6 +30,7 @@ from moesim.layout import Layout
 from moesim.memory import RankMemory, require_fit
 from moesim.metrics import Errors, latencies, throughput
 from moesim.placement import Placement, PlacementContext
+from moesim.record import REJECTED
 from moesim.scenario.load import Scenario
 from moesim.units import s_to_ns
 from moesim.workload.pool import RoutingSource
@@ -120,7 +121,7 @@ class RunResult:
         errors = self.errors
         done = requests.completed
         rates = throughput(requests, self.stream.concurrency is not None, self.devices, self.scenario.slo, errors)
-        rejected = int((requests.target < 0).sum())
+        rejected = int((requests.target == REJECTED).sum())
         return {
             "requests": {
                 "completed": int(done.sum()),
@@ -254,6 +255,8 @@ class RunResult:
         """One row a step."""
         assert self.outcome is not None
         s = self.outcome.steps
+        preempted = np.zeros(s.steps, np.int64)
+        preempted[np.cumsum(s.run_steps) - s.run_steps] = s.run_preempted  # before a run's first step
         keys = np.array([cast_run.key for cast_run in self.outcome.runs], np.int64).reshape(len(s.run_steps), -1)
         return {
             "group": s.per_step(s.run_group),
@@ -262,7 +265,7 @@ class RunResult:
             "decode_tokens": s.per_step(s.run_decoding),
             "prefill_tokens": s.per_step(keys[:, 9]),
             "waiting": s.per_step(s.run_waiting),
-            "preempted": s.per_step(s.run_preempted),
+            "preempted": preempted,
         }
 
 
@@ -322,7 +325,7 @@ def simulate(
     began = time.perf_counter()
     outcome = run(stream, deployment, progress)
     result.loop_s = time.perf_counter() - began
-    if not (outcome.requests.target >= 0).any():
+    if (outcome.requests.target == REJECTED).all():
         raise BadInput(
             Problem(
                 "requests",

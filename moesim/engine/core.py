@@ -14,7 +14,7 @@ from moesim.batching import BatchingPolicy
 from moesim.cost.pricer import Pricer, Run
 from moesim.engine.group import ARRIVAL, Group, Hooks
 from moesim.engine.rank import KvShape, Rank, Sequence
-from moesim.record import Recorder, RequestRecords, StepRecords
+from moesim.record import NOT_YET, REJECTED, Recorder, RequestRecords, StepRecords
 from moesim.workload.requests import RequestStream
 
 __all__ = ["Deployment", "Outcome", "run"]
@@ -70,7 +70,7 @@ class _Simulation:
         self.first = [-1] * self.requests
         self.finish = [-1] * self.requests
         self.arrival = stream.arrival_ns.tolist()
-        self.target = [-1] * self.requests
+        self.target = [NOT_YET] * self.requests
         self.preempted = [0] * self.requests
         self.hooks = Hooks(self._finished, self._tell_load)
         self.groups = [
@@ -115,6 +115,7 @@ class _Simulation:
         prompt, output = self.prompts[i], self.outputs[i]
         total = prompt + output
         if total > d.max_model_len or d.kv.units(total) > d.kv.capacity:
+            self.target[i] = REJECTED
             self._one_less()
             return False
         target = int(d.balancer.pick(self.load, i, int(stream.session_id[i]), self.placed))
