@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import zlib
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from moesim.layout import Layout
+from moesim.memory import rank_memory
 from moesim.scenario.load import Scenario, scenario_from_dict
 
 TINY: dict[str, Any] = {
@@ -57,3 +60,16 @@ def scenario(folder: Path, model: str | None = None, **parts: Any) -> Scenario:
     }
     data.update(parts)
     return scenario_from_dict({k: v for k, v in data.items() if v is not None}, folder)
+
+
+def with_kv_tokens(scenario: Scenario, tokens: int) -> Scenario:
+    """The scenario with a gpu_memory_utilization that leaves each rank a KV cache of `tokens` tokens, in whole blocks
+    of every layer."""
+    model, engine, p = scenario.model, scenario.engine, scenario.parallel
+    layout = Layout.of(model, scenario.cluster, p.tp, p.dp, p.ep)
+    redundant = getattr(scenario.policies.placement, "num_redundant_experts", 0)
+    memory = rank_memory(model, scenario.cluster, layout, engine, (model.num_experts + redundant) // p.ep)
+    units = -(-tokens // engine.block_size) * model.num_layers
+    utilization = (memory.fixed + (units + 0.5) * memory.kv_unit) / memory.capacity
+    engine = engine.model_copy(update={"gpu_memory_utilization": utilization})
+    return dataclasses.replace(scenario, engine=engine)
