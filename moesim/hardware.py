@@ -28,7 +28,11 @@ from moesim.spec import Spec
 from moesim.units import FlopPerS, GBPerS, GiB, Us
 
 __all__ = [
+    "ASSUMED",
+    "EXTRAPOLATED",
     "GRADES",
+    "INTERPOLATED",
+    "MEASURED",
     "OPERATORS",
     "Cluster",
     "ClusterSpec",
@@ -43,6 +47,8 @@ GRADES = ("measured", "interpolated", "extrapolated", "assumed")
 """What a priced time rests on; its index is the uint8 code in `Priced.grade`. A larger code is weaker
 ground.
 """
+
+MEASURED, INTERPOLATED, EXTRAPOLATED, ASSUMED = np.arange(4, dtype=np.uint8)
 
 OPERATORS = (
     "attention_prefill",
@@ -78,7 +84,6 @@ _COMPUTE_AS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 _DEFAULT_ERROR = 0.30  # 1 sigma of log where a profile states none: a roofline with typical efficiencies
 _MAX_CURVE_BYTES = 8 << 20
-_MAX_CURVE_POINTS = 1 << 20
 
 Fits = Mapping[str, Mapping[str, float]]
 _S = TypeVar("_S", bound=Spec)
@@ -119,7 +124,7 @@ class ProfileSpec(Spec):
     node: NodeSpec
     fits: Annotated[dict[str, dict[str, float]], Field(default_factory=dict)]
     errors: Annotated[dict[str, Annotated[float, Field(ge=0, le=3)]], Field(default_factory=dict)]
-    curves: str | None = None
+    curves: Annotated[tuple[str, ...], Field(strict=False, max_length=16)] = ()
     provenance: Annotated[dict[str, Any], Field(default_factory=dict)]
 
 
@@ -174,14 +179,17 @@ class Node:
 class Curve:
     """Measured over physics for one shape of one operator: log ratio at the sizes that were measured.
 
-    key: the shape, in the order the operator's own documentation gives. axes: one increasing array of sizes
-    for each dimension. log_ratio: ln(measured / physics), shape = the axes' lengths. source: an index into
-    `DeviceProfile.provenance["curve_sources"]`.
+    key: the shape, in the order the operator's own documentation gives. variant: whose physics (`fits`) it is
+    relative to. axes: one increasing array of sizes for each dimension. log_ratio: ln(measured / physics),
+    shape = the axes' lengths. grade: of each point (None: all measured); a point that was carried over from
+    another kernel or filled in is weaker. source: place in `DeviceProfile.provenance["curve_sources"]`.
     """
 
     key: tuple[int | str, ...]
+    variant: str
     axes: tuple[NDArray[np.float64], ...]
     log_ratio: NDArray[np.float64]
+    grade: NDArray[np.uint8] | None = None
     source: int = 0
 
 
@@ -221,20 +229,16 @@ class DeviceProfile:
         """
         parsed = _parse(ProfileSpec, spec, where or "profile")
         problems = _check_names(parsed, where or parsed.name)
-        curves: Mapping[str, tuple[Curve, ...]] = MappingProxyType({})
-        if parsed.curves is not None:
-            if Path(parsed.curves).name != parsed.curves:
-                problems.append(
-                    Problem(where, f"curves must be a file name beside the profile, got {parsed.curves!r}")
-                )
-            else:
-                curves = load_curves(base / parsed.curves, problems)
-        if parsed.kind == "measured" and parsed.curves is None:
+        curves: dict[str, tuple[Curve, ...]] = {}
+        for name in parsed.curves:
+            if Path(name).name != name or name in (".", ".."):
+                problems.append(Problem(where, f"curves must name files beside the profile, got {name!r}."))
+                continue
+            for op, more in load_curves(base / name, problems).items():
+                curves[op] = curves.get(op, ()) + more
+        if parsed.kind == "measured" and not parsed.curves:
             problems.append(
-                Problem(
-                    where,
-                    "a measured profile names its curves file: curves is missing. Add it or say assumed.",
-                )
+                Problem(where, "a measured profile names its curve files: curves is missing. Add it or say assumed.")
             )
         if problems:
             raise BadInput(problems)
@@ -253,7 +257,7 @@ class DeviceProfile:
             node=Node.from_spec(parsed.node),
             fits=MappingProxyType({k: MappingProxyType(dict(v)) for k, v in parsed.fits.items()}),
             errors=MappingProxyType(dict(parsed.errors)),
-            curves=curves,
+            curves=MappingProxyType(curves),
             provenance=MappingProxyType(dict(parsed.provenance)),
         )
 
@@ -266,9 +270,7 @@ class DeviceProfile:
             if name in self.flop_per_s:
                 return self.flop_per_s[name]
         known = ", ".join(sorted(self.flop_per_s))
-        raise BadInput(
-            f"device {self.name} has no FLOP rate for dtype {dtype!r}; it lists {known}.", self.name
-        )
+        raise BadInput(f"device {self.name} has no FLOP rate for dtype {dtype!r}; it lists {known}.", self.name)
 
     def fit(self, op: str, variant: str, name: str, default: float) -> float:
         """A physics parameter: of `op/variant` if stated, else of `op`, else `default`."""
@@ -349,9 +351,7 @@ class Cluster:
         parsed = _parse(ClusterSpec, spec, where)
         node = profile.node
         gpus = parsed.gpus_per_node or node.gpus_per_node
-        nic = (
-            parsed.nic_gb_per_s * 1e9 if parsed.nic_gb_per_s else node.nic_bytes_per_s
-        ) * parsed.nics_per_gpu
+        nic = (parsed.nic_gb_per_s * 1e9 if parsed.nic_gb_per_s else node.nic_bytes_per_s) * parsed.nics_per_gpu
         spine = nic / parsed.oversubscription
         resolved = replace(
             node,
@@ -440,14 +440,13 @@ def _check_names(spec: ProfileSpec, where: str) -> list[Problem]:
     for name, parameters in spec.fits.items():
         for key, value in parameters.items():
             if not (math.isfinite(value) and value >= 0):
-                problems.append(
-                    Problem(where, f"fits.{name}.{key} must be a finite number >= 0, got {value!r}.")
-                )
+                problems.append(Problem(where, f"fits.{name}.{key} must be a finite number >= 0, got {value!r}."))
     return problems
 
 
 def load_curves(path: Path, problems: list[Problem]) -> Mapping[str, tuple[Curve, ...]]:
-    """Read measured residual curves (JSON: operator -> list of {key, axes, log_ratio, source}).
+    """Read measured residual curves. JSON: `axes` (lists of sizes, shared) and `curves`: operator -> list of
+    {key, variant, axes (places in the shared list), log_ratio, grade?, source?}.
 
     Appends what is wrong to `problems` and returns what is right; the caller raises.
     """
@@ -455,9 +454,7 @@ def load_curves(path: Path, problems: list[Problem]) -> Mapping[str, tuple[Curve
     try:
         size = path.stat().st_size
         if size > _MAX_CURVE_BYTES:
-            problems.append(
-                Problem(where, f"a curve file may hold {_MAX_CURVE_BYTES} bytes, this one has {size}.")
-            )
+            problems.append(Problem(where, f"a curve file may hold {_MAX_CURVE_BYTES} bytes, this one has {size}."))
             return {}
         data = json.loads(path.read_bytes())
     except OSError as error:
@@ -466,39 +463,60 @@ def load_curves(path: Path, problems: list[Problem]) -> Mapping[str, tuple[Curve
     except (ValueError, RecursionError) as error:
         problems.append(Problem(where, f"the curve file is not JSON: {error}."))
         return {}
-    if not isinstance(data, dict) or any(op not in OPERATORS for op in data):
-        problems.append(
-            Problem(where, f"a curve file maps operators to curves; operators: {', '.join(OPERATORS)}.")
-        )
+    if not isinstance(data, dict) or set(data) != {"axes", "curves"} or not isinstance(data["curves"], dict):
+        problems.append(Problem(where, "a curve file is a mapping with the keys axes and curves."))
         return {}
     out: dict[str, tuple[Curve, ...]] = {}
-    for op, rows in data.items():
+    try:
+        axes = [_axis(axis) for axis in data["axes"]]
+    except (TypeError, ValueError) as error:
+        problems.append(Problem(where, f"axes: {error}."))
+        return {}
+    for op, rows in data["curves"].items():
         curves = []
+        if op not in OPERATORS:
+            problems.append(Problem(where, f"{op} is not an operator; operators: {', '.join(OPERATORS)}."))
+            continue
         for i, row in enumerate(rows if isinstance(rows, list) else [None]):
             try:
-                curves.append(_curve(row))
-            except (TypeError, ValueError, KeyError, OverflowError) as error:
+                curves.append(_curve(row, axes))
+            except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
                 problems.append(Problem(where, f"{op}[{i}] is not a curve: {error}."))
         out[op] = tuple(curves)
-    return MappingProxyType(out)
+    return out
 
 
-def _curve(row: Any) -> Curve:
-    """One curve, checked. Raises ValueError, TypeError or KeyError with what is wrong."""
+def _axis(values: Any) -> NDArray[np.float64]:
+    """Sizes along one axis: positive, finite, increasing."""
+    axis = np.array(values, dtype=np.float64)
+    if axis.ndim != 1 or not axis.size or not np.isfinite(axis).all() or axis[0] <= 0:
+        raise ValueError("sizes must be positive and finite")
+    if (np.diff(axis) <= 0).any():
+        raise ValueError("sizes must increase")
+    axis.setflags(write=False)
+    return axis
+
+
+def _curve(row: Any, shared: list[NDArray[np.float64]]) -> Curve:
+    """One curve, checked. Raises ValueError, TypeError, KeyError or IndexError with what is wrong."""
     if not isinstance(row, dict):
-        raise TypeError("a mapping with key, axes and log_ratio is needed")
+        raise TypeError("a mapping with key, variant, axes and log_ratio is needed")
     key = tuple(row["key"])
-    if not key or not all(isinstance(k, int | str) and not isinstance(k, bool) for k in key):
+    if not key or not all(type(k) is int or type(k) is str for k in key):
         raise ValueError(f"key must list integers and names, got {row['key']!r}")
-    axes = tuple(np.asarray(axis, dtype=np.float64) for axis in row["axes"])
-    ratio = np.asarray(row["log_ratio"], dtype=np.float64)
-    if not axes or len(axes) > 3 or ratio.size > _MAX_CURVE_POINTS:
-        raise ValueError("a curve has 1 to 3 axes")
-    if ratio.shape != tuple(len(a) for a in axes) or ratio.size == 0:
-        raise ValueError(f"log_ratio has shape {ratio.shape}, its axes {tuple(len(a) for a in axes)}")
-    for axis in axes:
-        if axis.ndim != 1 or not np.isfinite(axis).all() or axis[0] <= 0 or (np.diff(axis) <= 0).any():
-            raise ValueError("axes must be positive, finite and increasing")
-    if not (np.abs(ratio) <= 10).all():
+    places = row["axes"]
+    if not 1 <= len(places) <= 2 or not all(type(i) is int and i >= 0 for i in places):
+        raise ValueError("axes must name 1 or 2 of the shared axes by their place")
+    axes = tuple(shared[i] for i in places)
+    ratio = np.array(row["log_ratio"], dtype=np.float64)
+    if ratio.shape != tuple(map(len, axes)):
+        raise ValueError(f"log_ratio has shape {ratio.shape}, its axes {tuple(map(len, axes))}")
+    if not -10 <= ratio.min() <= ratio.max() <= 10:
         raise ValueError("log_ratio must be finite and within +-10 (a factor of 22,000 of physics)")
-    return Curve(key=key, axes=axes, log_ratio=ratio, source=int(row.get("source", 0)))
+    grade = None
+    if row.get("grade") is not None:
+        codes = np.array(row["grade"])
+        if codes.shape != ratio.shape or codes.dtype.kind != "i" or codes.min() < 0 or codes.max() > 3:
+            raise ValueError("grade must hold a code 0..3 for each point")
+        grade = codes.astype(np.uint8)
+    return Curve(key, str(row["variant"]), axes, ratio, grade, int(row.get("source", 0)))

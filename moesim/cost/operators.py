@@ -1,11 +1,12 @@
 """Times of operators on one device, vectorised: physics times a measured residual where the profile has one.
 
-Every method takes arrays (or scalars) that broadcast together, and returns `Priced(ns, grade)` of that
-shape: float64 nanoseconds and a uint8 grade (index into `moesim.hardware.GRADES`). The rule of the grade: at
-a measured grid point measured, between them interpolated, beyond them or for a shape without a curve
-extrapolated, on a datasheet profile assumed. Zero work costs zero.
+Every method takes arrays (or scalars) that broadcast together, and returns `Priced(ns, grade)` of that shape: float64
+nanoseconds and a uint8 grade (index into `moesim.hardware.GRADES`). At a measured grid point the grade is measured,
+between them interpolated, beyond them or for a shape without a curve extrapolated, on a datasheet profile assumed.
+Zero work costs zero. Nothing runs below the roofline of the datasheet's rates.
 
-Legend: T tokens, K experts a token. Bytes are what moves through HBM or one port; ranks share nothing here.
+Curve keys: gemm (n, k, dtype); moe (hidden, intermediate, slots, top_k, dtype, matrices); attention (kind, query
+heads, KV heads, head dim, value dim, window, kv dtype), MLA (kind, heads, kv_dim, kv dtype).
 """
 
 from __future__ import annotations
@@ -16,27 +17,18 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from moesim.cost.physics import Engine, Floats, causal_pairs, floor_ns, work_ns
-from moesim.errors import BadInput
-from moesim.hardware import DeviceProfile
+from moesim.arrays import FloatArray, U8Array
+from moesim.cost.curves import Key, Residual, residual_of
+from moesim.cost.links import Links, as_sizes
+from moesim.cost.physics import Rates, causal_pairs
+from moesim.dtypes import dtype_bytes
+from moesim.hardware import EXTRAPOLATED, INTERPOLATED, DeviceProfile
 
-__all__ = ["AttentionShape", "MoEShape", "Operators", "Priced"]
-
-MEASURED, INTERPOLATED, EXTRAPOLATED, ASSUMED = np.arange(4, dtype=np.uint8)
-_BYTES = {
-    "fp32": 4.0,
-    "bf16": 2.0,
-    "fp16": 2.0,
-    "fp8": 1.0,
-    "fp8_block": 1.0 + 4.0 / (128 * 128),
-    "int8": 1.0,
-    "int4": 0.5 + 2.0 / 128,
-    "mxfp4": 17.0 / 32,
-    "nvfp4": 9.0 / 16,
-}
-
+__all__ = ["AttentionShape", "MoEShape", "Operators", "Priced", "decode_work", "prefill_work"]
 
 _MLA_WIDTH = 17.0 / 9.0  # scores over latent and rope, values over the latent, which is 8/9 of both
+_KV = {"fp8": "fp8", "int8": "fp8", "fp8_block": "fp8"}  # which measured cache format stands for which; else bf16
+_HALF = {"fp16": "bf16"}
 
 
 class Priced(NamedTuple):
@@ -74,16 +66,28 @@ class AttentionShape:
     kv_dtype: str
     window: int = 0
 
+    @property
+    def key(self) -> Key:
+        """The curve key of both phases."""
+        kv = _KV.get(self.kv_dtype, "bf16")
+        if self.kind == "mla":
+            return ("mla", self.num_heads, self.kv_dim, kv)
+        return ("gqa", self.num_heads, self.num_kv_heads, self.head_dim, self.v_head_dim, self.window, kv)
+
+    @property
+    def variant(self) -> str:
+        """Whose physics it is."""
+        return f"{self.kind}_{_KV.get(self.kv_dtype, 'bf16')}"
+
 
 class Operators:
-    """Prices operations on `profile`. `cuda_graph` false prices kernels as launched one by one from
-    the host.
-    """
+    """Prices operations on `profile`. `cuda_graph` false prices kernels as the host launches them one by one."""
 
     def __init__(self, profile: DeviceProfile, cuda_graph: bool = True) -> None:
         self.profile = profile
         self.cuda_graph = cuda_graph
-        self._bare = EXTRAPOLATED if profile.kind == "measured" else ASSUMED
+        self._links = Links(profile, not cuda_graph)
+        self._known: dict[tuple[str, Key], tuple[Rates, Residual]] = {}
 
     @property
     def moe_block_rows(self) -> int:
@@ -96,140 +100,153 @@ class Operators:
 
     def gemm(self, m: ArrayLike, n: int, k: int, dtype: str) -> Priced:
         """C[m, n] = A[m, k] B[k, n], weights B in `dtype`, activations in 16 bits. m: rows, any shape."""
-        rows = _floats(m)
-        engine = Engine.of(self.profile, "gemm", dtype, dtype)
-        moved = n * k * _size(dtype) + rows * (2.0 * (n + k))
-        return self._price("gemm", engine, rows > 0, moved, rows * (2.0 * n * k))
+        rows = as_sizes(m)
+        rates, residual = self._find("gemm", (n, k, _HALF.get(dtype, dtype)), dtype, dtype)
+        size = dtype_bytes(dtype)
+        ns = rates.gemm_ns(rows, n, k, size)
+        floor = rates.floor_ns(n * k * size + rows * (2.0 * (n + k)), rows * (2.0 * n * k))
+        ratio, grade = residual.at((rows,))
+        return _priced(ns, ratio, floor, grade, rows > 0)
 
     def moe(
-        self,
-        rows: ArrayLike,
-        active: ArrayLike,
-        padded_rows: ArrayLike,
-        nonlocal_rows: ArrayLike,
-        shape: MoEShape,
+        self, rows: ArrayLike, active: ArrayLike, padded_rows: ArrayLike, nonlocal_rows: ArrayLike, shape: MoEShape
     ) -> Priced:
         """Grouped GEMMs of one rank's routed experts, with permute, activation and weighted combine.
 
-        rows: (token, expert) pairs routed to this rank. active: experts with at least one row. padded_rows:
-        sum over experts of rows rounded up to `moe_block_rows`. nonlocal_rows: pairs routed elsewhere that
-        the kernel still touches (0 with an all-to-all).
+        rows: (token, expert) pairs routed to this rank. active: experts with at least one row. padded_rows: sum
+        over experts of rows rounded up to `moe_block_rows`. nonlocal_rows: pairs routed elsewhere that the
+        kernel still touches (0 with an all-to-all).
         """
-        r, a, p, other = np.broadcast_arrays(
-            _floats(rows), _floats(active), _floats(padded_rows), _floats(nonlocal_rows)
-        )
-        engine = Engine.of(self.profile, "moe", shape.dtype, shape.dtype)
+        r, a, p, other = _together(rows, active, padded_rows, nonlocal_rows)
         matrices = 3 if shape.gated else 2
+        dtype = _HALF.get(shape.dtype, shape.dtype)
+        key: Key = (shape.hidden, shape.intermediate, shape.local_experts, shape.top_k, dtype, matrices)
+        rates, residual = self._find("moe", key, shape.dtype, shape.dtype, scaled=2)
+        size = dtype_bytes(shape.dtype)
+        ns = rates.moe_ns(r, a, p, other, (shape.hidden, shape.intermediate, matrices, size))
         weights = float(matrices * shape.hidden * shape.intermediate)
-        moved = a * (weights * _size(shape.dtype)) + r * (4.0 * shape.hidden) + other * (2.0 * shape.hidden)
-        return self._price("moe", engine, r + other > 0, moved, p * (2.0 * weights), r * (2.0 * weights))
+        floor = rates.floor_ns(a * (weights * size), r * (2.0 * weights))
+        ratio, grade = residual.at((r,))
+        if residual.exact:
+            even = np.minimum(r, float(shape.local_experts))
+            block = float(self.profile.moe_block_rows)
+            padded = np.ceil(r / np.maximum(even, 1.0) * (1.0 / block)) * (block * even)
+            grade = np.where((a == even) & (p == padded) & (other == 0), grade, np.maximum(grade, INTERPOLATED))
+        return _priced(ns, ratio, floor, grade, r + other > 0)
 
-    def attention_prefill(self, q_tokens: ArrayLike, kv_tokens: ArrayLike, shape: AttentionShape) -> Priced:
-        """One sequence's chunk: q new tokens attending causally to kv_tokens in all (q included)."""
-        q, kv = np.broadcast_arrays(_floats(q_tokens), _floats(kv_tokens))
-        engine = Engine.of(self.profile, "attention_prefill", shape.kind, shape.dtype)
-        heads, wide = shape.num_heads, shape.head_dim + shape.v_head_dim
-        pairs = causal_pairs(q, kv, shape.window)
-        moved = q * (2.0 * heads * wide) + kv * (shape.num_kv_heads * wide * _size(shape.kv_dtype))
-        return self._price("attention_prefill", engine, q > 0, moved, pairs * (2.0 * heads * wide))
+    def attention_prefill(
+        self, q_tokens: ArrayLike, kv_tokens: ArrayLike, shape: AttentionShape, sequences: ArrayLike = 1
+    ) -> Priced:
+        """A chunk of each of `sequences` equal sequences in one kernel: q new tokens of each attend causally to
+        kv_tokens in all (q included). Measured chunks have no prefix; one with a prefix is looked up at the
+        length whose causal square has the same area, q (2 kv - q), and graded extrapolated.
+        """
+        q, kv, count = _together(q_tokens, kv_tokens, sequences)
+        rates, residual = self._find("attention_prefill", shape.key, shape.variant, shape.dtype)
+        moved, pairs, per_pair = prefill_work(shape, q, kv)
+        work = (moved, (pairs + q * rates.get("diagonal")) * per_pair)
+        keys = np.minimum(kv, shape.window + 128.0) if shape.window > 0 else kv  # that a tile of 128 queries sees
+        ns = rates.prefill_ns(count, keys, shape.head_dim + shape.v_head_dim, work)
+        floor = rates.floor_ns(moved * count, pairs * per_pair * count)
+        ratio, grade = residual.at((count, np.sqrt(q * np.maximum(2.0 * kv - q, 0.0))))
+        grade = np.where(kv > q, np.maximum(grade, EXTRAPOLATED), grade)
+        return _priced(ns, ratio, floor, grade, (q > 0) & (count > 0))
 
     def attention_decode(self, batch: ArrayLike, kv_tokens: ArrayLike, shape: AttentionShape) -> Priced:
-        """One new token for each of `batch` sequences. kv_tokens: sum of their context lengths, each already
-        cut to the window where there is one. MLA runs with absorbed weights over the latent (kv_dim wide).
+        """One new token for each of `batch` sequences. kv_tokens: sum of their context lengths, each already cut
+        to the window where there is one. MLA runs with absorbed weights over the latent (kv_dim wide).
         """
-        b, kv = np.broadcast_arrays(_floats(batch), _floats(kv_tokens))
-        engine = Engine.of(self.profile, "attention_decode", shape.kind, shape.dtype)
+        b, kv = _together(batch, kv_tokens)
+        rates, residual = self._find("attention_decode", shape.key, shape.variant, shape.dtype)
         if shape.window > 0:
             kv = np.minimum(kv, b * shape.window)
-        if shape.kind == "mla":
-            token_bytes = shape.kv_dim * _size(shape.kv_dtype)
-            wide = shape.kv_dim * _MLA_WIDTH
-        else:
-            wide = shape.head_dim + shape.v_head_dim
-            token_bytes = shape.num_kv_heads * wide * _size(shape.kv_dtype)
-        moved = kv * token_bytes + b * (2.0 * shape.num_heads * wide)
-        return self._price("attention_decode", engine, b > 0, moved, kv * (2.0 * shape.num_heads * wide))
+        moved, flop = decode_work(shape, b, kv)
+        units = shape.num_heads if shape.kind == "mla" else shape.num_kv_heads
+        ns = rates.decode_ns(b, kv, units, (moved, flop))
+        ratio, grade = residual.at((b, kv / np.maximum(b, 1.0)))
+        return _priced(ns, ratio, rates.floor_ns(moved, flop), grade, b > 0)
 
     def elementwise(self, bytes_moved: ArrayLike) -> Priced:
         """Norms, rope, embedding, residual, permute, sampling: one launch and the bytes read and written."""
-        moved = _floats(bytes_moved)
-        engine = Engine.of(self.profile, "elementwise", "", "bf16")
-        return self._price("elementwise", engine, moved > 0, moved, np.zeros_like(moved))
+        moved = as_sizes(bytes_moved)
+        rates, residual = self._find("elementwise", (0,), "", "bf16")
+        ratio, grade = residual.at((moved,))
+        return _priced(rates.launch_ns + moved / rates.bytes_per_ns, ratio, np.zeros(()), grade, moved > 0)
 
     def all_reduce(self, bytes_per_rank: ArrayLike, ranks: int, spans_nodes: bool) -> Priced:
         """Sum of a buffer of `bytes_per_rank` held by each of `ranks` ranks, result on all."""
-        return self._ring("all_reduce", bytes_per_rank, ranks, spans_nodes, 2.0 * (ranks - 1) / max(ranks, 1))
+        return self._collective("all_reduce", bytes_per_rank, ranks, spans_nodes)
 
     def all_gather(self, bytes_per_rank: ArrayLike, ranks: int, spans_nodes: bool) -> Priced:
         """Each rank gives `bytes_per_rank` and ends with ranks * bytes_per_rank."""
-        return self._ring("all_gather", bytes_per_rank, ranks, spans_nodes, float(ranks - 1))
+        return self._collective("all_gather", bytes_per_rank, ranks, spans_nodes)
 
     def reduce_scatter(self, bytes_per_rank: ArrayLike, ranks: int, spans_nodes: bool) -> Priced:
         """Each rank holds ranks * bytes_per_rank and ends with the sum of its own part, `bytes_per_rank`."""
-        return self._ring("reduce_scatter", bytes_per_rank, ranks, spans_nodes, float(ranks - 1))
+        return self._collective("reduce_scatter", bytes_per_rank, ranks, spans_nodes)
 
-    def all_to_all(self, nvlink_bytes: ArrayLike, nic_bytes: ArrayLike, ranks: int, nodes: int) -> Priced:
+    def all_to_all(
+        self, nvlink_bytes: ArrayLike, nic_bytes: ArrayLike, ranks: int, nodes: int, top_k: int = 8
+    ) -> Priced:
         """One phase (dispatch or combine) of an expert all-to-all, from its busiest ports.
 
-        nvlink_bytes, nic_bytes: the most bytes that any rank sends or receives at that level, counted after
-        the back end's own deduplication (a token once per destination rank; once per destination node on the
-        NIC).
+        nvlink_bytes, nic_bytes: the most bytes that any rank sends or receives at that level, a token counted
+        once for each other rank, and once for each other node on the NIC. top_k: experts a token, which says
+        how many copies the low-latency kernels send instead.
         """
-        near, far = np.broadcast_arrays(_floats(nvlink_bytes), _floats(nic_bytes))
-        node = self.profile.node
-        launch = self.profile.fit("all_to_all", "", "launch_ns", self.profile.graph_launch_ns * 2)
-        nvlink_eff = self.profile.fit("all_to_all", "", "nvlink_eff", 0.75)
-        nic_eff = self.profile.fit("all_to_all", "", "nic_eff", 0.85)
-        near_ns = near / (node.nvlink_bytes_per_s * nvlink_eff * 1e-9)
-        far_ns = far / (node.nic_bytes_per_s * nic_eff * 1e-9)
-        latency = launch + (node.nic_latency_ns if nodes > 1 else node.nvlink_latency_ns)
-        ns = np.where((near + far > 0) & (ranks > 1), latency + np.maximum(near_ns, far_ns), 0.0)
-        return Priced(ns, np.full(ns.shape, self._bare, dtype=np.uint8))
+        near, far = _together(nvlink_bytes, nic_bytes)
+        ns, grade = self._links.all_to_all(near, far, ranks, nodes, top_k)
+        return Priced(np.where((near + far > 0) & (ranks > 1), ns, 0.0), grade)
 
-    def _ring(
-        self, op: str, bytes_per_rank: ArrayLike, ranks: int, spans_nodes: bool, traffic: float
-    ) -> Priced:
-        """Ring or tree: each rank sends `traffic` times its bytes; across nodes the slower of NVLink
-        and NIC.
-        """
-        size = _floats(bytes_per_rank)
-        node = self.profile.node
-        launch = self.profile.fit(op, "", "launch_ns", self.profile.graph_launch_ns * 2)
-        hops = max(ranks - 1, 0)
-        latency = launch + node.nvlink_latency_ns * np.log2(max(ranks, 2))
-        rate = node.nvlink_bytes_per_s * self.profile.fit(op, "", "nvlink_eff", 0.75)
-        ns = latency + size * traffic / (rate * 1e-9)
-        if spans_nodes:
-            nodes = max(2, -(-ranks // node.gpus_per_node))
-            per_node = max(1.0, ranks / nodes)
-            nic = node.nic_bytes_per_s * self.profile.fit(op, "", "nic_eff", 0.85)
-            share = traffic * (nodes - 1) / nodes * ranks / max(hops, 1) / per_node
-            far = latency + size * share / (nic * 1e-9)
-            ns = np.maximum(ns, far) + node.nic_latency_ns * np.log2(max(nodes, 2))
-        ns = np.where((size > 0) & (ranks > 1), ns, 0.0)
-        return Priced(ns, np.full(ns.shape, self._bare, dtype=np.uint8))
+    def _collective(self, op: str, bytes_per_rank: ArrayLike, ranks: int, spans_nodes: bool) -> Priced:
+        size = as_sizes(bytes_per_rank)
+        ns, grade = self._links.collective(op, size, ranks, spans_nodes)
+        return Priced(np.where((size > 0) & (ranks > 1), ns, 0.0), grade)
 
-    def _price(
-        self,
-        op: str,
-        engine: Engine,
-        any_work: NDArray[np.bool_],
-        moved: Floats,
-        flop: Floats,
-        least_flop: Floats | None = None,
-    ) -> Priced:
-        ns = np.maximum(
-            work_ns(engine, moved, flop), floor_ns(engine, moved, flop if least_flop is None else least_flop)
-        )
-        return Priced(np.where(any_work, ns, 0.0), np.full(ns.shape, self._bare, dtype=np.uint8))
+    def _find(self, op: str, key: Key, variant: str, dtype: str, scaled: int = -1) -> tuple[Rates, Residual]:
+        found = self._known.get((op, key))
+        if found is None:
+            if not self.cuda_graph and f"{op}/{variant}@eager" in self.profile.fits:
+                variant = f"{variant}@eager"
+            residual = residual_of(self.profile, op, key, variant, not self.cuda_graph, scaled)
+            found = (Rates.of(self.profile, op, residual.variant, dtype), residual)
+            self._known[op, key] = found
+        return found
 
 
-def _floats(values: ArrayLike) -> Floats:
-    return np.asarray(values, dtype=np.float64)
+def _together(*values: ArrayLike) -> list[FloatArray]:
+    """Float arrays of one shape."""
+    arrays = [as_sizes(v) for v in values]
+    shape = max((a.shape for a in arrays), key=len)
+    if all(a.shape == shape for a in arrays):
+        return arrays
+    return list(np.broadcast_arrays(*arrays))
 
 
-def _size(dtype: str) -> float:
-    try:
-        return _BYTES[dtype]
-    except KeyError:
-        raise BadInput(f"unknown dtype {dtype!r}; known: {', '.join(_BYTES)}.") from None
+def prefill_work(shape: AttentionShape, q: FloatArray, kv: FloatArray) -> tuple[FloatArray, FloatArray, float]:
+    """Bytes of one sequence's chunk, its (query, key) pairs, and FLOP a pair."""
+    wide = 1.0 * (shape.head_dim + shape.v_head_dim)
+    kv_heads = shape.num_heads if shape.kind == "mla" else shape.num_kv_heads
+    kv_bytes = 2.0 if shape.kind == "mla" else dtype_bytes(shape.kv_dtype)
+    seen = np.minimum(kv, q + shape.window) if shape.window > 0 else kv
+    moved = q * (2.0 * shape.num_heads * wide) + seen * (kv_heads * wide * kv_bytes)
+    return moved, causal_pairs(q, kv, shape.window), 2.0 * shape.num_heads * wide
+
+
+def decode_work(shape: AttentionShape, batch: FloatArray, kv: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Bytes and FLOP of one decode step over `kv` context tokens in all."""
+    if shape.kind == "mla":
+        token_bytes = shape.kv_dim * dtype_bytes(shape.kv_dtype)
+        wide = shape.kv_dim * _MLA_WIDTH
+    else:
+        wide = 1.0 * (shape.head_dim + shape.v_head_dim)
+        token_bytes = shape.num_kv_heads * wide * dtype_bytes(shape.kv_dtype)
+    return kv * token_bytes + batch * (2.0 * shape.num_heads * wide), kv * (2.0 * shape.num_heads * wide)
+
+
+def _priced(
+    ns: FloatArray, ratio: FloatArray | float, floor: FloatArray, grade: U8Array, work: NDArray[np.bool_]
+) -> Priced:
+    """Physics times residual, not below the floor, nothing for no work."""
+    out = np.maximum(ns * np.exp(ratio), floor)
+    return Priced(np.where(work, out, 0.0), np.asarray(grade, dtype=np.uint8))
