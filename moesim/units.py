@@ -79,9 +79,7 @@ def parse_quantity(value: Any, unit: str) -> float:
             same = ", ".join(u for u, (d, _) in _UNITS.items() if d == dimension)
             raise ValueError(f"unknown unit {written!r} in {value!r}; use one of: {same}")
         if _UNITS[written][0] != dimension:
-            raise ValueError(
-                f"{value!r} is a {_UNITS[written][0]}, but a {dimension} (such as '1 {unit}') is needed"
-            )
+            raise ValueError(f"{value!r} is a {_UNITS[written][0]}, but a {dimension} (such as '1 {unit}') is needed")
         result = number * _UNITS[written][1] / scale
     else:
         result = float(value)
