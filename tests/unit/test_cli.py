@@ -174,6 +174,23 @@ def test_results_run_again_from_where_they_lie(run: Run, tmp_path: Path) -> None
     assert json.loads((tmp_path / "z" / folder.name / "result.json").read_text())["summary"] == first
 
 
+@pytest.mark.parametrize("fidelity", ["count", "token"])
+def test_every_process_writes_the_same_bytes(fidelity: str, run: Run, tmp_path: Path) -> None:
+    written: list[dict[str, bytes | object]] = []
+    for seed in ("0", "1", "random"):
+        arguments = ["simulate", "s.yaml", "-q", "--out", seed, "--set", f"routing.fidelity={fidelity}"]
+        arguments += ["--set", "routing.popularity_zipf=0.7", "--timeline", f"{seed}.json"]
+        assert process(arguments, tmp_path, PYTHONHASHSEED=seed).code == 0
+        (folder,) = (tmp_path / seed).iterdir()
+        report = json.loads((folder / "result.json").read_text())
+        for clock in ("host", "elapsed"):
+            del report["provenance"][clock]
+        files = ("scenario.yaml", "requests.parquet", "steps.parquet")
+        same: dict[str, bytes | object] = {name: (folder / name).read_bytes() for name in files}
+        written.append(same | {"result": report, "folder": folder.name, "t": (tmp_path / f"{seed}.json").read_bytes()})
+    assert written[0] == written[1] == written[2]
+
+
 def test_json_alone_goes_to_stdout(run: Run) -> None:
     ran = run("simulate", "s.yaml", "--json", "--seed", "9", "--set", "name=other")
     report = json.loads(ran.out)
