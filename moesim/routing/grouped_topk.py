@@ -40,12 +40,7 @@ class Policy(Spec):
         """The K best experts of the top_groups best groups; of equals the lowest group and the lowest id."""
         tokens, experts = score_TE.shape
         number, kept = context.num_groups, context.top_groups
-        if (
-            number < 1
-            or experts % number
-            or not 1 <= kept <= number
-            or context.top_k > kept * experts // number
-        ):
+        if number < 1 or experts % number or not 1 <= kept <= number or context.top_k > kept * experts // number:
             raise ValueError(
                 f"groups must divide the experts and the kept ones hold top_k: {experts} experts, {number}"
                 " groups,"

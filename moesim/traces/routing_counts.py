@@ -51,9 +51,7 @@ def _from_csv(text: str, path: Path) -> Counts:
     try:
         head = next(rows, [])
         if len(head) < 2 or head[0].strip() != "layer":
-            raise BadInput(
-                Problem(f"{path}:1", "the first line must be `layer,e0,e1,...`, one column an expert.")
-            )
+            raise BadInput(Problem(f"{path}:1", "the first line must be `layer,e0,e1,...`, one column an expert."))
         layers: list[int] = []
         counts: list[list[float]] = []
         for row in rows:
@@ -61,9 +59,7 @@ def _from_csv(text: str, path: Path) -> Counts:
                 continue
             where = f"{path}:{rows.line_num}"
             if len(row) != len(head):
-                raise BadInput(
-                    Problem(where, f"{len(head)} columns are needed as in the first line, got {len(row)}.")
-                )
+                raise BadInput(Problem(where, f"{len(head)} columns are needed as in the first line, got {len(row)}."))
             values = [_number(cell, f"{where}:{i + 1}") for i, cell in enumerate(row)]
             if values[0] != int(values[0]):
                 raise BadInput(Problem(where, f"a layer is a whole number, got {row[0]!r}."))
@@ -79,9 +75,7 @@ def _from_csv(text: str, path: Path) -> Counts:
 def _number(cell: object, where: str) -> float:
     """A finite number >= 0."""
     try:
-        value = (
-            float(cell) if isinstance(cell, str | int | float) and not isinstance(cell, bool) else math.nan
-        )
+        value = float(cell) if isinstance(cell, str | int | float) and not isinstance(cell, bool) else math.nan
     except (ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value) or value < 0:
@@ -99,9 +93,7 @@ def _from_json(text: str, path: Path) -> Counts:
     named = isinstance(data, dict)
     items = list(data.items()) if named else list(enumerate(data)) if isinstance(data, list) else []
     if not items or len(items) > _MAX_LAYERS:
-        raise BadInput(
-            Problem(str(path), 'counts are {"layer": [counts], ...} or a list of lists, one a layer.')
-        )
+        raise BadInput(Problem(str(path), 'counts are {"layer": [counts], ...} or a list of lists, one a layer.'))
     layers, counts = [], []
     for key, values in items:
         where = f"{path}: layer {str(key)[:40]}"
@@ -122,16 +114,12 @@ def _checked(layers: list[int], counts: list[list[float]], path: Path, numbered:
     if len(widths) > 1:
         raise BadInput(Problem(where, f"every layer needs the same number of experts, got {widths[:6]}."))
     if not 1 <= widths[0] <= _MAX_EXPERTS:
-        raise BadInput(
-            Problem(where, f"between 1 and {_MAX_EXPERTS} experts a layer are read, got {widths[0]}.")
-        )
+        raise BadInput(Problem(where, f"between 1 and {_MAX_EXPERTS} experts a layer are read, got {widths[0]}."))
     order = sorted(range(len(layers)), key=layers.__getitem__)
     rising = [layers[i] for i in order]
     twice = [a for a, b in itertools.pairwise(rising) if a == b]
     if twice or rising[0] < 0:
-        raise BadInput(
-            Problem(where, f"each layer stands once, numbered from 0 on; wrong: {(twice or rising)[0]}.")
-        )
+        raise BadInput(Problem(where, f"each layer stands once, numbered from 0 on; wrong: {(twice or rising)[0]}."))
     count_LE = np.array([counts[i] for i in order], np.float64)
     empty = np.flatnonzero(count_LE.sum(1) <= 0)
     if empty.size or not np.isfinite(count_LE.sum(1)).all():
@@ -144,9 +132,7 @@ def write(path: Path, layer_index: Sequence[int], count_LE: NDArray[np.int64] | 
     """Write counts as CSV or, for a name ending in .json, JSON."""
     rows = [[v.item() for v in row] for row in count_LE]
     if path.suffix.lower() == ".json":
-        path.write_text(
-            json.dumps({str(i): r for i, r in zip(layer_index, rows, strict=True)}) + "\n", "utf-8"
-        )
+        path.write_text(json.dumps({str(i): r for i, r in zip(layer_index, rows, strict=True)}) + "\n", "utf-8")
         return
     head = ",".join(["layer", *(f"e{e}" for e in range(count_LE.shape[1]))])
     body = [",".join([str(i), *(repr(v) for v in r)]) for i, r in zip(layer_index, rows, strict=True)]

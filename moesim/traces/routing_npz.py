@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -41,7 +42,10 @@ _CHUNK_BYTES = 16 << 20
 _DUPLICATE_CHECK_IDS = 1 << 26
 """Ids of a mapped folder searched for duplicates at load: evenly spaced parts of it. `convert` searches
 all."""
-_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, SyntaxError, RuntimeError, KeyError)
+_BROKEN = (
+    zipfile.BadZipFile, zlib.error, tokenize.TokenError,
+    EOFError, OSError, ValueError, SyntaxError, RuntimeError, KeyError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +107,7 @@ def _open_npz(path: Path, limit_bytes: int) -> tuple[zipfile.ZipFile, dict[str, 
     try:
         archive = zipfile.ZipFile(path)
     except _BROKEN as error:
-        raise _bad(
-            path, f"not a readable .npz (zip) file: {error}. Write it with numpy.savez_compressed."
-        ) from None
+        raise _bad(path, f"not a readable .npz (zip) file: {error}. Write it with numpy.savez_compressed.") from None
     members = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
     if "expert_ids" not in members:
         archive.close()
@@ -165,9 +167,7 @@ def _check_shape(shape: tuple[int, ...], path: Path) -> None:
         raise _bad(path, f"expert_ids: at least one token, layer and expert is needed, got shape {shape}.")
 
 
-def _check_ids(
-    ids: NDArray[Any], num_experts: int, path: Path, first: int = 0, duplicates: bool = True
-) -> None:
+def _check_ids(ids: NDArray[Any], num_experts: int, path: Path, first: int = 0, duplicates: bool = True) -> None:
     """Ids are in [0, num_experts) and distinct within a token and layer; `first` is the first token's
     number."""
     low, high = int(ids.min()), int(ids.max())
@@ -214,9 +214,7 @@ def _to_weights(raw: NDArray[Any], path: Path) -> NDArray[np.float16]:
         weights = raw.astype(np.float16)
     if not np.isfinite(weights).all():
         token = int(np.argwhere(~np.isfinite(weights))[0][0])
-        raise _bad(
-            path, f"weights: finite gate weights are needed, token {token} has NaN, infinity or over 65504."
-        )
+        raise _bad(path, f"weights: finite gate weights are needed, token {token} has NaN, infinity or over 65504.")
     if weights.min() < 0:
         token = int(np.argwhere(weights < 0)[0][0])
         raise _bad(path, f"weights: gate weights are not negative, token {token} has {float(weights.min())}.")
@@ -227,9 +225,7 @@ def _starts(sequence_id: NDArray[Any], tokens: int, path: Path) -> NDArray[np.in
     """int64 [Q + 1] from one id a token; the tokens of a sequence must stand together."""
     _check_integers(sequence_id, path, "sequence_id")
     if sequence_id.shape != (tokens,):
-        raise _bad(
-            path, f"sequence_id: shape ({tokens},) is needed, one id a token, got {sequence_id.shape}."
-        )
+        raise _bad(path, f"sequence_id: shape ({tokens},) is needed, one id a token, got {sequence_id.shape}.")
     first = np.flatnonzero(np.concatenate([[True], sequence_id[1:] != sequence_id[:-1]]))
     ids, counts = np.unique(sequence_id[first], return_counts=True)
     if (counts > 1).any():
@@ -307,9 +303,7 @@ def _read_npz(path: Path, given_experts: int | None) -> RoutingSource:
         warnings.append(f"{path.name} has no sequence_id: its {tokens} tokens count as one sequence.")
     index = _check_layers(side["layer_index"], layers, path) if "layer_index" in side else None
     ids = np.ascontiguousarray(raw, id_dtype(experts))
-    return RoutingSource(
-        ids, starts, experts, top_k, True, path.name, weights, index, warnings=tuple(warnings)
-    )
+    return RoutingSource(ids, starts, experts, top_k, True, path.name, weights, index, warnings=tuple(warnings))
 
 
 def _side_arrays(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], path: Path) -> dict[str, Any]:
@@ -348,9 +342,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
             raise _bad(file, f"over {_META_LIMIT_BYTES} bytes. Convert the trace again.")
         meta = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
-        raise _bad(
-            path, "a routing folder holds meta.json; this one does not. Write it with moesim convert."
-        ) from None
+        raise _bad(path, "a routing folder holds meta.json; this one does not. Write it with moesim convert.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise _bad(file, f"not readable JSON ({error}). Convert the trace again.") from None
     if not isinstance(meta, dict) or meta.get("format") != "moesim-routing":
@@ -365,9 +357,7 @@ def _read_folder(path: Path) -> RoutingSource:
     meta = _read_meta(path)
     total = sum(f.stat().st_size for f in path.glob("*.npy"))
     if total > FOLDER_LIMIT_BYTES:
-        raise _bad(
-            path, f"the arrays take {total} bytes, over the limit of {FOLDER_LIMIT_BYTES}. Split the trace."
-        )
+        raise _bad(path, f"the arrays take {total} bytes, over the limit of {FOLDER_LIMIT_BYTES}. Split the trace.")
     ids = _map_npy(path / "expert_ids.npy", mapped=True)
     _check_integers(ids, path, "expert_ids.npy")
     _check_shape(ids.shape, path)
@@ -375,38 +365,24 @@ def _read_folder(path: Path) -> RoutingSource:
     experts = _experts_of(meta, top_k, None, path)
     assert experts is not None
     if ids.dtype != id_dtype(experts) or not ids.flags.c_contiguous:
-        raise _bad(
-            path, f"expert_ids.npy: {id_dtype(experts)} in C order is needed, got {ids.dtype}. Convert again."
-        )
+        raise _bad(path, f"expert_ids.npy: {id_dtype(experts)} in C order is needed, got {ids.dtype}. Convert again.")
     _check_mapped_ids(ids, experts, path)
     starts = _map_npy(path / "sequence_start.npy", mapped=False)
     _check_integers(starts, path, "sequence_start.npy")
     starts = starts.astype(np.int64)
-    if (
-        starts.ndim != 1
-        or len(starts) < 2
-        or starts[0] != 0
-        or starts[-1] != tokens
-        or (np.diff(starts) <= 0).any()
-    ):
-        raise _bad(
-            path, f"sequence_start.npy: rising row numbers from 0 to {tokens} are needed. Convert again."
-        )
+    if starts.ndim != 1 or len(starts) < 2 or starts[0] != 0 or starts[-1] != tokens or (np.diff(starts) <= 0).any():
+        raise _bad(path, f"sequence_start.npy: rising row numbers from 0 to {tokens} are needed. Convert again.")
     weights = None
     if (path / "weights.npy").exists():
         weights = _map_npy(path / "weights.npy", mapped=True)
         if weights.shape != ids.shape or weights.dtype != np.float16:
-            raise _bad(
-                path, f"weights.npy: float16 {ids.shape} is needed, got {weights.dtype} {weights.shape}."
-            )
+            raise _bad(path, f"weights.npy: float16 {ids.shape} is needed, got {weights.dtype} {weights.shape}.")
     index = meta.get("layer_index")
     if index is not None:
         if not isinstance(index, list) or not all(isinstance(x, int) for x in index):
             raise _bad(path / "meta.json", "layer_index: a list of integers is needed.")
         index = _check_layers(np.array(index, np.int64), layers, path)
-    return RoutingSource(
-        ids, starts, experts, top_k, True, str(meta.get("source", path.name)), weights, index
-    )
+    return RoutingSource(ids, starts, experts, top_k, True, str(meta.get("source", path.name)), weights, index)
 
 
 def _check_mapped_ids(ids: NDArray[Any], experts: int, path: Path) -> None:
@@ -471,9 +447,7 @@ def convert(src: Path, dst: Path, num_experts: int | None = None) -> None:
         _check_shape(header.shape, src)
         experts = _experts_of(side, header.shape[2], num_experts, src)
         if experts is None:
-            raise _bad(
-                src, "num_experts: the file does not say it. Add it to the .npz or give it when converting."
-            )
+            raise _bad(src, "num_experts: the file does not say it. Add it to the .npz or give it when converting.")
         if "sequence_id" in side:
             starts = _starts(side["sequence_id"], header.shape[0], src)
         else:
@@ -494,9 +468,7 @@ def convert(src: Path, dst: Path, num_experts: int | None = None) -> None:
             if "weights" in members:
                 shape = _peek(archive, members["weights"], src, "weights").shape
                 if shape != header.shape:
-                    raise _bad(
-                        src, f"weights: the shape of expert_ids, {header.shape}, is needed, got {shape}."
-                    )
+                    raise _bad(src, f"weights: the shape of expert_ids, {header.shape}, is needed, got {shape}.")
                 _stream(archive, members["weights"], src, "weights", folder / "weights.npy", check_weights)
             np.save(folder / "sequence_start.npy", starts, allow_pickle=False)
             return {
@@ -552,9 +524,7 @@ def _chunks(
                 rows = min(step, header.shape[0] - first)
                 data = stream.read(rows * row_bytes)
                 if len(data) != rows * row_bytes:
-                    raise _bad(
-                        path, f"{name}: ends after token {first}. The file is cut off; write it again."
-                    )
+                    raise _bad(path, f"{name}: ends after token {first}. The file is cut off; write it again.")
                 yield first, np.frombuffer(data, header.dtype).reshape(rows, *header.shape[1:])
     except _BROKEN as error:
         raise _bad(path, f"{name}: damaged ({error}). Write the file again.") from None

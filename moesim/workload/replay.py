@@ -59,28 +59,27 @@ class Replay:
     order, pass through the windows in order, and a request takes a sequence of its own window.
     """
 
-    def __init__(
-        self, source: RoutingSource, prompt_tokens: ArrayLike, output_tokens: ArrayLike, seed: int
-    ) -> None:
+    def __init__(self, source: RoutingSource, prompt_tokens: ArrayLike, output_tokens: ArrayLike, seed: int) -> None:
         self.source = source
         prompt_R, output_R = np.asarray(prompt_tokens, np.int64), np.asarray(output_tokens, np.int64)
         self.sequence_R = _assign_sequences(source, len(prompt_R), seed)
         self._start_R = source.sequence_start[self.sequence_R]
         self._length_R = source.sequence_tokens_Q[self.sequence_R]
         self._computed_R = prompt_R + np.maximum(output_R - 1, 0)
-        self._past = bool(np.any(self._computed_R > self._length_R))
         self._salt = np.uint64(generator(seed, "routing/replay/salt").integers(0, 1 << 63, dtype=np.int64))
 
     def rows(self, request_N: ArrayLike, position_N: ArrayLike) -> NDArray[np.int64]:
-        """int64 [N]: the pool's row for position `position_N` (0: first prompt token) of request `request_N`.
+        """int64: the pool's row for position `position_N` (0: first prompt token) of request `request_N`.
 
-        The arguments broadcast against each other. Positions may lie past prompt + output (speculated
-        tokens).
+        The arguments broadcast against each other, and the result has their shape. Positions may lie past prompt +
+        output (speculated tokens).
         """
         request = np.asarray(request_N)
         position = np.asarray(position_N, np.int64)
         if request.shape != position.shape:
             request, position = np.broadcast_arrays(request, position)
+        if position.ndim != 1:
+            return self.rows(request.ravel(), position.ravel()).reshape(position.shape)
         length = self._length_R[request]
         row: NDArray[np.int64] = self._start_R[request]
         past = np.flatnonzero(position >= length)

@@ -131,9 +131,7 @@ def _from_trace(spec: RoutingSpec, model: MoEModel, path: Path, where: str) -> R
     return _fill_layers(source, model, path, where)
 
 
-def _layer_source(
-    given: tuple[int, ...] | None, count: int, model: MoEModel
-) -> tuple[NDArray[np.int64], str]:
+def _layer_source(given: tuple[int, ...] | None, count: int, model: MoEModel) -> tuple[NDArray[np.int64], str]:
     """For each MoE layer of the model the given layer that stands for it, and a warning ("" when none is
     repeated).
 
@@ -153,8 +151,7 @@ def _layer_source(
             turn += 1
     missing = model.num_moe_layers - count
     return np.array(out, np.int64), (
-        f"holds {count} of the {model.num_moe_layers} MoE layers of {model.name}; the other {missing}"
-        " repeat them."
+        f"holds {count} of the {model.num_moe_layers} MoE layers of {model.name}; the other {missing} repeat them."
     )
 
 
@@ -219,9 +216,7 @@ def _count_weights(
 ) -> tuple[NDArray[np.float64], tuple[str, ...]]:
     both = sorted(set(spec.model_fields_set) & set(_POPULARITY))
     if both:
-        raise BadInput(
-            Problem(where, f"{path.name} gives the popularity and so does {both[0]}. Leave one out.")
-        )
+        raise BadInput(Problem(where, f"{path.name} gives the popularity and so does {both[0]}. Leave one out."))
     reader: Any = importlib.import_module(_READERS["counts"])
     counts = reader.read(path)
     layers, experts = counts.count_LE.shape
