@@ -316,7 +316,15 @@ def progress_bar(enabled: bool = True) -> Iterator[Callable[[float], None] | Non
     columns = (TextColumn("simulating"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=1.0)
-        yield lambda share: progress.update(task, completed=share)
+        shown = 0.0
+
+        def advance(share: float) -> None:
+            nonlocal shown
+            if share - shown >= 0.005:  # drawing costs more than the event that moved it
+                shown = share
+                progress.update(task, completed=share)
+
+        yield advance
 
 
 def model_table(file: IO[str] | None = None, width: int | None = None) -> None:
