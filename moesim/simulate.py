@@ -257,13 +257,13 @@ class RunResult:
         s = self.outcome.steps
         preempted = np.zeros(s.steps, np.int64)
         preempted[np.cumsum(s.run_steps) - s.run_steps] = s.run_preempted  # before a run's first step
-        keys = np.array([cast_run.key for cast_run in self.outcome.runs], np.int64).reshape(len(s.run_steps), -1)
+        prefill = np.array([run.key.total_prefill for run in self.outcome.runs], np.int64)
         return {
             "group": s.per_step(s.run_group),
             "start_ns": s.start_ns(),
             "duration_ns": s.duration_ns,
             "decode_tokens": s.per_step(s.run_decoding),
-            "prefill_tokens": s.per_step(keys[:, 9]),
+            "prefill_tokens": s.per_step(prefill),
             "waiting": s.per_step(s.run_waiting),
             "preempted": preempted,
         }

@@ -47,7 +47,19 @@ MODELS: dict[str, dict[str, Any]] = {
                     "attention": WINDOW},
     "all_experts": {"num_layers": 2, "moe": {**EXPERTS, "num_experts": 8, "top_k": 8}, "attention": HEADS},
 }  # fmt: skip
-LAYOUTS = ((1, 1, 1), (2, 1, 1), (2, 1, 2), (1, 2, 2), (1, 4, 4), (1, 4, 2), (1, 8, 8), (2, 2, 4), (4, 2, 4), (1, 2, 1))
+LAYOUTS = (
+    (1, 1, 1),
+    (1, 1, 1),
+    (2, 1, 1),
+    (2, 1, 2),
+    (1, 2, 2),
+    (1, 4, 4),
+    (1, 4, 2),
+    (1, 8, 8),
+    (2, 2, 4),
+    (4, 2, 4),
+    (1, 2, 1),
+)
 """tp, dp, ep"""
 
 
@@ -57,17 +69,17 @@ def scenarios(draw: st.DrawFn) -> dict[str, Any]:
     name = draw(st.sampled_from(sorted(MODELS)))
     moe = MODELS[name]["moe"]
     tp, dp, ep = draw(st.sampled_from(LAYOUTS))
-    longest = draw(st.sampled_from([20, 60]))
+    longest = draw(st.sampled_from([8, 50]))
     requests = {
-        "num_requests": draw(st.integers(1, 12)),
+        "num_requests": draw(st.integers(1, 14)),
         "prompt_tokens": {"distribution": "uniform", "min": 1, "max": longest},
-        "output_tokens": {"distribution": "geometric", "mean": draw(st.sampled_from([1, 4, 12])), "max": 40},
+        "output_tokens": {"distribution": "geometric", "mean": draw(st.sampled_from([1, 8, 25])), "max": 40},
     }
     if draw(st.booleans()):
-        requests |= {"format": "poisson", "rate_per_s": draw(st.sampled_from([50.0, 1000.0, 100_000.0]))}
+        requests |= {"format": "poisson", "rate_per_s": draw(st.sampled_from([500.0, 100_000.0]))}
     else:
-        requests |= {"format": "closed_loop", "concurrency": draw(st.integers(1, 12))}
-    seqs = draw(st.sampled_from([1, 3, 8]))
+        requests |= {"format": "closed_loop", "concurrency": draw(st.sampled_from([1, 5, 12]))}
+    seqs = draw(st.sampled_from([1, 4, 8]))
     engine = {
         "max_num_seqs": seqs,
         "max_num_batched_tokens": max(seqs, draw(st.sampled_from([8, 16, 64]))),
@@ -101,7 +113,7 @@ def scenarios(draw: st.DrawFn) -> dict[str, Any]:
     if tp == 4:
         cluster["gpus_per_node"] = 8
     return {
-        "model": name, "seed": draw(st.integers(0, 10**6)), "kv_tokens": draw(st.sampled_from([30, 60, 120, 10_000])),
+        "model": name, "seed": draw(st.integers(0, 10**6)), "kv_tokens": draw(st.sampled_from([32, 48, 80, 10_000])),
         "cluster": cluster, "requests": requests, "engine": {k: v for k, v in engine.items() if v is not None},
         "policies": {k: v for k, v in policies.items() if v is not None}, **parts,
     }  # fmt: skip
