@@ -71,10 +71,10 @@ class TokenExperts:
         tokens = len(request)
         steps = min(steps, max(1, _IDS // (tokens * self._source.num_layers * self._source.top_k)))
         ahead = np.arange(steps, dtype=np.int64)[:, None]
-        rows = self._replay.rows(np.tile(request, steps), (position + ahead).ravel())
+        request_N, position_N = np.tile(request, steps), (position + ahead).ravel()
         offsets = np.arange(steps + 1, dtype=np.int64) * tokens
         busiest = int(np.bincount(rank).max())
-        return self._price(rows, offsets, np.tile(rank, steps), np.full(steps, busiest), batch.tick)
+        return self._price(request_N, position_N, offsets, np.tile(rank, steps), np.full(steps, busiest), batch.tick)
 
     def mixed_ns(self, batch: Batch, chunks: list[Chunk], paused: list[int], busiest: int) -> tuple[int, TokenDetail]:
         """See MoECost."""
@@ -86,20 +86,23 @@ class TokenExperts:
             request = np.concatenate([request, np.full(chunk.tokens, chunk.request)])
             position = np.concatenate([position, np.arange(chunk.start, chunk.start + chunk.tokens)])
             rank = np.concatenate([rank, np.full(chunk.tokens, chunk.rank)])
-        rows = self._replay.rows(request, position)
-        ns, detail = self._price(rows, np.array([0, len(rows)]), rank, np.array([busiest]), batch.tick)
+        ns, detail = self._price(request, position, np.array([0, len(request)]), rank, np.array([busiest]), batch.tick)
         return int(ns[0]), detail
 
     def _price(
-        self, rows: IntArray, offsets: IntArray, rank_N: IntArray, busiest_S: IntArray, tick: int
-    ) -> tuple[IntArray, TokenDetail]:
+        self, request_N: IntArray, position_N: IntArray, offsets: IntArray, rank_N: IntArray, busiest_S: IntArray,
+        tick: int,
+    ) -> tuple[IntArray, TokenDetail]:  # fmt: skip
         tokens_S = np.diff(offsets)
+        rows = self._replay.rows(request_N, position_N)
         ports = None
         if self._plain:
             count_SLE = count_steps(self._source, rows, offsets)
             slot_SLS: AnyArray = np.take_along_axis(count_SLE, self._slot_to_expert[None], axis=2)
         else:
-            slot_SLS, ports = self._slots(rows, offsets, rank_N)
+            # a token's own number keys its draws, so that they do not depend on the steps priced with it
+            token_N = request_N.astype(np.int64) * (1 << 32) + position_N
+            slot_SLS, ports = self._slots(rows, token_N, offsets, rank_N)
         self._slot_total_LS += slot_SLS.sum(axis=0)
         priced = self._prices.price(slot_SLS, tokens_S, busiest_S, ports)
         if len(self.kept) < _KEPT:
@@ -120,16 +123,19 @@ class TokenExperts:
         )
         return dispatch + experts + combine, detail
 
-    def _slots(self, rows: IntArray, offsets: IntArray, rank_N: IntArray) -> tuple[AnyArray, Ports | None]:
+    def _slots(
+        self, rows: IntArray, token_N: IntArray, offsets: IntArray, rank_N: IntArray
+    ) -> tuple[AnyArray, Ports | None]:
         """Tokens per slot [S, L, slots] and ports, from the slot that dispatch chooses for every token."""
         layout, placement = self._layout, self._placement
         layers, slots = placement.num_layers, placement.num_slots
         steps = len(offsets) - 1
         # a data-parallel rank's tokens are dealt out to its tensor-parallel ranks for the exchange
-        source = rank_N * layout.tp + np.arange(len(rank_N)) % layout.tp
+        turn_N = np.arange(len(rows)) - np.repeat(offsets[:-1], np.diff(offsets))
+        source = rank_N * layout.tp + turn_N % layout.tp
         part = source if layout.exchanges else source // layout.expert_tp
         ids = self._source.expert_TLK[rows]
-        slot_TLK = self._dispatch.assign(ids, part, placement, self._seed, np.arange(len(rows)) + int(rows[0]))
+        slot_TLK = self._dispatch.assign(ids, part, placement, self._seed, token_N)
         step_N = np.repeat(np.arange(steps), np.diff(offsets))
         key = slot_TLK + (np.arange(layers, dtype=np.int64) * slots)[:, None]
         key = key + (step_N * (layers * slots))[:, None, None]

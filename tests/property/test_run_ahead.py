@@ -52,6 +52,12 @@ CASES: dict[str, dict[str, Any]] = {
     "sglang": {"policies": {"batching": "sglang"}, "parallel": {"dp": 4, "ep": 4}},
     "replicas": {"parallel": {"dp": 2, "ep": 2, "replicas": 3}, "policies": {"balancer": "least_loaded"}},
     "token": {"parallel": {"dp": 4, "ep": 4}, "routing": {"fidelity": "token"}},
+    "token_replicas": {
+        "parallel": {"dp": 4, "ep": 4},
+        "routing": {"fidelity": "token"},
+        "policies": {"placement": {"kind": "eplb", "num_redundant_experts": 16}},
+    },
+    "token_tp": {"parallel": {"tp": 2, "dp": 4, "ep": 8}, "routing": {"fidelity": "token"}},
     "eplb": {"parallel": {"dp": 8, "ep": 8}, "policies": {"placement": {"kind": "eplb", "num_redundant_experts": 8}}},
 }
 SMALL_KV = {"max_num_seqs": 16, "max_num_batched_tokens": 128, "block_size": 4}
