@@ -17,9 +17,10 @@ import numpy as np
 
 from moesim.arrays import IntArray
 from moesim.cost.bank import CountExperts
+from moesim.cost.experts import MoESums
 from moesim.cost.pricer import Key, Run
 from moesim.cost.step import StepPricer
-from moesim.cost.tokens import TokenDetail, TokenExperts
+from moesim.cost.tokens import TokenExperts
 from moesim.program import Stage
 from moesim.simulate import RunResult
 
@@ -167,7 +168,7 @@ def _layers(pricer: StepPricer, run: Run) -> _Layers | None:
         row = moe.row(phase, tokens, key.busiest_tokens)
         totals = int(row.dispatch[entry]), int(row.experts[entry]), int(row.combine[entry])
     elif isinstance(moe, TokenExperts):
-        assert isinstance(run.detail, TokenDetail)
+        assert isinstance(run.detail, MoESums)
         kept = moe.kept.get(key.tick)
         if kept is None:
             return None

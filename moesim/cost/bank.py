@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moesim.arrays import AnyArray, FloatArray, IntArray, U8Array
-from moesim.cost.experts import ExpertPrices, LayerPrices, Ports
+from moesim.arrays import AnyArray, FloatArray, IntArray
+from moesim.cost.experts import ExpertPrices, LayerPrices, MoESums, Ports
 from moesim.cost.pricer import Batch, Chunk
 from moesim.cost.touch import touch
 from moesim.dispatch import DispatchPolicy
@@ -26,7 +26,7 @@ from moesim.placement import Placement
 from moesim.rng import generator
 from moesim.workload.pool import RoutingSource
 
-__all__ = ["BankDetail", "BankRow", "CountExperts", "persistence"]
+__all__ = ["BankDetail", "CountExperts", "persistence"]
 
 _BLOCK = 32
 _POOL_BLOCKS = 256
@@ -34,26 +34,10 @@ _PERIOD = 1 << 16
 _SKEWS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 
 
-class BankRow(NamedTuple):
-    """One batch size: per entry, ns of all layers by part (they add up to `total`) and what the balance was.
-
-    `stats` [6, entries]: sum over layers of the largest part's rows, of the mean part's rows, mean over layers of
-    max/mean rows, copies over NVLink and over NICs in all layers, and sum over layers of mean expert ns.
-    """
-
-    total: IntArray
-    dispatch: IntArray
-    experts: IntArray
-    combine: IntArray
-    stats: FloatArray
-    grade: U8Array
-    exchange_grade: U8Array
-
-
 class BankDetail(NamedTuple):
     """Which row and which entries a run used: entries `sequence[start : start + steps]`."""
 
-    row: BankRow
+    row: MoESums
     start: int
 
 
@@ -80,8 +64,8 @@ class CountExperts:
         self._pool: _Sample | None = None
         self._blocks: dict[str, _Blocks] = {}
         self._cells: dict[tuple[str, int], tuple[FloatArray, Ports | None]] = {}
-        self._priced: dict[tuple[str, int, float], BankRow] = {}
-        self._rows: dict[tuple[str, int, float], BankRow] = {}
+        self._priced: dict[tuple[str, int, float], MoESums] = {}
+        self._rows: dict[tuple[str, int, float], MoESums] = {}
         self.rho = persistence(source, seed)
         self.sequence = self._draw_sequence()
         for phase in ("prefill", "decode"):
@@ -119,7 +103,7 @@ class CountExperts:
             return np.zeros((self._placement.num_layers, self._placement.num_slots))
         return np.asarray(np.mean(means, axis=0))
 
-    def row(self, phase: str, tokens: int, busiest: int) -> BankRow:
+    def row(self, phase: str, tokens: int, busiest: int) -> MoESums:
         """Prices of a batch of `tokens` tokens of which `busiest` sit on one data-parallel rank."""
         skew = 1.0
         if self._layout.meets:
@@ -143,7 +127,7 @@ class CountExperts:
         return self._prices.price(count_BLS, np.full(len(count_BLS), low), share, ports)
 
     # -- drawing ------------------------------------------------------------------------------------------------
-    def _price(self, phase: str, tokens: int, skew: float) -> BankRow:
+    def _price(self, phase: str, tokens: int, skew: float) -> MoESums:
         key = (phase, tokens, skew)
         found = self._priced.get(key)
         if found is None:
@@ -157,7 +141,9 @@ class CountExperts:
                     nic=np.maximum(ports.nic, ports.nic_total * sent),
                 )
             entries = len(count_BLS)
-            found = _row(self._prices, count_BLS, np.full(entries, tokens), np.full(entries, busiest), ports)
+            found = self._prices.price(count_BLS, np.full(entries, tokens), np.full(entries, busiest), ports).sums(
+                ports
+            )
             self._priced[key] = found
         return found
 
@@ -269,39 +255,13 @@ class _Blocks:
         )
 
 
-def _row(
-    prices: ExpertPrices,
-    count_BLS: FloatArray,
-    tokens_B: IntArray,
-    busiest_B: FloatArray,
-    ports: Ports | None,
-) -> BankRow:
-    """Price batches [B, L, S] and keep sums over layers."""
-    priced = prices.price(count_BLS, tokens_B, busiest_B, ports)
-    dispatch, experts, combine = (x.sum(axis=-1) for x in (priced.dispatch, priced.experts, priced.combine))
-    most, mean = priced.rows_LP.max(axis=-1), priced.rows_LP.mean(axis=-1)
-    copies = (
-        np.zeros((2, len(count_BLS)))
-        if ports is None
-        else np.stack([ports.nvlink_total.sum(axis=-1), ports.nic_total.sum(axis=-1)])
-    )
-    stats = np.stack(
-        [most.sum(axis=-1), mean.sum(axis=-1), (most / np.maximum(mean, 1e-300)).mean(axis=-1), *copies,
-         priced.expert_LP.mean(axis=-1).sum(axis=-1)]
-    )  # fmt: skip
-    return BankRow(
-        dispatch + experts + combine, dispatch, experts, combine, stats,
-        priced.grade.max(axis=-1), priced.exchange_grade.max(axis=-1),
-    )  # fmt: skip
-
-
-def _between(low: BankRow, high: BankRow, share: float) -> BankRow:
+def _between(low: MoESums, high: MoESums, share: float) -> MoESums:
     """The same draws at a size between two of the grid: linear, each part rounded to a nanosecond."""
     parts = [a + np.rint((b - a) * share).astype(np.int64) for a, b in zip(low[1:4], high[1:4], strict=True)]
     stats = low.stats + (high.stats - low.stats) * share
     grade = np.maximum(np.maximum(low.grade, high.grade), 1)
     exchange_grade = np.maximum(np.maximum(low.exchange_grade, high.exchange_grade), 1)
-    return BankRow(parts[0] + parts[1] + parts[2], parts[0], parts[1], parts[2], stats, grade, exchange_grade)
+    return MoESums(parts[0] + parts[1] + parts[2], parts[0], parts[1], parts[2], stats, grade, exchange_grade)
 
 
 def _grid(tokens: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from moesim.cost.operators import MoEShape, Operators
 from moesim.layout import Layout
 from moesim.model import MoEModel, dtype_bytes
 
-__all__ = ["ExpertPrices", "LayerPrices", "Ports"]
+__all__ = ["ExpertPrices", "LayerPrices", "MoESums", "Ports"]
 
 
 class Ports(NamedTuple):
@@ -42,6 +42,23 @@ class LayerPrices(NamedTuple):
     grade: U8Array
     exchange_grade: U8Array
 
+    def sums(self, ports: Ports | None) -> MoESums:
+        """Add the layers up; `ports` are those that were priced."""
+        dispatch, experts, combine = (x.sum(axis=-1) for x in (self.dispatch, self.experts, self.combine))
+        most, mean = self.rows_LP.max(axis=-1), self.rows_LP.mean(axis=-1)
+        nowhere = np.zeros(len(most))
+        stats = [
+            most.sum(axis=-1),
+            mean.sum(axis=-1),
+            (most / np.maximum(mean, 1e-300)).mean(axis=-1),
+            nowhere if ports is None else ports.nvlink_total.sum(axis=-1),
+            nowhere if ports is None else ports.nic_total.sum(axis=-1),
+            self.expert_LP.mean(axis=-1).sum(axis=-1),
+        ]
+        grade, exchange_grade = self.grade.max(axis=-1), self.exchange_grade.max(axis=-1)
+        total = dispatch + experts + combine
+        return MoESums(total, dispatch, experts, combine, np.stack(stats), grade, exchange_grade)
+
     def first(self) -> LayerPrices:
         """The first step only, copied."""
         return LayerPrices(
@@ -53,6 +70,23 @@ class LayerPrices(NamedTuple):
             self.grade[:1].copy(),
             self.exchange_grade[:1].copy(),
         )
+
+
+class MoESums(NamedTuple):
+    """All MoE layers of a step together, for B batches or steps: ns by part (they add up to `total`) [B], `stats`
+    [6, B], and the worst grade of any layer [B].
+
+    `stats`: sum over layers of the largest part's rows, of the mean part's rows, mean over layers of max/mean rows,
+    copies over NVLink and over NICs in all layers, and sum over layers of the parts' mean expert ns.
+    """
+
+    total: IntArray
+    dispatch: IntArray
+    experts: IntArray
+    combine: IntArray
+    stats: FloatArray
+    grade: U8Array
+    exchange_grade: U8Array
 
 
 class ExpertPrices:

@@ -14,10 +14,10 @@ from typing import cast
 import numpy as np
 
 from moesim.arrays import FloatArray, IntArray
-from moesim.cost.bank import BankDetail, BankRow, CountExperts
+from moesim.cost.bank import BankDetail, CountExperts
+from moesim.cost.experts import MoESums
 from moesim.cost.pricer import Run
 from moesim.cost.step import StepPricer
-from moesim.cost.tokens import TokenDetail
 
 __all__ = ["Explanation", "explain"]
 
@@ -27,7 +27,7 @@ _ENTRIES_AT_ONCE = 1 << 22
 @dataclass(slots=True)
 class Explanation:
     """Sums over all steps of one group. `ns`, `operator`: by part; `grade_ns` [4]: ns by grade; `stats` [6] (see
-    `BankRow`), summed over steps; `max_over_mean`: summed over steps; `bank_sigma`: relative standard error."""
+    `MoESums`), summed over steps; `max_over_mean`: summed over steps; `bank_sigma`: relative standard error."""
 
     ns: dict[str, int]
     operator: dict[str, str]
@@ -95,16 +95,14 @@ def _experts(
 ) -> tuple[IntArray, FloatArray, IntArray, IntArray, float] | None:
     if not runs or runs[0].detail is None:
         return None
-    if isinstance(runs[0].detail, TokenDetail):
-        return _from_tokens([cast(TokenDetail, r.detail) for r in runs], steps_R)
+    if isinstance(runs[0].detail, MoESums):
+        return _from_tokens([cast(MoESums, r.detail) for r in runs], steps_R)
     moe = pricer.moe
     assert isinstance(moe, CountExperts)
     return _from_bank([cast(BankDetail, r.detail) for r in runs], steps_R, moe)
 
 
-def _from_tokens(
-    details: list[TokenDetail], steps_R: IntArray
-) -> tuple[IntArray, FloatArray, IntArray, IntArray, float]:
+def _from_tokens(details: list[MoESums], steps_R: IntArray) -> tuple[IntArray, FloatArray, IntArray, IntArray, float]:
     by_part = np.array(
         [
             [d.dispatch[:n].sum(), d.experts[:n].sum(), d.combine[:n].sum()]
@@ -122,7 +120,7 @@ def _from_bank(
 ) -> tuple[IntArray, FloatArray, IntArray, IntArray, float]:
     """How often each run used each entry, from prefix counts of the entry sequence; then one product a row."""
     rows: dict[int, int] = {}
-    ordered: list[BankRow] = []
+    ordered: list[MoESums] = []
     row_R = np.empty(len(details), np.int64)
     for i, detail in enumerate(details):
         found = rows.get(id(detail.row))
@@ -151,7 +149,7 @@ def _from_bank(
     return by_part_R, stats, grade, exchange, _bank_sigma(ordered, row_R, steps_R)
 
 
-def _bank_sigma(rows: list[BankRow], row_R: IntArray, steps_R: IntArray) -> float:
+def _bank_sigma(rows: list[MoESums], row_R: IntArray, steps_R: IntArray) -> float:
     """Relative standard error of the experts' share from having drawn so few batches of each size."""
     if len(rows[0].total) < 2:
         return 0.0

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
-from moesim.arrays import AnyArray, FloatArray, IntArray, U8Array
-from moesim.cost.experts import ExpertPrices, LayerPrices, Ports
+from moesim.arrays import AnyArray, FloatArray, IntArray
+from moesim.cost.experts import ExpertPrices, LayerPrices, MoESums, Ports
 from moesim.cost.pricer import Batch, Chunk
 from moesim.cost.touch import touch
 from moesim.dispatch import DispatchPolicy
@@ -16,22 +14,11 @@ from moesim.placement import Placement
 from moesim.workload.pool import RoutingSource, count_steps
 from moesim.workload.replay import Replay
 
-__all__ = ["TokenDetail", "TokenExperts"]
+__all__ = ["TokenExperts"]
 
 _KEPT = 256
 _IDS = 1 << 21
 """expert ids priced at once in a run of decode steps"""
-
-
-class TokenDetail(NamedTuple):
-    """Per step of a run [S]: ns by part, and the statistics of `moesim.cost.bank.BankRow` [6, S]."""
-
-    dispatch: IntArray
-    experts: IntArray
-    combine: IntArray
-    stats: FloatArray
-    grade: U8Array
-    exchange_grade: U8Array
 
 
 class TokenExperts:
@@ -65,7 +52,7 @@ class TokenExperts:
         """Tokens per slot [L, S] of every step that was priced (steps that an arrival cut off included)."""
         return self._slot_total_LS.astype(np.float64)
 
-    def decode_ns(self, batch: Batch, steps: int) -> tuple[IntArray, TokenDetail]:
+    def decode_ns(self, batch: Batch, steps: int) -> tuple[IntArray, MoESums]:
         """See MoECost."""
         request, position, rank = batch.tokens()
         tokens = len(request)
@@ -76,7 +63,7 @@ class TokenExperts:
         busiest = int(np.bincount(rank).max())
         return self._price(request_N, position_N, offsets, np.tile(rank, steps), np.full(steps, busiest), batch.tick)
 
-    def mixed_ns(self, batch: Batch, chunks: list[Chunk], paused: list[int], busiest: int) -> tuple[int, TokenDetail]:
+    def mixed_ns(self, batch: Batch, chunks: list[Chunk], paused: list[int], busiest: int) -> tuple[int, MoESums]:
         """See MoECost."""
         request, position, rank = batch.tokens()
         if paused:
@@ -92,7 +79,7 @@ class TokenExperts:
     def _price(
         self, request_N: IntArray, position_N: IntArray, offsets: IntArray, rank_N: IntArray, busiest_S: IntArray,
         tick: int,
-    ) -> tuple[IntArray, TokenDetail]:  # fmt: skip
+    ) -> tuple[IntArray, MoESums]:  # fmt: skip
         tokens_S = np.diff(offsets)
         rows = self._replay.rows(request_N, position_N)
         ports = None
@@ -107,21 +94,8 @@ class TokenExperts:
         priced = self._prices.price(slot_SLS, tokens_S, busiest_S, ports)
         if len(self.kept) < _KEPT:
             self.kept[tick] = priced.first()
-        dispatch, experts, combine = (x.sum(axis=-1) for x in (priced.dispatch, priced.experts, priced.combine))
-        most, mean = priced.rows_LP.max(axis=-1), priced.rows_LP.mean(axis=-1)
-        copies = (
-            np.zeros((2, len(tokens_S)))
-            if ports is None
-            else np.stack([ports.nvlink_total.sum(axis=-1), ports.nic_total.sum(axis=-1)])
-        )
-        stats = np.stack(
-            [most.sum(axis=-1), mean.sum(axis=-1), (most / np.maximum(mean, 1e-300)).mean(axis=-1), *copies,
-             priced.expert_LP.mean(axis=-1).sum(axis=-1)]
-        )  # fmt: skip
-        detail = TokenDetail(
-            dispatch, experts, combine, stats, priced.grade.max(axis=-1), priced.exchange_grade.max(axis=-1)
-        )
-        return dispatch + experts + combine, detail
+        sums = priced.sums(ports)
+        return sums.total, sums
 
     def _slots(
         self, rows: IntArray, token_N: IntArray, offsets: IntArray, rank_N: IntArray
