@@ -129,6 +129,7 @@ class Tilts:
         for gamma shape s; the shape is lowered by 1 / W, which leaves (1 - 1 / W) / s of it as for W
         independent draws.
         """
+        correlation = max(correlation, 1e-12)  # below it the quotient may leave the floats
         concentration = (1 - correlation) / correlation / shape[2]
         return rng.standard_gamma(max(concentration - 1 / shape[0], concentration / 4), shape) + 1e-30
 

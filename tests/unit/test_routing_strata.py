@@ -65,3 +65,8 @@ def test_tilts_are_uniform_together_and_correlated_alone(tilts, correlation):
     assert abs(inside.mean() - 0.25) < 0.005
     between = inside.mean(1).var(0, ddof=1).mean() - 0.25 * 0.75 / per
     assert between / (0.25 * 0.75) == pytest.approx(correlation, rel=0.45)
+
+
+def test_a_correlation_next_to_nothing_stays_a_number():
+    weight = Tilts.dirichlet(2.2250738585e-313, (2, 1, 8), np.random.default_rng(0))
+    assert np.isfinite(weight).all()
