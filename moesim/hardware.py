@@ -482,8 +482,24 @@ def load_curves(path: Path, problems: list[Problem]) -> Mapping[str, tuple[Curve
                 curves.append(_curve(row, axes))
             except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
                 problems.append(Problem(where, f"{op}[{i}] is not a curve: {error}."))
+        problems.extend(Problem(where, f"{op}{list(c.key)}: {why}.") for c, why in _out_of_range(curves))
         out[op] = tuple(curves)
     return out
+
+
+def _out_of_range(curves: list[Curve]) -> list[tuple[Curve, str]]:
+    """Curves with values that cannot be; all are looked at in one sweep, and singly only where it finds any."""
+
+    def wrong(some: list[Curve]) -> str:
+        ratios = np.concatenate([c.log_ratio.ravel() for c in some])
+        grades = np.concatenate([np.zeros(1, np.uint8)] + [c.grade.ravel() for c in some if c.grade is not None])
+        if not (np.abs(ratios) <= 10).all():
+            return "log_ratio must be finite and within +-10 (a factor of 22,000 of physics)"
+        return "grade must be 0, 1, 2 or 3" if grades.max() > 3 else ""
+
+    if not curves or not wrong(curves):
+        return []
+    return [(c, wrong([c])) for c in curves if wrong([c])]
 
 
 def _axis(values: Any) -> NDArray[np.float64]:
@@ -511,12 +527,9 @@ def _curve(row: Any, shared: list[NDArray[np.float64]]) -> Curve:
     ratio = np.array(row["log_ratio"], dtype=np.float64)
     if ratio.shape != tuple(map(len, axes)):
         raise ValueError(f"log_ratio has shape {ratio.shape}, its axes {tuple(map(len, axes))}")
-    if not -10 <= ratio.min() <= ratio.max() <= 10:
-        raise ValueError("log_ratio must be finite and within +-10 (a factor of 22,000 of physics)")
-    grade = None
-    if row.get("grade") is not None:
-        codes = np.array(row["grade"])
-        if codes.shape != ratio.shape or codes.dtype.kind != "i" or codes.min() < 0 or codes.max() > 3:
-            raise ValueError("grade must hold a code 0..3 for each point")
-        grade = codes.astype(np.uint8)
+    grade = row.get("grade")
+    if grade is not None:
+        grade = np.full(ratio.shape, grade, dtype=np.uint8) if type(grade) is int else np.array(grade, dtype=np.uint8)
+        if grade.shape != ratio.shape:
+            raise ValueError(f"grade has shape {grade.shape}, log_ratio {ratio.shape}")
     return Curve(key, str(row["variant"]), axes, ratio, grade, int(row.get("source", 0)))

@@ -295,7 +295,8 @@ def main() -> None:
         "fits": {k: {n: float(f"{v:.5g}") for n, v in values.items()} for k, values in sorted(fits.items())},
         "errors": {**dict(sorted(errors.items())), "elementwise": 0.3, "host": 0.3},
         "curves": list(files),
-        "provenance": PROVENANCE | {"sources": sheet["provenance"]["sources"], "curve_sources": tables.SOURCES},
+        "provenance": PROVENANCE
+        | {"sources": sheet["provenance"]["sources"], "curve_sources": list(tables.SOURCES.values())},
     }
     first = ["name", "kind", "device", "vendor"]
     spec = {k: spec[k] for k in [*first, *[k for k in spec if k not in first]]}
@@ -320,7 +321,8 @@ def write_curves(name: str, curves: dict[str, list[Curve]]) -> None:
                 places.append(axes.index(plain))
             row = {"key": list(c.key), "variant": c.variant, "axes": places, "log_ratio": c.log_ratio.tolist()}
             if c.grade is not None and c.grade.any():
-                row["grade"] = c.grade.tolist()
+                codes = sorted(set(c.grade.ravel().tolist()))
+                row["grade"] = codes[0] if len(codes) == 1 else c.grade.tolist()
             row["source"] = c.source
             rows.setdefault(op, []).append(row)
     body = ",\n".join(

@@ -222,7 +222,7 @@ def main() -> None:
             "how": "python benchmarks/profiles/fit_rtx_pro_6000.py",
             "links, host": "assumed: datasheet; no collective was timed",
             "sources": sheet["provenance"]["sources"],
-            "curve_sources": {0: SOURCE},
+            "curve_sources": [SOURCE],
         },
     }
     text = yaml.safe_dump(spec, sort_keys=False, width=120)

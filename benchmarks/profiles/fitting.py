@@ -25,11 +25,12 @@ BLOCK = 64  # rows a grouped GEMM pads an expert's share to; 64 suits the skewed
 # Start, lower and upper bound of each fitted parameter.
 _EFF = {"mem_eff": (0.85, 0.1, 1.0), "flop_eff": (0.7, 0.05, 1.0)}
 PARAMETERS: dict[str, dict[str, tuple[float, float, float]]] = {
-    "gemm": {"launch_ns": (3e3, 0, 2e5), **_EFF, "k_half": (100, 0, 5e3)},
+    "gemm": {"launch_ns": (3e3, 0, 2e5), **_EFF, "k_half": (100, 0, 5e3), "row_ns": (0.5, 0, 100)},
     "gemm@eager": {
         "launch_ns": (1e4, 0, 2e5),
         **_EFF,
         "k_half": (100, 0, 5e3),
+        "row_ns": (0.5, 0, 100),
         "host_small_ns": (6e4, 0, 5e5),
         "host_ns": (8.8e4, 0, 5e5),
         "host_odd_ns": (1e4, 0, 1e5),
@@ -153,7 +154,7 @@ def fit(s: Samples, most: int = 4000) -> dict[str, float]:
     found = least_squares(
         miss, start, bounds=(low, high), loss="soft_l1", f_scale=0.1, x_scale=np.maximum(start, 1e-3), max_nfev=60
     )
-    values = {n: float(f"{v:.5g}") for n, v in zip(names, found.x.tolist(), strict=True)}
+    values = {n: float(f"{v:.5g}") if v > 1e-6 else 0.0 for n, v in zip(names, found.x.tolist(), strict=True)}
     return {**values, **fixed}
 
 
@@ -190,7 +191,7 @@ def curves(s: Samples, values: dict[str, float], axes_of: Callable[[np.ndarray],
     return out
 
 
-def monotone(values: np.ndarray, most: float = 0.1) -> np.ndarray:
+def monotone(values: np.ndarray, most: float = 0.3) -> np.ndarray:
     """Isotonic regression (pool adjacent violators) of log times. Drops above `most` stay: they are kernel switches."""
     blocks: list[list[float]] = []
     for v in values.tolist():

@@ -69,10 +69,11 @@ class Rates:
     def gemm_ns(self, m: Number, n: Number, k: Number, weight_bytes: float) -> Number:
         """C[m, n] = A[m, k] B[k, n]. Host terms bound kernels that the host launches one by one (no graph):
         below and from `switch_rows` rows different kernels run; rows not a multiple of 4 cost a padding launch.
+        row_ns: what a row costs whatever its width (activations quantised row by row).
         """
         memory = (n * k * weight_bytes + m * (2.0 * (n + k))) / self.bytes_per_ns
         compute = m * (2.0 * n * k / self.flop_per_ns * (1.0 + self.get("k_half") / k))
-        ns = self.launch_ns + soft_max(memory, compute)
+        ns = self.launch_ns + soft_max(memory, compute) + m * self.get("row_ns")
         if "host_ns" not in self.more:
             return ns
         large = m >= self.get("switch_rows")
