@@ -12,12 +12,13 @@ resembles the next as it does in the trace, where the same sequences decode on.
 
 from __future__ import annotations
 
+import bisect
 from typing import NamedTuple
 
 import numpy as np
 
 from moesim.arrays import AnyArray, FloatArray, IntArray
-from moesim.cost.experts import ExpertPrices, LayerPrices, MoESums, Ports
+from moesim.cost.experts import Computed, ExpertPrices, LayerPrices, MoESums, Ports
 from moesim.cost.pricer import Batch, Chunk
 from moesim.cost.touch import touch
 from moesim.dispatch import DispatchPolicy
@@ -31,7 +32,8 @@ __all__ = ["BankDetail", "CountExperts", "persistence"]
 _BLOCK = 32
 _POOL_BLOCKS = 256
 _PERIOD = 1 << 16
-_SKEWS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+_SKEWS = tuple(2 ** (i / 8) for i in range(129))
+"""busiest rank's tokens over the mean, rounded up to one of these: at most 9 % above"""
 
 
 class BankDetail(NamedTuple):
@@ -63,7 +65,7 @@ class CountExperts:
         self._seed = seed
         self._pool: _Sample | None = None
         self._blocks: dict[str, _Blocks] = {}
-        self._cells: dict[tuple[str, int], tuple[FloatArray, Ports | None]] = {}
+        self._cells: dict[tuple[str, int], tuple[Computed, Ports | None]] = {}
         self._priced: dict[tuple[str, int, float], MoESums] = {}
         self._rows: dict[tuple[str, int, float], MoESums] = {}
         self.rho = persistence(source, seed)
@@ -108,8 +110,8 @@ class CountExperts:
         skew = 1.0
         if self._layout.meets:
             ratio = busiest * self._layout.dp / tokens
-            skew = next((s for s in _SKEWS if s >= ratio), float(self._layout.dp))
-            skew = min(skew, float(self._layout.dp))
+            at = bisect.bisect_left(_SKEWS, ratio)
+            skew = min(_SKEWS[at] if at < len(_SKEWS) else ratio, float(self._layout.dp))
         found = self._rows.get((phase, tokens, skew))
         if found is None:
             low, high = _grid(tokens)
@@ -122,16 +124,15 @@ class CountExperts:
     def layers(self, phase: str, tokens: int, busiest: int) -> LayerPrices:
         """Layer by layer, the prices behind the next smaller size of the grid (for a timeline)."""
         low, _ = _grid(tokens)
-        count_BLS, ports = self._cell(phase, low)
-        share = np.full(len(count_BLS), busiest * low / tokens)
-        return self._prices.price(count_BLS, np.full(len(count_BLS), low), share, ports)
+        computed, ports = self._cell(phase, low)
+        return self._prices.price(computed, np.full(len(computed.grade), busiest * low / tokens), ports)
 
     # -- drawing ------------------------------------------------------------------------------------------------
     def _price(self, phase: str, tokens: int, skew: float) -> MoESums:
         key = (phase, tokens, skew)
         found = self._priced.get(key)
         if found is None:
-            count_BLS, ports = self._cell(phase, tokens)
+            computed, ports = self._cell(phase, tokens)
             busiest = tokens / self._layout.dp * skew
             if ports is not None:
                 # the busiest sender's copies: its tokens times the copies a token needs
@@ -140,23 +141,19 @@ class CountExperts:
                     nvlink=np.maximum(ports.nvlink, ports.nvlink_total * sent),
                     nic=np.maximum(ports.nic, ports.nic_total * sent),
                 )
-            entries = len(count_BLS)
-            found = self._prices.price(count_BLS, np.full(entries, tokens), np.full(entries, busiest), ports).sums(
-                ports
-            )
+            found = self._prices.price(computed, np.full(len(computed.grade), busiest), ports).sums(ports)
             self._priced[key] = found
         return found
 
-    def _cell(self, phase: str, tokens: int) -> tuple[FloatArray, Ports | None]:
+    def _cell(self, phase: str, tokens: int) -> tuple[Computed, Ports | None]:
+        """Expert kernels and ports of the batches of one size of the grid."""
         key = (phase, tokens)
         found = self._cells.get(key)
         if found is None:
-            found = self._blocks[phase].draw(tokens, self._entries, self._seed, phase)
+            count_BLS, ports = self._blocks[phase].draw(tokens, self._entries, self._seed, phase)
             if self._source.ideal:
-                even = np.full_like(found[0], 0.0)
-                even += tokens * self._source.top_k / even.shape[-1]
-                found = (even, found[1])
-            self._cells[key] = found
+                count_BLS = np.full_like(count_BLS, tokens * self._source.top_k / count_BLS.shape[-1])
+            found = self._cells[key] = self._prices.compute(count_BLS), ports
         return found
 
     def _sample(self) -> _Sample:

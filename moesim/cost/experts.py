@@ -1,6 +1,6 @@
 """Time of MoE layers from the tokens that each expert slot and each port really gets.
 
-Shared by both fidelities: `ExpertPrices.price` takes tokens per slot and, where tokens travel, tokens received per
+Shared by both fidelities: `ExpertPrices` takes tokens per slot and, where tokens travel, tokens received per
 rank and node, with any leading axes, and returns dispatch, expert and combine nanoseconds per layer.
 
 Byte rule of the exchange (DeepEP's normal kernels, `shared` experts excluded): a token goes once to each rank that
@@ -19,7 +19,7 @@ from moesim.cost.operators import MoEShape, Operators
 from moesim.layout import Layout
 from moesim.model import MoEModel, dtype_bytes
 
-__all__ = ["ExpertPrices", "LayerPrices", "MoESums", "Ports"]
+__all__ = ["Computed", "ExpertPrices", "LayerPrices", "MoESums", "Ports"]
 
 
 class Ports(NamedTuple):
@@ -72,6 +72,14 @@ class LayerPrices(NamedTuple):
         )
 
 
+class Computed(NamedTuple):
+    """Expert kernels: ns and rows by part [..., L, P], the worst grade of a layer's parts [..., L]."""
+
+    expert_LP: IntArray
+    rows_LP: FloatArray
+    grade: U8Array
+
+
 class MoESums(NamedTuple):
     """All MoE layers of a step together, for B batches or steps: ns by part (they add up to `total`) [B], `stats`
     [6, B], and the worst grade of any layer [B].
@@ -110,12 +118,8 @@ class ExpertPrices:
         self.combine_bytes = model.hidden_size * act
         self._spans = layout.nodes > 1
 
-    def price(self, slot_count: AnyArray, tokens: AnyArray, busiest: AnyArray, ports: Ports | None) -> LayerPrices:
-        """Prices of layers.
-
-        slot_count [..., L, S]: (token, choice) pairs per slot. tokens [...]: tokens of all ranks; busiest [...]: of
-        the rank with the most (for the gather of groups whose experts are split over ranks). ports: for exchanges.
-        """
+    def compute(self, slot_count: AnyArray) -> Computed:
+        """The expert kernels of every part. slot_count [..., L, S]: (token, choice) pairs per slot."""
         parts = slot_count.reshape(*slot_count.shape[:-1], self._layout.ep, -1)
         rows_LP = _over_slots(parts)
         active_LP = _over_slots(parts > 0)
@@ -124,15 +128,21 @@ class ExpertPrices:
         if not self._layout.exchanges:
             elsewhere_LP = rows_LP.sum(axis=-1, keepdims=True) - rows_LP
         priced = self._ops.moe(rows_LP, active_LP, padded_LP, elsewhere_LP, self.shape)
-        expert_LP = np.rint(priced.ns).astype(np.int64)
-        layers = expert_LP.shape[:-1]
+        return Computed(np.rint(priced.ns).astype(np.int64), rows_LP, priced.grade.max(axis=-1))
+
+    def price(self, computed: Computed, busiest: AnyArray, ports: Ports | None) -> LayerPrices:
+        """Prices of layers: the kernels in `computed` between dispatch and combine.
+
+        busiest [...]: tokens of the data-parallel rank that has most (for the gather of groups whose experts are
+        split over ranks). ports: for exchanges.
+        """
+        layers = computed.expert_LP.shape[:-1]
         dispatch = combine = np.zeros(layers, np.int64)
         grade = np.zeros(layers, np.uint8)
         if self._layout.meets:
             dispatch, combine, grade = self._exchange(layers, busiest, ports)
-        return LayerPrices(
-            dispatch, expert_LP.max(axis=-1), combine, expert_LP, rows_LP, priced.grade.max(axis=-1), grade
-        )
+        slowest = computed.expert_LP.max(axis=-1)
+        return LayerPrices(dispatch, slowest, combine, computed.expert_LP, computed.rows_LP, computed.grade, grade)
 
     def _exchange(
         self, shape: tuple[int, ...], busiest: AnyArray, ports: Ports | None

@@ -80,7 +80,6 @@ class TokenExperts:
         self, request_N: IntArray, position_N: IntArray, offsets: IntArray, rank_N: IntArray, busiest_S: IntArray,
         tick: int,
     ) -> tuple[IntArray, MoESums]:  # fmt: skip
-        tokens_S = np.diff(offsets)
         rows = self._replay.rows(request_N, position_N)
         ports = None
         if self._plain:
@@ -91,7 +90,7 @@ class TokenExperts:
             token_N = request_N.astype(np.int64) * (1 << 32) + position_N
             slot_SLS, ports = self._slots(rows, token_N, offsets, rank_N)
         self._slot_total_LS += slot_SLS.sum(axis=0)
-        priced = self._prices.price(slot_SLS, tokens_S, busiest_S, ports)
+        priced = self._prices.price(self._prices.compute(slot_SLS), busiest_S, ports)
         if len(self.kept) < _KEPT:
             self.kept[tick] = priced.first()
         sums = priced.sums(ports)

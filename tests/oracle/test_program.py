@@ -198,14 +198,15 @@ class Reference:
             share = np.bincount(source, minlength=layout.ranks).max() / len(rows)
             ports = by_hand(slot_TLK, source, placement.slots_per_rank, layout.ranks, layout.gpus_per_node, share)
         prices = self.experts.prices
-        return prices.price(count_LS[None], np.array([len(rows)]), np.array([load.tokens_D().max()]), ports)
+        return prices.price(prices.compute(count_LS[None]), np.array([load.tokens_D().max()]), ports)
 
     def from_bank(self, moe: CountExperts, load: Load, ahead: int) -> LayerPrices:
         """The entry of the bank that this step uses; the busiest rank's share rounded up to a step of _SKEWS."""
         tokens_D, decode = load.tokens_D(), int(load.tokens_D(decode=True).sum())
         total, dp = int(tokens_D.sum()), self.layout.dp
         assert total in GRID
-        count_BLS, ports = moe._cell("prefill" if total - decode > decode else "decode", total)
+        phase = "prefill" if total - decode > decode else "decode"
+        count_BLS, ports = moe._blocks[phase].draw(total, moe._entries, moe._seed, phase)
         entry = int(moe.sequence[load.tick + ahead])
         skew = min(next(s for s in (*_SKEWS, dp) if s >= tokens_D.max() * dp / total), dp) if self.layout.meets else 1.0
         busiest = total / dp * skew
@@ -216,7 +217,9 @@ class Reference:
                 nvlink=np.maximum(ports.nvlink, ports.nvlink_total * sent),
                 nic=np.maximum(ports.nic, ports.nic_total * sent),
             )
-        return self.experts.prices.price(count_BLS[entry][None], np.array([total]), np.array([busiest]), ports)
+        return self.experts.prices.price(
+            self.experts.prices.compute(count_BLS[entry][None]), np.array([busiest]), ports
+        )
 
 
 @pytest.mark.parametrize("fidelity", ["token", "count"])
