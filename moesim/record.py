@@ -42,6 +42,13 @@ class StepRecords:
         base = self.run_start_ns - cumulative[first] if len(first) else self.run_start_ns
         return np.asarray(cumulative + np.repeat(base, self.run_steps))
 
+    def end_ns(self) -> int:
+        """End of the last step; 0 where there is none."""
+        if not len(self.run_steps):
+            return 0
+        last = np.add.reduceat(self.duration_ns, np.cumsum(self.run_steps) - self.run_steps)
+        return int((self.run_start_ns + last).max())
+
     def per_step(self, column: IntArray) -> IntArray:
         """A column of runs repeated for each of their steps."""
         return np.repeat(column, self.run_steps)
@@ -70,23 +77,14 @@ class RequestRecords:
 class Recorder:
     """Grows while the engine runs; lists, because appending to a list is the cheapest thing Python does."""
 
-    groups: list[int] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    decoding: list[int] = field(default_factory=list)
-    waiting: list[int] = field(default_factory=list)
-    preempted: list[int] = field(default_factory=list)
+    rows: list[tuple[int, int, int, int, int, int]] = field(default_factory=list)
+    """(group, start_ns, steps, decoding, preempted, waiting) of each run"""
     runs: list[Run] = field(default_factory=list)
     stalls: list[int] = field(default_factory=list)
 
     def run(self, group: int, start_ns: int, steps: int, run: Run, decoding: int, planned: tuple[int, int]) -> None:
         """A run ended after `steps` of the steps it was priced for; `planned`: (preempted, waiting) at its start."""
-        self.groups.append(group)
-        self.starts.append(start_ns)
-        self.steps.append(steps)
-        self.decoding.append(decoding)
-        self.preempted.append(planned[0])
-        self.waiting.append(planned[1])
+        self.rows.append((group, start_ns, steps, decoding, *planned))
         self.runs.append(run if len(run.cumulative_ns) == steps else run.cut(steps))
 
     def resumed(self, stall_ns: int) -> None:

@@ -19,6 +19,8 @@ from moesim.workload.requests import RequestStream
 
 __all__ = ["Deployment", "Outcome", "run"]
 
+_NEVER = 1 << 62
+
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
@@ -93,19 +95,19 @@ class _Simulation:
         self.preempted[i] = sequence.preempted
         self._one_less()
         if self.stream.concurrency is not None:
-            self._next_of_closed_loop()
+            self._next_of_closed_loop(now)
 
     def _one_less(self) -> None:
         self.ended += 1
         if self.progress is not None and self.ended * 100 // self.requests != (self.ended - 1) * 100 // self.requests:
             self.progress(self.ended / self.requests)
 
-    def _next_of_closed_loop(self) -> None:
+    def _next_of_closed_loop(self, now: int) -> None:
         """The next request takes the place of the one that ended; rejected ones end at once."""
         while self.next < self.requests:
             i = self.next
             self.next += 1
-            self.arrival[i] = int(self.env.now)
+            self.arrival[i] = now
             if self._arrive(i):
                 return
 
@@ -131,18 +133,23 @@ class _Simulation:
             yield env.timeout(self.deployment.ready_ns)
         if self.stream.concurrency is not None:
             for _ in range(self.stream.concurrency):
-                self._next_of_closed_loop()
+                self._next_of_closed_loop(int(env.now))
+            self._alone_until(_NEVER)
             return
-        alone = len(self.groups) == 1
         for i, arrival in enumerate(self.arrival):
             delay = arrival - env.now
             if delay > 0:
-                if alone:
-                    self.hooks.next_arrival_ns = arrival
+                self._alone_until(arrival)
                 yield env.timeout(delay)
             self.hooks.priority = ARRIVAL
             self._arrive(i)
-        self.hooks.next_arrival_ns = -1
+        self._alone_until(_NEVER)
+
+    def _alone_until(self, when_ns: int) -> None:
+        """No request will come from outside before `when_ns`; matters where there is one group to get it."""
+        if len(self.groups) == 1 and self.deployment.run_ahead:
+            until = self.deployment.until_ns
+            self.hooks.alone_until_ns = when_ns if until is None else min(when_ns, until)
 
     def run(self) -> Outcome:
         self.env.process(self._arrivals())
@@ -150,7 +157,9 @@ class _Simulation:
         events = self.requests + sum(group.handled for group in self.groups)
         peak = max(rank.peak for group in self.groups for rank in group.ranks)
         runs = self.recorder.runs
-        return Outcome(self._request_records(), self._step_records(), runs, events, int(self.env.now), peak)
+        steps = self._step_records()
+        end = max(int(self.env.now), steps.end_ns())
+        return Outcome(self._request_records(), steps, runs, events, end, peak)
 
     def _request_records(self) -> RequestRecords:
         def column(values: list[int]) -> IntArray:
@@ -163,19 +172,14 @@ class _Simulation:
 
     def _step_records(self) -> StepRecords:
         r = self.recorder
-
-        def column(values: list[int]) -> IntArray:
-            return np.array(values, np.int64)
-
+        rows = np.array(r.rows, np.int64).reshape(-1, 6).T
+        group, start, steps, decoding, preempted, waiting = (np.ascontiguousarray(row) for row in rows)
         duration = np.concatenate([run.cumulative_ns for run in r.runs]) if r.runs else np.zeros(0, np.int64)
-        first = np.cumsum(column(r.steps)) - column(r.steps)
+        first = np.cumsum(steps) - steps
         before = np.roll(duration, 1)
         before[first] = 0
-        duration = duration - before
-        return StepRecords(
-            column(r.groups), column(r.starts), column(r.steps), column(r.decoding), column(r.waiting),
-            column(r.preempted), duration, column(r.stalls),
-        )  # fmt: skip
+        stalls = np.array(r.stalls, np.int64)
+        return StepRecords(group, start, steps, decoding, waiting, preempted, duration - before, stalls)
 
 
 def run(stream: RequestStream, deployment: Deployment, progress: Callable[[float], None] | None = None) -> Outcome:

@@ -49,8 +49,8 @@ class Hooks:
     finished: Callable[[Sequence, int], None]
     load: Callable[[int, int], None]
     priority: int = ARRIVAL
-    next_arrival_ns: int = -1
-    """when the next request will arrive, where only one group can get it (-1: not known): no run need reach past it"""
+    alone_until_ns: int = -1
+    """until then nothing outside can happen to the only group there is, which may run on by itself (-1: it may not)"""
 
 
 class Group:
@@ -77,6 +77,8 @@ class Group:
         self.hooks = hooks
         self.longest_run = _LONGEST_RUN if run_ahead else 1
         self.batch = Batch.idle(len(ranks), self._decode_tokens)
+        self.single = len(ranks) == 1
+        self.prepared = -1
         self.tick = 0
         self.skipped = [0] * len(ranks)  # steps in which a rank's decodes did not run
         self.todo: set[int] = set()
@@ -128,15 +130,22 @@ class Group:
             return
         self.handled += 1
         self.hooks.priority = self.priority
+        now = int(self.env.now)
+        while True:
+            if self.run is not None:
+                self._end(now)
+            end = self._begin(now)
+            if end >= self.hooks.alone_until_ns or self.run is None:
+                break
+            now = end  # nothing can happen before: go on without an event
         if self.run is not None:
-            self._end()
-        self._begin()
+            self.version += 1
+            self._at(end - int(self.env.now))
         self.hooks.priority = ARRIVAL
 
     # -- steps ----------------------------------------------------------------------------------------------
-    def _begin(self) -> None:
-        """Plan the next step or run of steps, price it, and schedule its end."""
-        now = int(self.env.now)
+    def _plan(self, now: int) -> int:
+        """Ask the ranks that changed what they compute next; returns how many requests were preempted."""
         self.chunks.clear()
         self.paused.clear()
         preempted = 0
@@ -146,12 +155,18 @@ class Group:
             for sequence in dropped:
                 sequence.stalled_ns = now
             preempted += len(dropped)
-            self.chunks.extend((d, sequence, tokens) for sequence, tokens in chunks)
+            if chunks:
+                self.chunks.extend((d, sequence, tokens) for sequence, tokens in chunks)
+            else:
+                self.todo.discard(d)
             if not decode and rank.decoding:
                 self.paused.append(d)
-            if not chunks:
-                self.todo.discard(d)
             self._touch(d)
+        return preempted
+
+    def _begin(self, now: int) -> int:
+        """Plan the next step or run of steps and price it; returns when it ends (or `now`, when nothing runs)."""
+        preempted = self._plan(now)
         batch = self.batch
         batch.tick = self.tick
         decoding = batch.total_decoding
@@ -165,19 +180,21 @@ class Group:
             steps = min(self._horizon(), self.longest_run)
             self.run = self.pricer.decode(batch, steps)
             self.steps = len(self.run.cumulative_ns)
-            ahead = self.hooks.next_arrival_ns - now
-            if ahead > 0:
-                self.steps = min(self.steps, int(self.run.cumulative_ns.searchsorted(ahead)) + 1)
+            ahead = self.hooks.alone_until_ns - now
+            if 0 < ahead < self.run.cumulative_ns[-1]:
+                self.steps = int(self.run.cumulative_ns.searchsorted(ahead)) + 1
         else:
             assert not self.waiting, "a request waits on an idle rank"
             self.busy = False
             self.run = None
-            return
+            return now
         self.planned = (preempted, self.waiting)
-        self.version += 1
-        self._at(int(self.run.cumulative_ns[self.steps - 1]))
+        return now + int(self.run.cumulative_ns[self.steps - 1])
 
     def _horizon(self) -> int:
+        """Decode steps until some rank must be looked at again."""
+        if self.single:
+            return self.ranks[0].horizon()
         wakes = self.wakes
         while wakes[0][2] != self.wake_version[wakes[0][1]]:
             heapq.heappop(wakes)
@@ -187,8 +204,12 @@ class Group:
         """Rank `d` changed: refresh its row of the batch, its load and its next wake."""
         rank = self.ranks[d]
         self.batch.set(d, rank.decoding, rank.context, rank.growing, rank.context_window)
-        self.pricer.prepare(rank.decoding)
+        if rank.decoding != self.prepared:
+            self.pricer.prepare(rank.decoding)
+            self.prepared = rank.decoding
         self._tell_load(d)
+        if self.single:
+            return
         steps = rank.horizon()
         self.wake_version[d] += 1
         if rank.decoding:
@@ -207,30 +228,38 @@ class Group:
         rank.advance(self.tick - self.skipped[d] - rank.dtick)
         return rank
 
-    def _end(self) -> None:
-        """Book the run that has just ended."""
+    def _end(self, now: int) -> None:
+        """Book the run that ends now."""
         run, self.run = self.run, None  # a request that comes back in now is seen by the plan that follows
         assert run is not None
-        now, steps, batch = int(self.env.now), self.steps, self.batch
+        steps, batch = self.steps, self.batch
         self.tick += steps
         for d in self.paused:
             self.skipped[d] += 1
         self.recorder.run(self.index, self.start_ns, steps, run, batch.running(self.paused), self.planned)
-        batch.advance(steps, self.paused)
-        wakes = self.wakes
-        while wakes and (wakes[0][0] <= self.tick or wakes[0][2] != self.wake_version[wakes[0][1]]):
-            _, d, version = heapq.heappop(wakes)
-            if version == self.wake_version[d]:
-                self.todo.add(d)
-        changed = set(self.todo).union(self.paused)
-        changed.update(d for d, _, _ in self.chunks)
+        if self.single:  # its numbers come from the rank when the next run is planned
+            changed = {0}
+        else:
+            batch.advance(steps, self.paused)
+            changed = self._woken()
         for d in sorted(changed):
             rank = self._sync(d)
             for sequence in rank.due():
                 self.hooks.finished(sequence, now)
         for d, sequence, tokens in self.chunks:
             self._end_chunk(self.ranks[d], sequence, tokens, now)
-        self.todo.update(changed)
+        self.todo = changed
+
+    def _woken(self) -> set[int]:
+        """Ranks to look at after a run: those that compute prompts, paused ones, and those whose time has come."""
+        wakes = self.wakes
+        while wakes and (wakes[0][0] <= self.tick or wakes[0][2] != self.wake_version[wakes[0][1]]):
+            _, d, version = heapq.heappop(wakes)
+            if version == self.wake_version[d]:
+                self.todo.add(d)
+        changed = self.todo.union(self.paused)
+        changed.update(d for d, _, _ in self.chunks)
+        return changed
 
     def _end_chunk(self, rank: Rank, sequence: Sequence, tokens: int, now: int) -> None:
         if not rank.finish_chunk(sequence, tokens):
