@@ -248,7 +248,7 @@ class Group:
                 self.hooks.finished(sequence, now)
         for d, sequence, tokens in self.chunks:
             self._end_chunk(self.ranks[d], sequence, tokens, now)
-        self.todo = changed
+        self.todo.update(changed)  # requests that came back in have put their ranks there too
 
     def _woken(self) -> set[int]:
         """Ranks to look at after a run: those that compute prompts, paused ones, and those whose time has come."""
