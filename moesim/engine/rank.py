@@ -141,6 +141,11 @@ class Rank:
                 units += kv.window_layers * _around(self._crossings_window, first, rest)
         return units
 
+    def _roomy(self) -> bool:
+        """Every decoding sequence could take a new block in every layer, and two in window layers."""
+        kv = self.kv
+        return self.free_units >= self.decoding * (kv.full_layers + 2 * kv.window_layers)
+
     def _need(self, steps: int) -> int:
         """KV units for the next `steps` decode steps, none of which but the last fills a window."""
         need = self._growth(steps)
@@ -159,7 +164,7 @@ class Rank:
         free = kv.capacity - self.used
         safe = kv.block_size * (free // turn) if turn else _NEVER
         if safe >= steps:
-            return steps if steps == 1 or self._need(steps) <= free else steps - 1
+            return steps if steps == 1 or not self._filling or self._need(steps) <= free else steps - 1
         if safe == 0:
             while safe < kv.block_size and self._need(safe + 1) <= free:
                 safe += 1
@@ -239,7 +244,7 @@ class Rank:
     def plan(self) -> tuple[list[tuple[Sequence, int]], bool, list[Sequence]]:
         """Decide the next step: chunks granted (sequence, tokens), whether decodes run, requests preempted."""
         dropped: list[Sequence] = []
-        while self.decoding and self._need(1) > self.free_units:
+        while self.decoding and not self._roomy() and self._need(1) > self.free_units:
             dropped.append(self._preempt())
         if not self.waiting and not self.prefilling:
             return [], True, dropped
@@ -258,7 +263,7 @@ class Rank:
 
     def _grant(self, plan: Plan, admit: bool) -> tuple[list[tuple[Sequence, int]], bool]:
         chunks: list[tuple[Sequence, int]] = []
-        reserve = self._need(1) if plan.decode and self.decoding else 0
+        reserve = self._need(1) if plan.decode and self.decoding and plan.wishes else 0
         for wish in plan.wishes:
             sequence: Sequence = wish.prompt  # type: ignore[assignment]  # the engine's own sequences come back
             need = self.kv.units(sequence.computed + wish.tokens) - self.kv.units(sequence.computed)
