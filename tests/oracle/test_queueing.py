@@ -128,14 +128,26 @@ def test_littles_law(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str)
     }  # fmt: skip
     model = dense(tmp_path) if "moe" in parts and parts.pop("moe") is None else tiny_model(tmp_path)
     seen: list[tuple[int, int, int]] = []
-    tell = Group._tell_load
+    tell, plan, end = Group._tell_load, Group._plan, Group._end
+    time = [0]  # a lone group runs ahead of SimPy's clock
 
     def spy(group: Group, d: int) -> None:
         tell(group, d)
         rank = group.ranks[d]
-        seen.append((int(group.env.now), group.first_target + d, len(rank.waiting) + rank.running))
+        time[0] = max(time[0], int(group.env.now))
+        seen.append((time[0], group.first_target + d, len(rank.waiting) + rank.running))
+
+    def at(method: Any) -> Any:
+        def told(group: Group, now: int) -> Any:
+            assert now >= time[0]
+            time[0] = now
+            return method(group, now)
+
+        return told
 
     monkeypatch.setattr(Group, "_tell_load", spy)
+    monkeypatch.setattr(Group, "_plan", at(plan))
+    monkeypatch.setattr(Group, "_end", at(end))
     result = simulate(scenario(tmp_path, model, **parts))
     assert result.outcome is not None
     table = result.outcome.requests
@@ -152,5 +164,5 @@ def test_littles_law(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str)
     assert len(here) == max(1, parts.get("parallel", {}).get("dp", 1))
     sojourn = table.finish_ns - table.arrival_ns
     assert area == int(sojourn.sum())
-    length, rate, time = area / clock, len(sojourn) / clock, float(sojourn.mean())
-    assert length == pytest.approx(rate * time, rel=1e-12)
+    length, rate, mean = area / clock, len(sojourn) / clock, float(sojourn.mean())
+    assert length == pytest.approx(rate * mean, rel=1e-12)

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moesim.cost import bank, tokens
-from moesim.cost.bank import CountExperts
 from moesim.cost.experts import ExpertPrices
 from moesim.cost.tokens import TokenExperts
 from moesim.cost.touch import touch
@@ -139,7 +138,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def spy(patch: pytest.MonkeyPatch, watch: Watch) -> None:
     """Check the engine and the cost model from inside."""
-    plan, preempt, end, price = Rank.plan, Rank._preempt, Group._end, ExpertPrices.price
+    plan, preempt, end = Rank.plan, Rank._preempt, Group._end
+    compute, price, draw = ExpertPrices.compute, ExpertPrices.price, bank._Blocks.draw
 
     def checked_plan(rank: Rank) -> Any:
         rank._check()
@@ -162,34 +162,52 @@ def spy(patch: pytest.MonkeyPatch, watch: Watch) -> None:
         watch.preemptions += 1
         return preempt(rank)
 
-    def checked_end(group: Group) -> None:
-        end(group)
+    def checked_end(group: Group, now: int) -> None:
+        end(group, now)
         for rank in group.ranks:
             rank._check()
 
-    def checked_price(self: ExpertPrices, slot_count: Any, total: Any, busiest: Any, ports: Any) -> Any:
-        count, top_k = np.asarray(slot_count), self.shape.top_k
-        tokens_ = np.asarray(total)[..., None]
-        np.testing.assert_array_equal(count.sum(axis=-1), np.broadcast_to(tokens_ * top_k, count.shape[:-1]))
-        assert (count <= tokens_[..., None]).all(), "K distinct experts a token: none has more than T"
-        assert (count >= 0).all()
-        assert (np.asarray(busiest) <= total).all()
+    def checked_compute(self: ExpertPrices, slot_count: Any) -> Any:
+        total = check_counts(slot_count, self.shape.top_k)
+        watch.priced += 1
+        computed = compute(self, slot_count)
+        np.testing.assert_array_equal(computed.rows_LP.sum(axis=-1), total * self.shape.top_k)
+        return computed
+
+    def checked_price(self: ExpertPrices, computed: Any, busiest: Any, ports: Any) -> Any:
+        pairs_L = computed.rows_LP.sum(axis=-1)
+        assert (np.asarray(busiest)[..., None] * self.shape.top_k <= pairs_L * (1 + 1e-9)).all()
         if ports is not None:
-            assert (ports.nvlink_total <= tokens_ * top_k).all()
+            assert (ports.nvlink_total <= pairs_L).all()
             assert (ports.nic_total <= ports.nvlink_total).all()
             assert (ports.nvlink <= ports.nvlink_total).all()
             assert (ports.nic <= ports.nic_total).all()
-        watch.priced += 1
-        priced = price(self, slot_count, total, busiest, ports)
-        np.testing.assert_array_equal(priced.rows_LP.sum(axis=-1), count.sum(axis=-1, dtype=np.float64))
-        return priced
+        return price(self, computed, busiest, ports)
+
+    def checked_draw(self: Any, number: int, entries: int, seed: int, phase: str) -> Any:
+        count_BLS, ports = draw(self, number, entries, seed, phase)
+        assert len(count_BLS) == entries
+        assert (check_counts(count_BLS, self._slot_TLK.shape[-1]) == number).all(), "T * K in every draw and layer"
+        return count_BLS, ports
 
     patch.setattr(Rank, "plan", checked_plan)
     patch.setattr(Rank, "_preempt", counted_preempt)
     patch.setattr(Group, "_end", checked_end)
+    patch.setattr(ExpertPrices, "compute", checked_compute)
     patch.setattr(ExpertPrices, "price", checked_price)
+    patch.setattr(bank._Blocks, "draw", checked_draw)
     for module in (bank, tokens):
         patch.setattr(module, "touch", checked_touch)
+
+
+def check_counts(slot_count: Any, top_k: int) -> NDArray[np.float64]:
+    """Tokens [..., L] behind counts [..., L, S]: the same in all layers, K pairs each, none twice on a slot."""
+    count = np.asarray(slot_count)
+    total = count.sum(axis=-1, dtype=np.float64) / top_k
+    np.testing.assert_allclose(total, np.rint(total[..., :1]).repeat(total.shape[-1], axis=-1), rtol=1e-6)
+    assert (count <= total[..., None] * (1 + 1e-9)).all(), "K distinct experts a token: none has more than T"
+    assert (count >= 0).all()
+    return total
 
 
 def checked_touch(slot_TLK: Any, source_T: Any, starts_B: Any, slots_per_rank: int, node_G: Any) -> Any:
@@ -288,14 +306,6 @@ def check_experts(result: RunResult, watch: Watch) -> None:
     assert result.experts is not None
     table = result.steps_table()
     computed = int(table["prefill_tokens"].sum() + table["decode_tokens"].sum())
-    placement = result.experts.placement
-    for pricer in result.pricers:
-        if isinstance(pricer.moe, CountExperts):
-            for (_, tokens_), (count_BLS, _) in pricer.moe._cells.items():
-                for expert_LS, count_LS in ((placement.slot_to_expert_LS, c) for c in count_BLS):
-                    by_expert_LE = np.zeros((model.num_moe_layers, model.num_experts))
-                    np.add.at(by_expert_LE, (np.arange(len(expert_LS))[:, None], expert_LS), count_LS)
-                    assert (by_expert_LE <= tokens_ + 1e-9).all()
     moes = [p.moe for p in result.pricers if isinstance(p.moe, TokenExperts)]
     if moes:
         per_layer_L = sum(moe.slot_load_LS() for moe in moes).sum(axis=1)
@@ -358,8 +368,8 @@ def test_a_broken_run_is_seen(folder: Path) -> None:
         with pytest.raises(AssertionError):
             simulate(built)
     with pytest.MonkeyPatch.context() as patch:
+        draw = bank._Blocks.draw
+        patch.setattr(bank._Blocks, "draw", lambda self, number, *rest: draw(self, 2 * number, *rest))
         spy(patch, Watch())
-        price = ExpertPrices.price
-        patch.setattr(ExpertPrices, "price", lambda self, count, *rest: price(self, count * 2, *rest))
         with pytest.raises(AssertionError):
             simulate(dataclasses.replace(built))
