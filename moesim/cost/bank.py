@@ -68,10 +68,14 @@ class CountExperts:
         self._cells: dict[tuple[str, int], tuple[Computed, Ports | None]] = {}
         self._priced: dict[tuple[str, int, float], MoESums] = {}
         self._rows: dict[tuple[str, int, float], MoESums] = {}
-        self.rho = persistence(source, seed)
-        self.sequence = self._draw_sequence()
         for phase in ("prefill", "decode"):
             self._blocks[phase] = self._cut(phase)
+        self.rho = self._persistence()
+        self.sequence = self._draw_sequence()
+
+    def _persistence(self) -> float:
+        assert self._pool is not None
+        return persistence(self._pool.slot_TLK, self._pool.rows_T, self._source, self._placement, self._seed)
 
     def _draw_sequence(self) -> IntArray:
         """Entry of every step: a Markov chain that stays with probability rho; repeats after 65,536 steps."""
@@ -169,21 +173,22 @@ class CountExperts:
         slot_TLK = self._dispatch.assign(
             np.ascontiguousarray(self._source.expert_TLK[rows]), part_T, self._placement, self._seed, rows
         )
-        return _Sample(slot_TLK, source_T, rng.permutation(len(rows)))
+        return _Sample(rows, slot_TLK, source_T, rng.permutation(len(rows)))
 
     def _cut(self, phase: str) -> _Blocks:
         """The sample in blocks: as it is for prompts, shuffled for decode."""
         if self._pool is None:
             self._pool = self._sample()
-        slot_TLK, source_T, shuffle = self._pool
+        _, slot_TLK, source_T, shuffle = self._pool
         if phase == "decode":
             slot_TLK, source_T = slot_TLK[shuffle], source_T[shuffle]
         return _Blocks(slot_TLK, source_T, self._placement, self._layout)
 
 
 class _Sample(NamedTuple):
-    """Tokens of the pool: slots [T, L, K], source ranks [T], and an order in which neighbours are strangers."""
+    """Tokens of the pool: rows, slots [T, L, K], source ranks [T], and an order in which neighbours are strangers."""
 
+    rows_T: IntArray
     slot_TLK: AnyArray
     source_T: IntArray
     shuffle: IntArray
@@ -274,27 +279,28 @@ def _grid(tokens: int) -> tuple[int, int]:
     return low, high
 
 
-def persistence(source: RoutingSource, seed: int) -> float:
-    """Lag-1 correlation of a decode batch's expert loads: tokens at positions p against p + 1 of the same sequences.
+def persistence(slot_TLK: AnyArray, rows_T: IntArray, source: RoutingSource, placement: Placement, seed: int) -> float:
+    """Lag-1 correlation of a decode batch's balance: 256 batches of 64 tokens against the tokens that follow them.
 
-    Correlates deviations of expert counts from their means over 64 batches of 64 tokens, all layers together.
+    Balance is what a step waits for, averaged over (at most 16) layers: tokens of the busiest part or, where there is
+    one part only, slots in use. Single loads are less persistent, because layers share what changes slowly.
     """
-    if source.ideal or source.num_tokens < 3:
+    follows = (np.diff(rows_T) == 1) & ~np.isin(rows_T[1:], source.sequence_start)
+    first = np.flatnonzero(follows)
+    if source.ideal or not len(first):
         return 0.0
     rng = generator(seed, "bank/persistence")
-    last = np.zeros(source.num_tokens, np.bool_)
-    last[source.sequence_start[1:] - 1] = True
-    rows = np.flatnonzero(~last)
-    if not len(rows):
-        return 0.0
-    layers = rng.permutation(source.num_layers)[:8]
-    picked = rows[rng.integers(len(rows), size=(64, 64))]
-    counts = []
+    layers = rng.permutation(slot_TLK.shape[1])[:16]
+    picked = first[rng.integers(len(first), size=(256, 64))]
+    slots, parts = placement.num_slots, placement.num_ranks
+    balance: list[FloatArray] = []
     for shift in (0, 1):
-        ids = source.expert_TLK[(picked + shift).ravel()][:, layers].astype(np.int64)
-        key = ids + (np.arange(len(layers)) * source.num_experts)[:, None]
-        key = key.reshape(64, -1) + (np.arange(64) * len(layers) * source.num_experts)[:, None]
-        counts.append(np.bincount(key.ravel(), minlength=64 * len(layers) * source.num_experts).reshape(64, -1))
-    a, b = (c - c.mean(axis=0) for c in counts)
+        key = slot_TLK[(picked + shift).ravel()][:, layers].astype(np.int64)
+        key = (key + (np.arange(len(layers)) * slots)[:, None]).reshape(256, -1)
+        key = key + (np.arange(256) * len(layers) * slots)[:, None]
+        count = np.bincount(key.ravel(), minlength=256 * len(layers) * slots).reshape(256, len(layers), parts, -1)
+        load = count.sum(axis=-1).max(axis=-1) if parts > 1 else (count > 0).sum(axis=(-2, -1))
+        balance.append(load.mean(axis=-1))
+    a, b = (x - x.mean() for x in balance)
     norm = float(np.sqrt((a * a).sum() * (b * b).sum()))
     return float(np.clip((a * b).sum() / norm, 0.0, 0.99)) if norm else 0.0
