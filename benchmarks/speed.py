@@ -1,10 +1,11 @@
-"""How fast the simulator is on the shipped scenarios: one table, on screen and in results/validation/speed.md.
+"""How fast the simulator is on the shipped scenarios: one table, on screen, in results/validation/speed.md and README.
 
 python benchmarks/speed.py [-n 5] [--only NAME]
 
 Each scenario runs `-n` times, each in a fresh process of `moesim simulate`, scenarios taking turns. Event-loop seconds
 are the result's `provenance.elapsed.event_loop_s` (step pricing included); process seconds and peak memory are what the
-operating system says of the whole process, from start to exit, results folder written. The scenarios on recorded data
+operating system says of the whole process, from start to exit, results folder written; its CPU seconds beside them tell
+how much of that the machine spent on other work. The scenarios on recorded data
 need `../shared/data`.
 """
 
@@ -32,6 +33,8 @@ from moesim.workload.replay import Replay
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 TABLE = ROOT / "results" / "validation" / "speed.md"
+README = ROOT / "README.md"
+_MARK, _END = "<!-- speed: written by benchmarks/speed.py -->\n", "<!-- end of speed -->"
 _EVENTS = (
     "import json, sys; from moesim.scenario.load import load_scenario; from moesim.simulate import simulate;"
     "print(simulate(load_scenario(sys.argv[1], json.loads(sys.argv[2]))).outcome.events)"
@@ -82,11 +85,12 @@ None of them follows single experts, so the MoE rows compare different amounts o
 
 
 class Sample(NamedTuple):
-    """One process: seconds of event loop and in all, peak MiB, and its report."""
+    """One process: seconds of event loop and in all, peak MiB, seconds on a CPU, and its report."""
 
     loop_s: float
     process_s: float
     rss_mib: float
+    cpu_s: float
     report: dict[str, Any]
 
 
@@ -114,7 +118,8 @@ def run_once(case: Case) -> Sample:
             if child.returncode:
                 raise SystemExit(f"exit code {child.returncode}: {' '.join(command[1:])}")
             report = json.loads(stdout.read())
-    return Sample(report["provenance"]["elapsed"]["event_loop_s"], process_s, usage.ru_maxrss / 1024, report)
+    loop_s = report["provenance"]["elapsed"]["event_loop_s"]
+    return Sample(loop_s, process_s, usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime, report)
 
 
 def count_events(case: Case) -> int:
@@ -125,7 +130,7 @@ def count_events(case: Case) -> int:
 
 def row(case: Case, samples: list[Sample]) -> str:
     """A line of the table; the verdict is on medians."""
-    loop, process, rss = (statistics.median(s[i] for s in samples) for i in range(3))
+    loop, process, rss, cpu = (statistics.median(s[i] for s in samples) for i in range(4))
     steps = samples[0].report["summary"]["steps"]
     pairs = ((case.loop_s, loop, "s loop"), (case.process_s, process, "s process"), (case.rss_mib, rss, "MiB"))
     target = ", ".join(f"< {limit:g} {unit}" for limit, _, unit in pairs if limit is not None) or "runs"
@@ -136,6 +141,7 @@ def row(case: Case, samples: list[Sample]) -> str:
         f"{loop:.3f}",
         f"{min(s.process_s for s in samples):.2f}",
         f"{process:.2f}",
+        f"{cpu:.2f}",
         f"{rss:,.0f}",
         f"{count_events(case):,}",
         f"{steps:,}",
@@ -147,8 +153,8 @@ def row(case: Case, samples: list[Sample]) -> str:
 
 
 HEAD = (
-    "| scenario | loop s, least | loop s, median | process s, least | process s, median | peak MiB | SimPy events | "
-    "steps | steps/s of loop | target | |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|---|---|"
+    "| scenario | loop s, least | loop s, median | process s, least | process s, median | CPU s, median | peak MiB | "
+    "SimPy events | steps | steps/s of loop | target | |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|---|"
 )
 
 
@@ -227,7 +233,7 @@ def machine() -> str:
 
 
 def main() -> None:
-    """Measure, print, and write the table when every scenario was run."""
+    """Measure, print, and write the tables when every scenario was run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", type=int, default=5, help="runs of each scenario (default 5)")
     parser.add_argument("--only", help="only scenarios whose name contains this; writes no file")
@@ -235,7 +241,6 @@ def main() -> None:
     cases = [case for case in CASES if not options.only or options.only in case.name]
     on = machine()
     text = (
-        "# Speed\n\n"
         f"`python benchmarks/speed.py -n {options.n}` printed this on {on}. "
         "Medians decide; the least shows what the machine can do undisturbed.\n\n"
         f"{speeds(cases, options.n)}\n"
@@ -245,10 +250,13 @@ def main() -> None:
             "\n## Counting recorded routing\n\n"
             "What counting every id of a trace costs beside one `np.bincount` over the same ids, "
             "ways taking turns; counts by layer equal a brute-force count exactly (asserted before measuring). "
-            f"Target: replay within 2 times.\n\n{counting()}\n\n{PEERS}"
+            f"Target: replay within 2 times.\n\n{counting()}\n"
         )
         TABLE.parent.mkdir(parents=True, exist_ok=True)
-        TABLE.write_text(text)
+        TABLE.write_text(f"# Speed\n\n{text}\n{PEERS}")
+        before, _, rest = README.read_text().partition(_MARK)
+        assert rest, "README.md has lost the mark of its table of speed"
+        README.write_text(before + _MARK + text.replace("\n## ", "\n### ") + _END + rest.partition(_END)[2])
     print(text)
 
 

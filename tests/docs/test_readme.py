@@ -66,3 +66,11 @@ def test_the_pasted_summary_has_the_parts_of_a_real_one(tmp_path: Path) -> None:
 def test_the_table_of_scenarios_is_the_folder() -> None:
     named = set(re.findall(r"^\| `(\w+)` \|", README.split("| scenario in `workloads/` |")[1].split("\n\n")[0], re.M))
     assert named == {path.stem for path in (ROOT / "workloads").glob("*.yaml")}
+
+
+def test_the_table_of_speed_is_the_published_one() -> None:
+    published = (ROOT / "results" / "validation" / "speed.md").read_text().splitlines()
+    pasted = README.split("<!-- speed:")[1].split("<!-- end of speed -->")[0].splitlines()[1:]
+    assert [line.lstrip("#") for line in pasted if line] == [
+        line.lstrip("#") for line in "\n".join(published[1:]).split("\n## Other simulators")[0].splitlines() if line
+    ]
