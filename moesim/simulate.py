@@ -72,6 +72,7 @@ class RunResult:
     warnings: tuple[str, ...] = ()
     ready_ns: int = 0
     peak_kv_units: int = 0
+    groups: int = 1
     loop_s: float = 0.0
     """seconds the event loop took, pricing included; set-up and metrics apart"""
 
@@ -136,6 +137,8 @@ class RunResult:
             },
             **rates,
             **latencies(requests, steps, errors),
+            "offered_req_per_s": self._offered(),
+            "busy_share": self._busy_share(),
             "steps": steps.steps,
             "runs": len(steps.run_steps),
             "ready_s": self.ready_ns / 1e9,
@@ -148,6 +151,19 @@ class RunResult:
             "replay": self._replay(),
             "error": {"profile": errors.profile, "bank": errors.bank},
         }
+
+    def _offered(self) -> float | None:
+        """Arrivals a second of an open stream; None for a closed loop or a single instant."""
+        assert self.stream is not None
+        span = int(self.stream.arrival_ns[-1] - self.stream.arrival_ns[0])
+        return None if self.stream.concurrency is not None or not span else (len(self.stream) - 1) / span * 1e9
+
+    def _busy_share(self) -> float:
+        """Share of the time from the first arrival to the last step's end in which a group steps, mean of groups."""
+        assert self.outcome is not None
+        steps, arrival_ns = self.outcome.steps, self.outcome.requests.arrival_ns
+        span = max(steps.end_ns() - int(arrival_ns.min()), 1)
+        return float(steps.duration_ns.sum()) / span / self.groups
 
     def _balance(self) -> dict[str, Any] | None:
         e = self.explanation
@@ -305,7 +321,7 @@ def simulate(
         StepPricer(*shared, _moe_cost(scenario, layout, experts, seed, g))
         for g in range(1 if experts is None or experts.replay is None else groups)
     ]
-    result.pricers = pricers
+    result.pricers, result.groups = pricers, groups
     result.ready_ns = load_weights_ns(
         scenario.engine.weights_from, scenario.cluster, layout, memory, scenario.parallel.replicas
     )

@@ -118,6 +118,8 @@ def _speed(console: Console, found: dict[str, Any]) -> None:
     ):
         if rates.get(name) is not None:
             table.add_row(label, _number(rates[name]), _range(intervals.get(name)), "")
+    if found.get("offered_req_per_s") is not None:
+        table.add_row("  offered", _number(found["offered_req_per_s"]), "", "")
     good = found.get("goodput_req_per_s")
     if good is not None:
         interval = (found.get("interval90") or {}).get("goodput_req_per_s")
@@ -128,6 +130,8 @@ def _speed(console: Console, found: dict[str, Any]) -> None:
     parts += [f"{requests[k]:,} {k}" for k in ("rejected", "unfinished", "preempted") if requests.get(k)]
     text = f"{', '.join(parts)} in {_number(found['duration_s'])} s simulated, {found['steps']:,} steps; "
     text += f"{tokens['prompt']:,} prompt and {tokens['output']:,} output tokens"
+    if found.get("busy_share") is not None:
+        text += f"; at work {_percent(found['busy_share'])} of the time"
     _say(console, text, "dim")
 
 
