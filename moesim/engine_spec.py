@@ -20,7 +20,7 @@ class EngineSpec(Spec):
     `host_overhead_us`: time a step costs on the host and does not overlap (scheduling, sampling hand-over).
     `graph_batch_sizes`: a batch within the largest is padded up to the next (CUDA graphs); `cuda_graph: false` pads
     nothing. `weights_from`: where weights are read before the first request is served. `bank_entries`: batches drawn
-    for each size at count fidelity. `sample_steps`: at token fidelity, the most steps priced at once.
+    for each size at count fidelity.
     """
 
     max_num_seqs: int = Field(default=256, ge=1, le=65536)

@@ -126,16 +126,15 @@ def _mends(model: MoEModel, cluster: Cluster, layout: Layout, engine: EngineSpec
         slots_all = slots_per_part * layout.ep
         for factor in (2, 4, 8, 16, 32, 64):
             ranks = layout.ranks * factor
-            grown = Layout(layout.tp, layout.dp * factor, min(ranks, slots_all), layout.gpus_per_node, True)
-            if (
-                grown.ranks % grown.ep == 0
-                and slots_all % grown.ep == 0
-                and fits(model, grown, engine, slots_all // grown.ep)
-            ):
-                out.append(
-                    f"Smallest change in ranks that fits: {ranks} ranks (dp={grown.dp}, ep={grown.ep}) on "
-                    f"{-(-ranks // cluster.gpus_per_node)} nodes."
-                )
+            ep = max(e for e in range(1, min(ranks, slots_all) + 1) if ranks % e == 0)
+            slots = -(-slots_all // ep)
+            grown = Layout(layout.tp, layout.dp * factor, ep, layout.gpus_per_node, True)
+            if fits(model, grown, engine, slots):
+                nodes = -(-ranks // cluster.gpus_per_node)
+                more = slots * ep - model.num_experts
+                also = f", num_redundant_experts={more}" if slots * ep != slots_all else ""
+                shape = f"dp={grown.dp}, ep={ep}{also}"
+                out.append(f"Smallest change in ranks that fits: {ranks} ranks ({shape}) on {nodes} nodes.")
                 break
     for dtype in ("fp8_block", "int4"):
         lighter = (

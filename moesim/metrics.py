@@ -158,7 +158,6 @@ def _meets(requests: RequestRecords, done: BoolArray, slo: SloSpec | None, stret
     measured: dict[str, Callable[[], FloatArray]] = {
         "ttft_ms": lambda: (first - arrival) / 1e6,
         "tpot_ms": lambda: (finish - first) / gaps / 1e6,
-        "itl_ms": lambda: (finish - first) / gaps / 1e6,
         "e2e_ms": lambda: (finish - arrival) / 1e6,
     }
     good: BoolArray = np.ones(len(first), np.bool_)

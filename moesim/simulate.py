@@ -357,6 +357,15 @@ def simulate(
     return result
 
 
+def _warnings(experts: _Experts) -> tuple[str, ...]:
+    """The source's own warnings, and what count fidelity makes of domains and drift."""
+    source = experts.source
+    if experts.replay is None and (source.domain_Q is not None or source.window_Q is not None):
+        told = "at count fidelity batches are drawn from the whole pool: domains and drift are averaged, not followed"
+        return (*source.warnings, f"routing: {told}; use routing.fidelity token to follow them")
+    return source.warnings
+
+
 def _one_each(pricers: list[StepPricer], groups: int) -> list[Pricer]:
     """One pricer a group; groups share one where pricing keeps no state of a group."""
     return [pricers[g % len(pricers)] for g in range(groups)]

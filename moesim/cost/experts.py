@@ -155,9 +155,11 @@ class ExpertPrices:
             back = self._ops.reduce_scatter(share * self.combine_bytes, ranks, self._spans)
         else:
             there = self._ops.all_to_all(
-                ports.nvlink * self.dispatch_bytes, ports.nic * self.dispatch_bytes, ranks, nodes
+                ports.nvlink * self.dispatch_bytes, ports.nic * self.dispatch_bytes, ranks, nodes, self.shape.top_k
             )
-            back = self._ops.all_to_all(ports.nvlink * self.combine_bytes, ports.nic * self.combine_bytes, ranks, nodes)
+            back = self._ops.all_to_all(
+                ports.nvlink * self.combine_bytes, ports.nic * self.combine_bytes, ranks, nodes, self.shape.top_k
+            )
         return (
             np.broadcast_to(np.rint(there.ns).astype(np.int64), shape),
             np.broadcast_to(np.rint(back.ns).astype(np.int64), shape),

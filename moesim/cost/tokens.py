@@ -22,7 +22,7 @@ _IDS = 1 << 21
 
 
 class TokenExperts:
-    """`moesim.cost.step.MoECost` at token fidelity. `count_LE` adds up what was routed over the whole run."""
+    """`moesim.cost.step.MoECost` at token fidelity."""
 
     def __init__(
         self,

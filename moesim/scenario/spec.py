@@ -97,13 +97,12 @@ class SloSpec(Spec):
 
     ttft_ms: Annotated[Ms, Field(gt=0)] | None = None
     tpot_ms: Annotated[Ms, Field(gt=0)] | None = None
-    itl_ms: Annotated[Ms, Field(gt=0)] | None = None
     e2e_ms: Annotated[Ms, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> SloSpec:
         if not self.model_fields_set:
-            raise ValueError("an SLO needs at least one of ttft_ms, tpot_ms, itl_ms, e2e_ms")
+            raise ValueError("an SLO needs at least one of ttft_ms, tpot_ms, e2e_ms")
         return self
 
 

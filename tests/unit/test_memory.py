@@ -75,6 +75,20 @@ def test_the_change_that_is_said_to_fit_fits(tmp_path: Path) -> None:
     assert fits.feasible
 
 
+def test_the_mend_keeps_slots_divisible(tmp_path: Path) -> None:
+    """288 slots do not divide by 64 ranks; 320 do."""
+    result = simulate(
+        scenario(
+            tmp_path,
+            {"name": "deepseek-v3", "weight_dtype": "bf16", "expert_dtype": "bf16"},  # type: ignore[arg-type]
+            cluster={"device": "h100_sxm_datasheet", "nodes": 1, "gpus_per_node": 8},
+            parallel={"dp": 8, "ep": 8},
+            policies={"placement": {"kind": "eplb", "num_redundant_experts": 32}},
+        )
+    )
+    assert any("64 ranks (dp=64, ep=64, num_redundant_experts=64) on 8 nodes" in mend for mend in result.reasons)
+
+
 @pytest.mark.parametrize("kind", ["host", "nvme"])
 def test_loading_weights_delays_the_first_token(tmp_path: Path, kind: str) -> None:
     model = tiny_model(tmp_path)
