@@ -74,7 +74,7 @@ class _Simulation:
         self.arrival = stream.arrival_ns.tolist()
         self.target = [NOT_YET] * self.requests
         self.preempted = [0] * self.requests
-        self.hooks = Hooks(self._finished, self._tell_load)
+        self.hooks = Hooks(self._finished, self.load)
         self.groups = [
             Group(self.env, g, g * size, [self._rank() for _ in range(size)], pricer, self.recorder, self.hooks,
                   deployment.run_ahead)
@@ -84,9 +84,6 @@ class _Simulation:
     def _rank(self) -> Rank:
         d = self.deployment
         return Rank(d.kv, d.batching, d.max_num_seqs, d.max_num_batched_tokens)
-
-    def _tell_load(self, target: int, load: int) -> None:
-        self.load[target] = load
 
     def _finished(self, sequence: Sequence, now: int) -> None:
         i = sequence.index

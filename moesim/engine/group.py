@@ -44,10 +44,10 @@ class _StepEnd(simpy.Event):
 
 @dataclass(slots=True)
 class Hooks:
-    """What a group tells the simulation: a sequence ended, a rank's load changed; and which event is being handled."""
+    """What a group tells the simulation: a sequence ended, each target's load; and which event is being handled."""
 
     finished: Callable[[Sequence, int], None]
-    load: Callable[[int, int], None]
+    load: IntArray
     priority: int = ARRIVAL
     alone_until_ns: int = -1
     """until then nothing outside can happen to the only group there is, which may run on by itself (-1: it may not)"""
@@ -149,7 +149,7 @@ class Group:
         self.chunks.clear()
         self.paused.clear()
         preempted = 0
-        for d in sorted(self.todo):
+        for d in sorted(self.todo) if len(self.todo) > 1 else tuple(self.todo):
             rank = self._sync(d)
             chunks, decode, dropped = rank.plan()
             for sequence in dropped:
@@ -220,12 +220,14 @@ class Group:
         waiting = len(rank.waiting)
         self.waiting += waiting - self.waiting_D[d]
         self.waiting_D[d] = waiting
-        self.hooks.load(self.first_target + d, 4 * waiting + rank.running)
+        self.hooks.load[self.first_target + d] = 4 * waiting + len(rank.running_set)
 
     def _sync(self, d: int) -> Rank:
         """Bring rank `d` up to the group's tick (ranks are advanced only when they are looked at)."""
         rank = self.ranks[d]
-        rank.advance(self.tick - self.skipped[d] - rank.dtick)
+        steps = self.tick - self.skipped[d] - rank.dtick
+        if steps:
+            rank.advance(steps)
         return rank
 
     def _end(self, now: int) -> None:

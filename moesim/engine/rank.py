@@ -118,7 +118,8 @@ class Rank:
         """`steps` decode steps without an event in between."""
         if steps and self.decoding:
             self.used += self._growth(steps)
-            self.peak = max(self.peak, self.used)
+            if self.used > self.peak:
+                self.peak = self.used
             self.context += self.decoding * steps
             self.context_window += self.growing * steps
             self.remaining -= self.decoding * steps
