@@ -53,6 +53,8 @@ class _Experts:
     placement: Placement
     prices: ExpertPrices
     replay: Replay | None
+    fitted: bool
+    """the placement depends on the loads it was given, which are those it is judged on"""
 
 
 @dataclass(slots=True)
@@ -312,7 +314,7 @@ def simulate(
     result.warnings = (
         *scenario.warnings,
         *stream.warnings,
-        *(experts.source.warnings if experts is not None else ()),
+        *(_warnings(experts) if experts is not None else ()),
     )
     kv = _kv_shape(scenario, layout, memory)
     shared = _tables(scenario, layout, ops, kv)
@@ -358,12 +360,14 @@ def simulate(
 
 
 def _warnings(experts: _Experts) -> tuple[str, ...]:
-    """The source's own warnings, and what count fidelity makes of domains and drift."""
-    source = experts.source
+    """The source's own warnings, what count fidelity makes of domains and drift, and what a placement was fitted on."""
+    source, out = experts.source, list(experts.source.warnings)
     if experts.replay is None and (source.domain_Q is not None or source.window_Q is not None):
         told = "at count fidelity batches are drawn from the whole pool: domains and drift are averaged, not followed"
-        return (*source.warnings, f"routing: {told}; use routing.fidelity token to follow them")
-    return source.warnings
+        out.append(f"routing: {told}; use routing.fidelity token to follow them")
+    if experts.fitted:
+        out.append("placement: fitted on the same routing that it is judged on, so its balance is a best case")
+    return tuple(out)
 
 
 def _one_each(pricers: list[StepPricer], groups: int) -> list[Pricer]:
@@ -429,11 +433,13 @@ def _experts(scenario: Scenario, layout: Layout, ops: Operators, stream: Request
     )
     weight_LE = source.count_LE().astype(np.float64)
     placement = policies.placement.place(weight_LE, context)
+    blind = policies.placement.place(np.ones_like(weight_LE), context)
+    fitted = not np.array_equal(blind.slot_to_expert_LS, placement.slot_to_expert_LS)
     prices = ExpertPrices(model, layout, ops, placement.slots_per_rank)
     replay = None
     if _follow_tokens(scenario, source, stream):
         replay = Replay(source, stream.prompt_tokens, stream.output_tokens, seed)
-    return _Experts(source, placement, prices, replay)
+    return _Experts(source, placement, prices, replay, fitted)
 
 
 def _follow_tokens(scenario: Scenario, source: RoutingSource, stream: RequestStream) -> bool:
