@@ -1,0 +1,1 @@
+"""From timed points to an operator model: physics, residual curves, conformal intervals."""

@@ -1,0 +1,1 @@
+"""Profiles as files: shown, compared, imported from public tables."""
