@@ -40,7 +40,7 @@ _CHOICES = {
     "score": ("softmax", "sigmoid"),
     "direction": ("h2d", "d2h", "host"),
     "memory": ("pinned", "pageable"),
-    "mode": ("direct", "buffered"),
+    "mode": ("direct", "buffered", "warm"),  # buffered: after advice to drop the blocks from the page cache
     "backend": ("gloo", "nccl"),
 }
 _FLAGS = ("busy", "graph")

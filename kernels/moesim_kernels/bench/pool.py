@@ -91,6 +91,9 @@ class Prepared:
     `bytes` and `flop` are the least that one call must move and compute, for refusing what cannot be.
     `clock` says what times it: `thread` (CPU time of one thread; wall where the plan has more), `wall`, `cuda`
     (events). `graph`: may be captured into a CUDA graph. `close` frees what the pool does not own.
+    `timed`, where there is one, is used in place of `run` under any clock: it does one call on rotation `i` and
+    returns its nanoseconds (a collective's slowest rank, a read after its blocks have left the cache). `note` says
+    what the log must say beside the times.
     """
 
     run: Callable[[int], Any]
@@ -100,6 +103,8 @@ class Prepared:
     clock: str
     graph: bool = False
     close: Callable[[], None] = lambda: None
+    timed: Callable[[int], int] | None = None
+    note: str = ""
 
 
 @dataclass
