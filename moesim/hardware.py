@@ -15,13 +15,14 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from moesim.errors import BadInput, Problem
 from moesim.spec import Spec
@@ -41,6 +42,7 @@ __all__ = [
     "Node",
     "NodeSpec",
     "ProfileSpec",
+    "RowWork",
 ]
 
 GRADES = ("measured", "interpolated", "extrapolated", "assumed")
@@ -105,6 +107,23 @@ class NodeSpec(Spec):
     cpu_cores: Annotated[int, Field(ge=1, le=100_000)]
 
 
+class RowWorkSpec(Spec):
+    """Work of one expert by its rows (`RowWork`): both lists rise, `work` may stay level."""
+
+    rows: Annotated[tuple[Annotated[float, Field(gt=0, le=1e9)], ...], Field(strict=False, min_length=1, max_length=64)]
+    work: Annotated[tuple[Annotated[float, Field(gt=0, le=1e9)], ...], Field(strict=False, min_length=1, max_length=64)]
+
+    @model_validator(mode="after")
+    def _check(self) -> RowWorkSpec:
+        if len(self.rows) != len(self.work):
+            raise ValueError(f"rows and work must be as many, got {len(self.rows)} and {len(self.work)}")
+        if any(b <= a for a, b in pairwise(self.rows)):
+            raise ValueError(f"rows must increase, got {list(self.rows)}")
+        if any(b < a for a, b in pairwise(self.work)):
+            raise ValueError(f"work must not fall as rows rise, got {list(self.work)}")
+        return self
+
+
 class ProfileSpec(Spec):
     """What `hw_profiles/*.yaml` says. `curves` names a JSON file beside it; `fits` holds the physics'
     parameters.
@@ -121,6 +140,7 @@ class ProfileSpec(Spec):
     graph_launch_us: Annotated[Us, Field(le=1e6)]
     eager_launch_us: Annotated[Us, Field(le=1e6)]
     moe_block_rows: Annotated[int, Field(ge=1, le=1024)] = 16
+    moe_row_work: Annotated[dict[DtypeName, RowWorkSpec], Field(default_factory=dict)]
     node: NodeSpec
     fits: Annotated[dict[str, dict[str, float]], Field(default_factory=dict)]
     errors: Annotated[dict[str, Annotated[float, Field(ge=0, le=3)]], Field(default_factory=dict)]
@@ -194,6 +214,23 @@ class Curve:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class RowWork:
+    """What an expert's rows cost a grouped GEMM, in rows at the rate of many: 0 for none, linear between the knots,
+    on with the slope of the last piece. rows, work: [knots], rows increase, work does not fall.
+    """
+
+    rows: NDArray[np.float64]
+    work: NDArray[np.float64]
+
+    def at(self, count: ArrayLike) -> NDArray[np.float64]:
+        """Work of `count` rows of one expert, elementwise."""
+        rows, work = np.concatenate([[0.0], self.rows]), np.concatenate([[0.0], self.work])
+        slope, n = (work[-1] - work[-2]) / (rows[-1] - rows[-2]), np.asarray(count, dtype=np.float64)
+        beyond = np.maximum(n - rows[-1], 0.0) * slope
+        return np.asarray(np.interp(n, rows, work) + beyond)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class DeviceProfile:
     """A device, its node, the fitted physics and the measured curves. Built by `from_spec`.
 
@@ -213,6 +250,7 @@ class DeviceProfile:
     graph_launch_ns: float
     eager_launch_ns: float
     moe_block_rows: int
+    moe_row_work: Mapping[str, RowWork]
     node: Node
     fits: Fits
     errors: Mapping[str, float]
@@ -254,6 +292,9 @@ class DeviceProfile:
             graph_launch_ns=parsed.graph_launch_us * 1e3,
             eager_launch_ns=parsed.eager_launch_us * 1e3,
             moe_block_rows=parsed.moe_block_rows,
+            moe_row_work=MappingProxyType(
+                {str(k): RowWork(np.array(v.rows), np.array(v.work)) for k, v in parsed.moe_row_work.items()}
+            ),
             node=Node.from_spec(parsed.node),
             fits=MappingProxyType({k: MappingProxyType(dict(v)) for k, v in parsed.fits.items()}),
             errors=MappingProxyType(dict(parsed.errors)),

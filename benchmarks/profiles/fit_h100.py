@@ -5,18 +5,21 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-import fitting
 import holdout
 import numpy as np
 import tables
 import yaml
+from moesim_kernels.fit.curves import curves as curves_of
+from moesim_kernels.fit.curves import spread, write_curves, write_whole
+from moesim_kernels.fit.model import profile_yaml
+from moesim_kernels.fit.physics import fit_physics, physics_ns, rates
+from moesim_kernels.fit.samples import Samples
 from scipy.optimize import least_squares
-from tables import ROOT, Samples
+from tables import ROOT
 
-from moesim.hardware import Curve
+from moesim.hardware import Curve, DeviceProfile
 
 OUT = ROOT / "hw_profiles"
 GEMM_ROWS = [1.0, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 32768]
@@ -48,11 +51,12 @@ def graph_fp8_block() -> Samples:
     return out.where(wide)
 
 
-def part(s: Samples, axes: Any, most: int = 12000) -> Part:
-    """Fit and curves of one variant."""
-    values = fitting.fit(s, most)
-    found = fitting.curves(s, values, axes)
-    error = np.log(s.ns / fitting.physics_ns(s, values))
+def part(s: Samples, axes: Any, most: int = 12000, profile: DeviceProfile | None = None) -> Part:
+    """Fit and curves of one variant, on the H100 unless another device is given."""
+    profile = profile or holdout.base()
+    values = fit_physics(s, profile, most)
+    found = curves_of(s, values, profile, axes)
+    error = np.log(s.ns / physics_ns(s, values, profile))
     print(f"{s.op}/{s.variant}: {len(s.ns)} points, {len(found)} curves, physics alone {np.median(abs(error)):.3f}")
     return s, values, found
 
@@ -62,7 +66,7 @@ def on(wanted: list[list[float]], number: int = 0) -> Any:
 
     def axes(size: np.ndarray) -> list[list[float]]:
         if number:
-            return [fitting.spread(size[:, 0].tolist(), number)]
+            return [spread(size[:, 0].tolist(), number)]
         return [sorted(set(size[:, i].tolist()) & set(w)) or [float(size[:, i].min())] for i, w in enumerate(wanted)]
 
     return axes
@@ -89,7 +93,7 @@ def _weaken(curve: Curve, weak: dict[Any, float]) -> Curve:
 
 def experts() -> list[Part]:
     """vLLM at EP 1; TensorRT-LLM for EP ranks' local work and for DeepSeek-V3 at EP 1 (vLLM's rows are refused)."""
-    out = []
+    out, base = [], holdout.base()
     for dtype in ("bf16", "fp8_block", "mxfp4"):
         s = tables.moe("vllm", dtype, True)
         deepseek = np.array([k[0] == 7168 and k[2] == 256 for k in s.key])
@@ -101,7 +105,7 @@ def experts() -> list[Part]:
         out.append((s, values, found))
     for dtype in ("bf16", "fp8_block"):
         s = tables.moe("trtllm", dtype, False)
-        error = np.log(s.ns / fitting.physics_ns(s, fitting.fit(s)))
+        error = np.log(s.ns / physics_ns(s, fit_physics(s, base), base))
         slow = {key for key, rows in s.by_key().items() if np.median(error[rows]) > 0.5}
         deepseek = np.array([k[0] == 7168 for k in s.key]) & (dtype == "fp8_block")
         ranks = (s.extra["ep"] > 1) | deepseek
@@ -122,19 +126,20 @@ def passed_over(dtype: str, values: dict[str, float]) -> float:
     t = tables.pick(t, mask & (t["kernel_source"] == "vllm_unquantizedfusedmoe_triton_tritonexperts"))
     rows = t["num_tokens"] * t["topk"] / t["moe_ep_size"]
     active = np.minimum(t["num_experts"] // t["moe_ep_size"], rows)
-    padded = np.ceil(rows / active / fitting.BLOCK) * fitting.BLOCK * active
+    block = holdout.BLOCK
+    padded = np.ceil(rows / active / block) * block * active
     own = {**holdout_bf16(), "nonlocal_hidden": 0.0} if dtype != "bf16" else {**values, "nonlocal_hidden": 0.0}
     size = (t["hidden_size"], t["inter_size"], 3.0, 2.0)
-    physics = fitting.rates(own, "bf16").moe_ns(rows, active, padded, 0.0, size)
+    physics = rates(own, "bf16", holdout.base()).moe_ns(rows, active, padded, 0.0, size)
     other = t["num_tokens"] * t["topk"] - rows
-    found = float(np.median((t["ns"] - physics) * fitting.HBM / other / t["hidden_size"]))
+    found = float(np.median((t["ns"] - physics) * 3350.0 / other / t["hidden_size"]))
     print(f"rows passed over, {dtype}: {found:.2f} x hidden bytes, from {len(rows)} bf16 points")
     return round(found, 2)
 
 
 def holdout_bf16() -> dict[str, float]:
     """The bf16 physics (vLLM has no fp8_block rows with EP of this kind)."""
-    return fitting.fit(tables.moe("vllm", "bf16", True))
+    return fit_physics(tables.moe("vllm", "bf16", True), holdout.base())
 
 
 def attention() -> list[Part]:
@@ -190,7 +195,7 @@ def rings(node: dict[str, float]) -> tuple[dict[str, dict[str, float]], dict[str
                 axis, r = t.size[rows, 0], ratio[rows]
                 variant = "@eager" if t in eager else ""
                 curves[op].append(Curve(key, variant, (axis,), np.round(r, 3), None, t.source))
-                kept = np.isin(axis, fitting.spread(axis.tolist(), 8))
+                kept = np.isin(axis, spread(axis.tolist(), 8))
                 guess = np.interp(np.log(axis), np.log(axis[kept]), r[kept])
                 miss += (guess - r)[~kept].tolist()
         errors[op] = sigma(np.abs(np.array(miss)))
@@ -283,55 +288,26 @@ def main() -> None:
     for s, _, found in heads:
         files["h100_sxm.attention.json"].setdefault(s.op, []).extend(found)
     for name, curves in files.items():
-        write_curves(name, curves)
+        print(name, write_curves(OUT / name, curves), "bytes", {op: len(found) for op, found in curves.items()})
     spec = {
         **{k: sheet[k] for k in ("device", "vendor", "memory_gib", "hbm_gb_per_s", "flop_per_s", "num_sms")},
         "name": "h100_sxm",
         "kind": "measured",
         "graph_launch_us": 2.5,
         "eager_launch_us": 8,
-        "moe_block_rows": fitting.BLOCK,
+        "moe_block_rows": holdout.BLOCK,
         "node": {**sheet["node"], "nvlink_latency_us": node["nvlink_latency_ns"] / 1e3},
-        "fits": {k: {n: float(f"{v:.5g}") for n, v in values.items()} for k, values in sorted(fits.items())},
+        "fits": fits,
         "errors": {**dict(sorted(errors.items())), "elementwise": 0.3, "host": 0.3},
         "curves": list(files),
         "provenance": PROVENANCE
         | {"sources": sheet["provenance"]["sources"], "curve_sources": list(tables.SOURCES.values())},
     }
-    first = ["name", "kind", "device", "vendor"]
-    spec = {k: spec[k] for k in [*first, *[k for k in spec if k not in first]]}
-    text = yaml.safe_dump(spec, sort_keys=False, width=120)
-    (OUT / "h100_sxm.yaml").write_text(
-        "# Written by benchmarks/profiles/fit_h100.py; figures derived, tables not copied.\n" + text
+    write_whole(
+        OUT / "h100_sxm.yaml",
+        profile_yaml(spec, "Written by benchmarks/profiles/fit_h100.py; figures derived, tables not copied."),
     )
     print("errors", errors)
-
-
-def write_curves(name: str, curves: dict[str, list[Curve]]) -> None:
-    """One compact JSON file; axes that curves share are written once."""
-    axes: list[list[float]] = []
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for op, found in curves.items():
-        for c in found:
-            places = []
-            for axis in c.axes:
-                plain = [int(v) if v == int(v) else round(v, 3) for v in axis.tolist()]
-                if plain not in axes:
-                    axes.append(plain)
-                places.append(axes.index(plain))
-            row = {"key": list(c.key), "variant": c.variant, "axes": places, "log_ratio": c.log_ratio.tolist()}
-            if c.grade is not None and c.grade.any():
-                codes = sorted(set(c.grade.ravel().tolist()))
-                row["grade"] = codes[0] if len(codes) == 1 else c.grade.tolist()
-            row["source"] = c.source
-            rows.setdefault(op, []).append(row)
-    body = ",\n".join(
-        f'"{op}":[\n' + ",\n".join(json.dumps(r, separators=(",", ":")) for r in found) + "\n]"
-        for op, found in rows.items()
-    )
-    text = '{"axes":' + json.dumps(axes, separators=(",", ":")) + ',\n"curves":{\n' + body + "\n}}\n"
-    (OUT / name).write_text(text)
-    print(name, len(text), "bytes", {op: len(found) for op, found in rows.items()})
 
 
 PROVENANCE: dict[str, Any] = {

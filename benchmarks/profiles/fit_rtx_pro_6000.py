@@ -6,23 +6,36 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import fit_h100
-import fitting
 import numpy as np
 import yaml
-from fit_h100 import OUT, part, write_curves
+from fit_h100 import OUT, part
+from holdout import BLOCK
+from moesim_kernels.fit.curves import curves, every_size, spread, write_curves, write_whole
+from moesim_kernels.fit.model import profile_yaml
+from moesim_kernels.fit.physics import PARAMETERS, fit_physics, physics_ns
+from moesim_kernels.fit.samples import Samples
 from scipy.optimize import least_squares
-from tables import DATA, Samples
+from tables import DATA
 
-from moesim.cost.physics import causal_pairs
-from moesim.hardware import Curve
+from moesim.hardware import Curve, DeviceProfile
 
 TABLES = DATA / "llmservingsim_rtxpro6000_qwen3_30b_a3b"
 DEVICE = "rtx_pro_6000"
 HIDDEN, VOCABULARY, HEADS, KV_HEADS, DIM, INTER, EXPERTS, TOP_K = 2048, 151936, 32, 4, 128, 768, 128, 8
 SOURCE = "github.com/casys-kaist/LLMServingSim@5daddb21a545 profiler/perf/RTXPRO6000/Qwen3-30B-A3B (MIT): vLLM 0.19.0"
+
+
+@cache
+def device() -> DeviceProfile:
+    """The datasheet profile's rates, with this kernel's block."""
+    path = OUT / "rtx_pro_6000_datasheet.yaml"
+    profile = DeviceProfile.from_spec(yaml.safe_load(path.read_text()), path.parent, str(path))
+    return replace(profile, moe_block_rows=BLOCK)
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -35,7 +48,7 @@ def samples(op: str, variant: str, key: list[Any], size: list[Any], us: list[flo
     """Samples on this device."""
     arrays = {k: np.array(v, float) for k, v in extra.items()}
     ns = np.array(us) * 1e3
-    return Samples(op, variant, key, np.array(size, float).reshape(len(us), -1), ns, 0, arrays, device=DEVICE)
+    return Samples(op, variant, key, np.array(size, float).reshape(len(us), -1), ns, 0, arrays)
 
 
 def gemm() -> Samples:
@@ -114,7 +127,7 @@ def elementwise() -> dict[str, float]:
 
 def eight(size: np.ndarray) -> list[list[float]]:
     """The kept sizes of validation: eight of each shape's last axis; all batches."""
-    lengths = fitting.spread(size[:, -1].tolist(), 8)
+    lengths = spread(size[:, -1].tolist(), 8)
     return [lengths] if size.shape[1] == 1 else [sorted(set(size[:, 0].tolist())), lengths]
 
 
@@ -125,13 +138,13 @@ def held_out(s: Samples) -> np.ndarray:
         axes = eight(s.size[at])
         kept[at] = np.all([np.isin(s.size[at, i], axis) for i, axis in enumerate(axes)], axis=0)
     some = s.where(kept)
-    values = fitting.fit(some)
+    values = fit_physics(some, device())
     rest = s.where(~kept)
-    physics = fitting.physics_ns(rest, values)
-    curves = {c.key: c for c in fitting.curves(some, values, eight)}
+    physics = physics_ns(rest, values, device())
+    found = {c.key: c for c in curves(some, values, device(), eight)}
     error = []
     for key, at in rest.by_key().items():
-        curve = curves[key]
+        curve = found[key]
         value = np.zeros(len(at))
         lines = curve.log_ratio if curve.log_ratio.ndim == 2 else curve.log_ratio[None]
         for i, line in enumerate(lines):
@@ -147,44 +160,29 @@ def every() -> dict[str, Samples]:
     return {"gemm": gemm(), "moe": moe(), **heads}
 
 
-def prefill_ns(s: Samples, values: dict[str, float]) -> np.ndarray:
-    """Physics of chunks, with or without a prefix."""
-    x, q = s.extra, s.size[:, 1]
-    r = fitting.rates(values, s.variant, DEVICE)
-    per = 2 * x["heads"] * 2 * DIM
-    moved = q * (2.0 * x["heads"] * 2 * DIM) + x["kv"] * x["kv_heads"] * 2 * DIM * 2
-    work = (moved, (causal_pairs(q, x["kv"], 0) + q * r.get("diagonal")) * per)
-    return np.asarray(r.prefill_ns(1.0, x["kv"], 2 * DIM, work))
-
-
 def prefill_part() -> tuple[Samples, dict[str, float], list[Curve]]:
     """Physics of prefill over whole prompts (weight 3) and chunks on a prefix; residuals of whole prompts."""
     alone, later = attention("prefill"), attention("prefill", prefix=True)
-    table = fitting.PARAMETERS["attention_prefill"]
+    table = PARAMETERS["attention_prefill"]
     start, low, high = (np.array([row[i] for row in table.values()], float) for i in range(3))
 
     def miss(x: np.ndarray) -> np.ndarray:
         values = dict(zip(table, x.tolist(), strict=True))
-        parts = [np.log(prefill_ns(s, values) / s.ns) * w for s, w in ((alone, 3.0), (later, 1.0))]
+        parts = [np.log(physics_ns(s, values, device()) / s.ns) * w for s, w in ((alone, 3.0), (later, 1.0))]
         return np.concatenate(parts)
 
     found = least_squares(miss, start, bounds=(low, high), loss="soft_l1", f_scale=0.1, x_scale=np.maximum(start, 1e-3))
     values = {n: float(f"{v:.5g}") for n, v in zip(table, found.x.tolist(), strict=True)}
-    curves = fitting.curves(alone, values, whole)
+    found_curves = curves(alone, values, device(), every_size)
     area = np.sqrt(later.size[:, 1] * (2 * later.extra["kv"] - later.size[:, 1]))
-    physics, error = prefill_ns(later, values), []
-    for c in curves:
+    physics, error = physics_ns(later, values, device()), []
+    for c in found_curves:
         at = [i for i, k in enumerate(later.key) if k == c.key]
         value = np.interp(np.log(area[at]), np.log(c.axes[1]), c.log_ratio[0])
         error += np.abs(physics[at] * np.exp(value) / later.ns[at] - 1).tolist()
     p50, p90 = np.quantile(error, [0.5, 0.9]) * 100
     print(f"attention_prefill on a prefix: {len(error)} fitted points, median {p50:.1f} %, p90 {p90:.1f} %")
-    return alone, values, curves
-
-
-def whole(size: np.ndarray) -> list[list[float]]:
-    """Every size of a shape."""
-    return [sorted(set(size[:, i].tolist())) for i in range(size.shape[1])]
+    return alone, values, found_curves
 
 
 def main() -> None:
@@ -192,26 +190,28 @@ def main() -> None:
     timed = every()
     errors = {op: fit_h100.sigma(np.log1p(held_out(s))) for op, s in timed.items()}
     axes = {
-        "gemm": lambda size: [fitting.spread(size[:, 0].tolist(), 24)],
+        "gemm": lambda size: [spread(size[:, 0].tolist(), 24)],
         "moe": lambda size: [sorted(set(size[:, 0].tolist()))],
     }
-    parts = {op: part(s, axes.get(op, whole)) for op, s in timed.items() if op != "attention_prefill"}
+    parts = {
+        op: part(s, axes.get(op, every_size), profile=device()) for op, s in timed.items() if op != "attention_prefill"
+    }
     parts["attention_prefill"] = prefill_part()
     fits = {op: values for op, (_, values, _) in parts.items()}
     fits |= {f"{op}/{s.variant}": values for op, (s, values, _) in parts.items()}
     light = elementwise()
     errors["elementwise"] = light.pop("sigma")
     fits["elementwise"] = light
-    write_curves("rtx_pro_6000.json", {op: found for op, (_, _, found) in parts.items()})
+    write_curves(OUT / "rtx_pro_6000.json", {op: found for op, (_, _, found) in parts.items()})
     sheet = yaml.safe_load((OUT / "rtx_pro_6000_datasheet.yaml").read_text())
     spec = {
         "name": DEVICE,
         "kind": "measured",
         **{k: sheet[k] for k in ("device", "vendor", "memory_gib", "hbm_gb_per_s", "flop_per_s", "num_sms")},
         **{k: sheet[k] for k in ("graph_launch_us", "eager_launch_us")},
-        "moe_block_rows": fitting.BLOCK,
+        "moe_block_rows": BLOCK,
         "node": sheet["node"],
-        "fits": {k: {n: float(f"{v:.5g}") for n, v in values.items()} for k, values in sorted(fits.items())},
+        "fits": fits,
         "errors": {**{k: round(v, 3) for k, v in sorted(errors.items())}, "host": 0.3},
         "curves": ["rtx_pro_6000.json"],
         "provenance": {
@@ -225,9 +225,8 @@ def main() -> None:
             "curve_sources": [SOURCE],
         },
     }
-    text = yaml.safe_dump(spec, sort_keys=False, width=120)
-    head = "# Written by benchmarks/profiles/fit_rtx_pro_6000.py; figures derived, tables not copied.\n"
-    (OUT / "rtx_pro_6000.yaml").write_text(head + text)
+    head = "Written by benchmarks/profiles/fit_rtx_pro_6000.py; figures derived, tables not copied."
+    write_whole(OUT / "rtx_pro_6000.yaml", profile_yaml(spec, head))
     print("errors", spec["errors"])
 
 

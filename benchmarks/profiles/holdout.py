@@ -8,20 +8,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from types import MappingProxyType
 
-import fitting
 import numpy as np
 import tables
 import yaml
-from tables import ROOT, Samples
+from moesim_kernels.fit.curves import curves, spread
+from moesim_kernels.fit.model import Fitted, predict, with_fits
+from moesim_kernels.fit.physics import fit_physics
+from moesim_kernels.fit.samples import Samples
+from tables import ROOT
 
-from moesim.cost.operators import AttentionShape, MoEShape, Operators
-from moesim.hardware import Curve, DeviceProfile
+from moesim.cost.operators import MoEShape, Operators
+from moesim.hardware import DeviceProfile
 from moesim.rng import generator
 
 BATCHES = (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0)
 KEPT = 8
+BLOCK = 64  # rows a grouped GEMM pads an expert's share to; 64 suits the skewed rows of three of four kernels best
 Axes = list[list[float]]
 
 
@@ -29,12 +32,12 @@ def base() -> DeviceProfile:
     """The datasheet profile, marked measured, ready to take fits and curves."""
     path = ROOT / "hw_profiles" / "h100_sxm_datasheet.yaml"
     profile = DeviceProfile.from_spec(yaml.safe_load(path.read_text()), path.parent, str(path))
-    return dataclasses.replace(profile, kind="measured", moe_block_rows=fitting.BLOCK)
+    return dataclasses.replace(profile, kind="measured", moe_block_rows=BLOCK)
 
 
 def kept_axes(size: np.ndarray) -> Axes:
     """The kept grid of one shape: eight lengths or token counts; batches by powers of four where there are any."""
-    lengths = fitting.spread(size[:, -1].tolist(), KEPT)
+    lengths = spread(size[:, -1].tolist(), KEPT)
     if size.shape[1] == 1:
         return [lengths]
     batches = set(size[:, 0].tolist())
@@ -50,36 +53,11 @@ def kept_mask(s: Samples) -> np.ndarray:
     return out
 
 
-def model(parts: list[tuple[Samples, dict[str, float], list[Curve]]]) -> Operators:
-    """Operators over fitted parts of one operator."""
-    fits: dict[str, dict[str, float]] = {}
-    curves: dict[str, tuple[Curve, ...]] = {}
-    for s, values, found in parts:
-        fits[f"{s.op}/{s.variant}"] = values
-        fits.setdefault(s.op, {})
-        curves[s.op] = curves.get(s.op, ()) + tuple(found)
-    profile = dataclasses.replace(base(), fits=MappingProxyType(fits), curves=MappingProxyType(curves))
-    return Operators(profile, cuda_graph=not any(s.variant.endswith("@eager") for s, _, _ in parts))
-
-
-def predict(ops: Operators, s: Samples, rows: np.ndarray) -> np.ndarray:
-    """ns of points that share a shape, through the public methods."""
-    key, x = s.key[rows[0]], s.extra
-    if s.op == "gemm":
-        return ops.gemm(s.size[rows, 0], key[0], key[1], key[2]).ns
-    if s.op == "moe":
-        shape = MoEShape(key[0], key[1], key[2], key[3], key[4], key[5] == 3)
-        r, active = s.size[rows, 0], x["active"][rows]
-        padded = np.ceil(r / active / fitting.BLOCK) * fitting.BLOCK * active
-        return ops.moe(r, active, padded, x["other"][rows], shape).ns
-    batch, length = s.size[rows, 0], s.size[rows, 1]
-    if key[0] == "mla":
-        shape_ = AttentionShape("mla", key[1], key[1], 192, 128, key[2], "bf16", key[3])
-    else:
-        shape_ = AttentionShape("gqa", *key[1:5], 0, "bf16", key[6], key[5])
-    if s.op == "attention_prefill":
-        return ops.attention_prefill(length, length, shape_, batch).ns
-    return ops.attention_decode(batch, batch * length, shape_).ns
+def fitted(s: Samples, bare: bool = False) -> DeviceProfile:
+    """The H100 with one operator's physics and, unless `bare`, residual curves from these points' kept grid."""
+    values = fit_physics(s, base())
+    found = [] if bare else curves(s, values, base(), kept_axes)
+    return with_fits(base(), [Fitted(s.op, s.variant, "", values, found)])
 
 
 @dataclasses.dataclass
@@ -100,28 +78,22 @@ class Row:
         return name + f"| {self.shapes} | {len(self.error)} | {p50:.1f} | {mean:.1f} | {p90:.1f} |"
 
 
-def _errors(ops: Operators, s: Samples, take: np.ndarray) -> np.ndarray:
-    out = []
-    for rows in s.by_key().values():
-        chosen = rows[take[rows]]
-        if len(chosen):
-            out.append(np.abs(predict(ops, s, chosen) / s.ns[chosen] - 1.0))
-    return np.concatenate(out) if out else np.zeros(0)
+def _errors(profile: DeviceProfile, s: Samples, take: np.ndarray) -> np.ndarray:
+    some = s.where(take)
+    return np.abs(predict(profile, some, cuda_graph=not s.variant.endswith("@eager")) / some.ns - 1.0)
 
 
 def held_out_sizes(s: Samples, data: str) -> list[Row]:
     """Fit and curves from the kept points alone; errors on the others."""
     kept = kept_mask(s)
-    some = s.where(kept)
-    values = fitting.fit(some)
-    ops = model([(s, values, fitting.curves(some, values, kept_axes))])
+    profile = fitted(s.where(kept))
     shapes = len(s.by_key())
     if s.size.shape[1] == 1:
-        return [Row(s.op, data, "token counts held out", shapes, _errors(ops, s, ~kept))]
+        return [Row(s.op, data, "token counts held out", shapes, _errors(profile, s, ~kept))]
     on_batch = np.isin(s.size[:, 0], BATCHES)
     return [
-        Row(s.op, data, "lengths held out", shapes, _errors(ops, s, ~kept & on_batch)),
-        Row(s.op, data, "batch sizes held out", shapes, _errors(ops, s, ~on_batch)),
+        Row(s.op, data, "lengths held out", shapes, _errors(profile, s, ~kept & on_batch)),
+        Row(s.op, data, "batch sizes held out", shapes, _errors(profile, s, ~on_batch)),
     ]
 
 
@@ -131,12 +103,9 @@ def held_out_shapes(s: Samples, data: str) -> list[Row]:
     unseen = set(names[3::6])
     new = np.array([key in unseen for key in s.key])
     some = s.where(kept_mask(s) & ~new)
-    values = fitting.fit(some)
-    near = model([(s, values, fitting.curves(some, values, kept_axes))])
-    bare = model([(s, values, [])])
     return [
-        Row(s.op, data, "unseen shapes, neighbours", len(unseen), _errors(near, s, new)),
-        Row(s.op, data, "unseen shapes, physics alone", len(unseen), _errors(bare, s, new)),
+        Row(s.op, data, "unseen shapes, neighbours", len(unseen), _errors(fitted(some), s, new)),
+        Row(s.op, data, "unseen shapes, physics alone", len(unseen), _errors(fitted(some, bare=True), s, new)),
     ]
 
 
@@ -166,11 +135,10 @@ def skewed(dtype: str, alpha: float) -> list[Row]:
     The histogram itself is not in the table; features are means over eight fresh draws of its law.
     """
     flat = tables.moe("vllm", dtype, True)
-    some = flat.where(kept_mask(flat))
-    values = fitting.fit(some)
-    ops = model([(flat, values, fitting.curves(some, values, kept_axes))])
+    profile = fitted(flat.where(kept_mask(flat)))
+    ops = Operators(profile)
     s = tables.moe("vllm", dtype, True, f"power_law_{alpha:g}")
-    known = set(some.key)
+    known = set(flat.key)
     active, padded = np.zeros(len(s.ns)), np.zeros(len(s.ns))
     drawn: dict[tuple[int, ...], tuple[float, float]] = {}
     for i, case in enumerate(
@@ -178,8 +146,8 @@ def skewed(dtype: str, alpha: float) -> list[Row]:
     ):
         if case not in drawn:
             counts = [power_law(*case, alpha, seed) for seed in range(8)]
-            blocks = np.mean([np.ceil(c / fitting.BLOCK).sum() for c in counts])
-            drawn[case] = (float(np.mean([(c > 0).sum() for c in counts])), float(blocks) * fitting.BLOCK)
+            blocks = np.mean([np.ceil(c / BLOCK).sum() for c in counts])
+            drawn[case] = (float(np.mean([(c > 0).sum() for c in counts])), float(blocks) * BLOCK)
         active[i], padded[i] = drawn[case]
     error, blind = [], []
     for key, rows in s.by_key().items():
@@ -187,7 +155,7 @@ def skewed(dtype: str, alpha: float) -> list[Row]:
             shape = MoEShape(*key[:5], key[5] == 3)
             r = s.size[rows, 0]
             error.append(np.abs(ops.moe(r, active[rows], padded[rows], 0.0, shape).ns / s.ns[rows] - 1))
-            blind.append(np.abs(predict(ops, s, rows) / s.ns[rows] - 1))
+            blind.append(np.abs(predict(profile, s.where(rows)) / s.ns[rows] - 1))
     data = f"vLLM Triton, {dtype}, power law {alpha:g}"
     return [
         Row("moe", data, "skew, from the histogram", len(error), np.concatenate(error)),

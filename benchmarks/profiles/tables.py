@@ -6,18 +6,18 @@ data. Rows that cannot be right are left out, each with its reason: `Samples.ref
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from moesim_kernels.fit.samples import Samples
+
+from moesim.dtypes import dtype_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data" / "kernels"
 H100 = DATA / "h100_sxm"
 DTYPE = {"bfloat16": "bf16", "fp8": "fp8", "fp8_block": "fp8_block", "w4a16_mxfp4": "mxfp4"}
-BYTES = {"bf16": 2.0, "fp8": 1.0, "fp8_block": 1.0 + 4.0 / 16384, "mxfp4": 17.0 / 32}
 
 SOURCES = {
     0: "gemm/vllm/0.24.0: torch.nn.functional.linear (bf16), Cutlass (fp8), DeepGEMM and FlashInfer (fp8_block)",
@@ -32,34 +32,6 @@ SOURCES = {
     9: "comm/sglang/0.5.12: DeepEP low-latency kernels",
     10: "gemm/vllm/0.24.0 Cutlass fp8, times the fp8_block/fp8 ratio of device-bound rows",
 }
-
-
-@dataclass
-class Samples:
-    """Timed points of one operator variant. key[i]: shape of point i; size[i]: its sizes on the curve's axes."""
-
-    op: str
-    variant: str
-    key: list[tuple[Any, ...]]
-    size: np.ndarray  # [points, axes]
-    ns: np.ndarray  # [points]
-    source: int
-    extra: dict[str, np.ndarray] = field(default_factory=dict)
-    refused: int = 0
-    device: str = "h100"
-
-    def where(self, mask: np.ndarray) -> Samples:
-        """The points of `mask`."""
-        keys = [k for k, m in zip(self.key, mask, strict=True) if m]
-        extra = {name: values[mask] for name, values in self.extra.items()}
-        return replace(self, key=keys, size=self.size[mask], ns=self.ns[mask], extra=extra)
-
-    def by_key(self) -> dict[tuple[Any, ...], np.ndarray]:
-        """Points of each shape."""
-        out: dict[tuple[Any, ...], list[int]] = {}
-        for i, key in enumerate(self.key):
-            out.setdefault(key, []).append(i)
-        return {key: np.array(rows) for key, rows in out.items()}
 
 
 def read(path: str, columns: list[str]) -> dict[str, np.ndarray]:
@@ -122,7 +94,7 @@ def moe(backend: str, dtype: str, ep_one: bool, distribution: str = "balanced") 
     slots = t["num_experts"] // t["moe_ep_size"]
     rows = t["num_tokens"] * t["topk"] / t["moe_ep_size"]
     active = np.minimum(slots, rows)
-    floor = active * matrices * t["hidden_size"] * inter * BYTES[dtype] / 3350.0
+    floor = active * matrices * t["hidden_size"] * inter * dtype_bytes(dtype) / 3350.0
     ep = t["moe_ep_size"]
     ident = np.stack([t["hidden_size"], inter, slots, t["topk"], matrices, ep], axis=1)
     bad = (t["ns"] < floor) & (distribution == "balanced")

@@ -104,6 +104,7 @@ class ExpertPrices:
         self._layout = layout
         self._ops = ops
         self._block = ops.moe_block_rows
+        self._row_work = ops.row_work(model.expert_dtype)
         self.shape = MoEShape(
             hidden=model.hidden_size,
             intermediate=-(-model.moe_intermediate_size // layout.expert_tp),
@@ -123,11 +124,14 @@ class ExpertPrices:
         parts = slot_count.reshape(*slot_count.shape[:-1], self._layout.ep, -1)
         rows_LP = _over_slots(parts)
         active_LP = _over_slots(parts > 0)
-        padded_LP = _over_slots(np.ceil(parts * (1.0 / self._block))) * self._block
+        if self._row_work is None:
+            work_LP = _over_slots(np.ceil(parts * (1.0 / self._block))) * self._block
+        else:
+            work_LP = _over_slots(self._row_work.at(parts))
         elsewhere_LP: FloatArray | float = 0.0
         if not self._layout.exchanges:
             elsewhere_LP = rows_LP.sum(axis=-1, keepdims=True) - rows_LP
-        priced = self._ops.moe(rows_LP, active_LP, padded_LP, elsewhere_LP, self.shape)
+        priced = self._ops.moe(rows_LP, active_LP, work_LP, elsewhere_LP, self.shape)
         return Computed(np.rint(priced.ns).astype(np.int64), rows_LP, priced.grade.max(axis=-1))
 
     def price(self, computed: Computed, busiest: AnyArray, ports: Ports | None) -> LayerPrices:

@@ -22,12 +22,12 @@ from moesim.cost.curves import Key, Residual, residual_of
 from moesim.cost.links import Links, as_sizes
 from moesim.cost.physics import Rates, causal_pairs
 from moesim.dtypes import dtype_bytes
-from moesim.hardware import EXTRAPOLATED, INTERPOLATED, DeviceProfile
+from moesim.hardware import EXTRAPOLATED, INTERPOLATED, DeviceProfile, RowWork
 
 __all__ = ["AttentionShape", "MoEShape", "Operators", "Priced", "decode_work", "prefill_work"]
 
 _MLA_WIDTH = 17.0 / 9.0  # scores over latent and rope, values over the latent, which is 8/9 of both
-_KV = {"fp8": "fp8", "int8": "fp8", "fp8_block": "fp8"}  # which measured cache format stands for which; else bf16
+_KV = {"fp8": "fp8", "int8": "fp8", "fp8_block": "fp8", "fp32": "fp32"}  # a cache format's measured stand-in; else bf16
 _HALF = {"fp16": "bf16"}
 
 
@@ -91,8 +91,22 @@ class Operators:
 
     @property
     def moe_block_rows(self) -> int:
-        """Rows a grouped GEMM pads each expert's share to: use it for `padded_rows` in `moe`."""
+        """Rows a grouped GEMM pads each expert's share to, where the profile has no row-work table."""
         return self.profile.moe_block_rows
+
+    def moe_work(self, count: ArrayLike, dtype: str) -> FloatArray:
+        """Rows of work that experts with `count` rows cost a grouped GEMM of weights in `dtype`, elementwise; summed
+        over slots it is `padded_rows` in `moe`. From the profile's row-work table, else rounded up to a block.
+        """
+        table = self.row_work(dtype)
+        if table is not None:
+            return table.at(count)
+        block = float(self.profile.moe_block_rows)
+        return np.asarray(np.ceil(as_sizes(count) * (1.0 / block)) * block)
+
+    def row_work(self, dtype: str) -> RowWork | None:
+        """The profile's row-work table of a weight dtype; None: rows are rounded up to `moe_block_rows`."""
+        return self.profile.moe_row_work.get(_HALF.get(dtype, dtype))
 
     def error(self, op: str) -> float:
         """Held-out relative error of an operator, 1 sigma of log."""
@@ -114,7 +128,7 @@ class Operators:
         """Grouped GEMMs of one rank's routed experts, with permute, activation and weighted combine.
 
         rows: (token, expert) pairs routed to this rank. active: experts with at least one row. padded_rows: sum
-        over experts of rows rounded up to `moe_block_rows`. nonlocal_rows: pairs routed elsewhere that the
+        over experts of `moe_work` of their rows. nonlocal_rows: pairs routed elsewhere that the
         kernel still touches (0 with an all-to-all).
         """
         r, a, p, other = _together(rows, active, padded_rows, nonlocal_rows)
@@ -129,8 +143,7 @@ class Operators:
         ratio, grade = residual.at((r,))
         if residual.exact:
             even = np.minimum(r, float(shape.local_experts))
-            block = float(self.profile.moe_block_rows)
-            padded = np.ceil(r / np.maximum(even, 1.0) * (1.0 / block)) * (block * even)
+            padded = self.moe_work(r / np.maximum(even, 1.0), dtype) * even
             grade = np.where((a == even) & (p == padded) & (other == 0), grade, np.maximum(grade, INTERPOLATED))
         return _priced(ns, ratio, floor, grade, r + other > 0)
 

@@ -13,8 +13,9 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from moesim_kernels.fit.curves import spread
+from moesim_kernels.fit.model import predict
 
-from moesim.cost.operators import Operators
 from moesim.hardware import DeviceProfile
 from moesim.scenario.yamlio import load_yaml
 
@@ -47,7 +48,6 @@ def tool(name: str) -> ModuleType:
 
 
 def test_the_kept_counts_follow_the_rule() -> None:
-    spread = tool("fitting").spread
     assert spread([1, 2, 4, 8, 16, 32, 64, 128, 256], 3) == [1, 16, 256]
     assert spread([1, 3, 9], 8) == [1, 3, 9]
     counts = spread(tool("tables").read("moe/vllm/0.24.0/moe_perf.parquet", ["num_tokens"])["num_tokens"].tolist(), 8)
@@ -77,13 +77,13 @@ def test_skew_is_priced_from_the_histogram() -> None:
 @pytest.mark.parametrize("case", ["moe vllm bf16", "gemm bf16", "prefill gqa", "decode mla"])
 def test_the_shipped_profile_gives_the_tables_back(case: str) -> None:
     path = ROOT / "hw_profiles" / "h100_sxm.yaml"
-    ops = Operators(DeviceProfile.from_spec(load_yaml(path)[0], path.parent, str(path)))
+    profile = DeviceProfile.from_spec(load_yaml(path)[0], path.parent, str(path))
     reader, arguments = CASES[case]
     samples = getattr(tool("tables"), reader)(*arguments)
-    predict, error = tool("holdout").predict, []
-    shipped = {c.key for c in ops.profile.curves[samples.op]}
+    error = []
+    shipped = {c.key for c in profile.curves[samples.op]}
     for rows in [rows for key, rows in samples.by_key().items() if key in shipped][::4]:
-        error.append(np.abs(predict(ops, samples, rows) / samples.ns[rows] - 1))
+        error.append(np.abs(predict(profile, samples.where(rows)) / samples.ns[rows] - 1))
     assert np.median(np.concatenate(error)) <= 0.03
     assert np.quantile(np.concatenate(error), 0.9) <= 0.12
 
