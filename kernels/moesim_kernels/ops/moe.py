@@ -22,16 +22,21 @@ from typing import Literal, NamedTuple
 import torch
 from torch.nn import functional
 
+from .dense import gemm, product
+
 __all__ = [
     "Permuted",
     "combine",
     "grouped_is_native",
+    "grouped_rows",
     "grouped_swiglu",
     "has_grouped",
     "moe_local",
     "permute",
     "route",
+    "router_logits",
     "shared_expert",
+    "spans",
     "swiglu",
 ]
 
@@ -93,7 +98,7 @@ def route(
             f"groups must divide experts, and top_groups of them must hold top_k: experts={experts}, "
             f"groups={groups}, top_groups={top_groups}, top_k={top_k}"
         )
-    logit_TE = (hidden_TH.to(router_EH.dtype) @ router_EH.t()).float()
+    logit_TE = router_logits(hidden_TH, router_EH)
     score_TE = torch.softmax(logit_TE, dim=-1) if score == "softmax" else torch.sigmoid(logit_TE)
     biased_TE = score_TE if bias_E is None else score_TE + bias_E
     if top_groups < groups:
@@ -108,6 +113,11 @@ def route(
     if renormalise:
         gate_TK = gate_TK / (gate_TK.sum(dim=-1, keepdim=True) + GATE_FLOOR)
     return expert_TK, gate_TK * scale
+
+
+def router_logits(hidden_TH: torch.Tensor, router_EH: torch.Tensor) -> torch.Tensor:
+    """hidden router^T computed in the router's dtype, float32 [T, E]."""
+    return gemm(hidden_TH.to(router_EH.dtype), router_EH).float()
 
 
 def permute(hidden_TH: torch.Tensor, expert_TK: torch.Tensor, experts: int) -> Permuted:
@@ -138,22 +148,31 @@ def grouped_swiglu(
 ) -> torch.Tensor:
     """Each row through its own expert: (silu(x w1^T) * (x w3^T)) w2^T, [R, H]. Rows past end_E[-1] stay unwritten."""
     check_experts(row_RH, w13, w2, end_E)
+    x_R2I = grouped_rows(row_RH, w13.transpose(1, 2), end_E, how)
+    return grouped_rows(swiglu(x_R2I), w2.transpose(1, 2), end_E, how, out)
+
+
+def grouped_rows(
+    row_RK: torch.Tensor,
+    matrix_EKN: torch.Tensor,
+    end_E: torch.Tensor,
+    how: Literal["loop", "grouped"],
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Each row times its own expert's matrix, [R, N]; matrices may be transposed views. See `how` above."""
     if how == "grouped":
-        act_RI = swiglu(functional.grouped_mm(row_RH, w13.transpose(1, 2), offs=end_E))
-        # the second operand of grouped_mm may be strided, but its first rows must start 16-byte aligned: they do
-        result_RH = functional.grouped_mm(act_RI, w2.transpose(1, 2), offs=end_E)
-        return result_RH if out is None else out.copy_(result_RH)
-    out = torch.empty_like(row_RH) if out is None else out
-    ends = end_E.tolist()
-    widest = max((b - a for a, b in zip([0, *ends], ends, strict=False)), default=0)
-    x_R2I = row_RH.new_empty(widest, w13.shape[1])
-    begin = 0
-    for expert, end in enumerate(ends):
-        if end > begin:
-            torch.mm(row_RH[begin:end], w13[expert].t(), out=x_R2I[: end - begin])
-            torch.mm(swiglu(x_R2I[: end - begin]), w2[expert].t(), out=out[begin:end])
-        begin = end
+        result_RN = functional.grouped_mm(row_RK, matrix_EKN, offs=end_E)
+        return result_RN if out is None else out.copy_(result_RN)  # grouped_mm has no out
+    out = row_RK.new_empty(row_RK.shape[0], matrix_EKN.shape[2]) if out is None else out
+    for expert, begin, end in spans(end_E):
+        product(row_RK[begin:end], matrix_EKN[expert], out[begin:end])
     return out
+
+
+def spans(end_E: torch.Tensor) -> list[tuple[int, int, int]]:
+    """(expert, first row, row after the last) of each expert that has rows. Reads `end_E` on the host."""
+    ends = end_E.tolist()
+    return [(e, a, b) for e, (a, b) in enumerate(zip([0, *ends], ends, strict=False)) if b > a]
 
 
 def combine(
@@ -163,19 +182,19 @@ def combine(
     tokens: int,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Gate-weighted sum of each token's rows, [T, H]; zero for a token without rows. Sums in float32.
+    """Gate-weighted sum of each token's rows, [T, H]; zero for a token without rows. Gates and sums are float32.
 
     On CUDA the order of the additions is not fixed, so the last bits may differ between runs.
     """
     out = out_RH.new_empty(tokens, out_RH.shape[1]) if out is None else out
     sum_TH = out.zero_() if out.dtype == torch.float32 else torch.zeros_like(out, dtype=torch.float32)
-    sum_TH.index_add_(0, token_R, out_RH * gate_R.unsqueeze(1).float())
+    sum_TH.index_add_(0, token_R, out_RH * gate_R.unsqueeze(1))
     return out if sum_TH is out else out.copy_(sum_TH)
 
 
 def shared_expert(hidden_TH: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
     """The expert every token passes: w13 [2I, H], w2 [H, I]; [T, H]."""
-    return swiglu(hidden_TH @ w13.t()) @ w2.t()
+    return gemm(swiglu(gemm(hidden_TH, w13)), w2)
 
 
 def moe_local(
@@ -214,22 +233,17 @@ def _moe_loop(
     out: torch.Tensor,
 ) -> torch.Tensor:
     """Expert by expert in one set of buffers, so that an expert's rows stay in the cache from gather to sum."""
-    ends = end_E.tolist()
-    widest = max((b - a for a, b in zip([0, *ends], ends, strict=False)), default=0)
-    hidden = hidden_TH.shape[1]
-    row_RH, y_RH = hidden_TH.new_empty(2, widest, hidden)
+    each = spans(end_E)
+    widest = max((end - begin for _, begin, end in each), default=0)
+    row_RH, y_RH = hidden_TH.new_empty(2, widest, hidden_TH.shape[1])
     x_R2I = hidden_TH.new_empty(widest, w13.shape[1])
     sum_TH = out.zero_() if out.dtype == torch.float32 else torch.zeros_like(out, dtype=torch.float32)
-    begin = 0
-    for expert, end in enumerate(ends):
-        rows = end - begin
-        if rows:
-            token_r = token_R[begin:end]
-            torch.index_select(hidden_TH, 0, token_r, out=row_RH[:rows])
-            torch.mm(row_RH[:rows], w13[expert].t(), out=x_R2I[:rows])
-            torch.mm(swiglu(x_R2I[:rows]), w2[expert].t(), out=y_RH[:rows])
-            sum_TH.index_add_(0, token_r, y_RH[:rows] * gate_R[begin:end].unsqueeze(1).float())
-        begin = end
+    for expert, begin, end in each:
+        token_r, rows = token_R[begin:end], end - begin
+        torch.index_select(hidden_TH, 0, token_r, out=row_RH[:rows])
+        gemm(row_RH[:rows], w13[expert], x_R2I[:rows])
+        gemm(swiglu(x_R2I[:rows]), w2[expert], y_RH[:rows])
+        sum_TH.index_add_(0, token_r, y_RH[:rows] * gate_R[begin:end].unsqueeze(1))
     return out if sum_TH is out else out.copy_(sum_TH)
 
 
