@@ -1,1 +1,7 @@
 """The verbs `calibrate` and `profile`, found by moesim's command line through the entry-point group moesim.commands."""
+
+from __future__ import annotations
+
+from moesim_kernels.profiles.command import profile
+
+__all__ = ["profile"]
