@@ -39,6 +39,7 @@ __all__ = [
     "ClusterSpec",
     "Curve",
     "DeviceProfile",
+    "Interval",
     "Node",
     "NodeSpec",
     "ProfileSpec",
@@ -46,9 +47,7 @@ __all__ = [
 ]
 
 GRADES = ("measured", "interpolated", "extrapolated", "assumed")
-"""What a priced time rests on; its index is the uint8 code in `Priced.grade`. A larger code is weaker
-ground.
-"""
+"""What a priced time rests on, firm to weak; its index is the uint8 code in `Priced.grade`."""
 
 MEASURED, INTERPOLATED, EXTRAPOLATED, ASSUMED = np.arange(4, dtype=np.uint8)
 
@@ -63,13 +62,20 @@ OPERATORS = (
     "reduce_scatter",
     "all_to_all",
     "host",
+    "router",
+    "router_backward",
+    "moe_dgrad",
+    "moe_wgrad",
+    "attention_backward",
+    "copy",
+    "storage",
 )
 """Operator names used by curves, errors and time shares."""
 
+GradeName = Literal["measured", "interpolated", "extrapolated", "assumed"]
+
 DtypeName = Literal["fp32", "bf16", "fp16", "fp8", "fp8_block", "int8", "int4", "mxfp4", "nvfp4"]
-"""The same names as `moesim.model.Dtype`; written again because hardware and model do not import each
-other.
-"""
+"""The same names as `moesim.model.Dtype`; written again because hardware and model do not import each other."""
 
 _COMPUTE_AS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -124,10 +130,21 @@ class RowWorkSpec(Spec):
         return self
 
 
-class ProfileSpec(Spec):
-    """What `hw_profiles/*.yaml` says. `curves` names a JSON file beside it; `fits` holds the physics'
-    parameters.
+class Interval(Spec):
+    """Half width, in |ln(predicted / measured)|, of the interval that held `level` of `n` held-out points.
+
+    method: `split-conformal` where the points are exchangeable with those to come and n allows the level (Lei et al.
+    2018), else `empirical`.
     """
+
+    level: Annotated[float, Field(gt=0, lt=1)]
+    half_width: Annotated[float, Field(ge=0, le=10)]
+    n: Annotated[int, Field(ge=1)]
+    method: Literal["split-conformal", "empirical"]
+
+
+class ProfileSpec(Spec):
+    """What `hw_profiles/*.yaml` says. `curves` names JSON files beside it, `fits` holds the physics' parameters."""
 
     name: Annotated[str, Field(min_length=1, max_length=100)]
     kind: Literal["measured", "assumed"]
@@ -144,6 +161,7 @@ class ProfileSpec(Spec):
     node: NodeSpec
     fits: Annotated[dict[str, dict[str, float]], Field(default_factory=dict)]
     errors: Annotated[dict[str, Annotated[float, Field(ge=0, le=3)]], Field(default_factory=dict)]
+    intervals: Annotated[dict[str, dict[GradeName, Interval]], Field(default_factory=dict)]
     curves: Annotated[tuple[str, ...], Field(strict=False, max_length=16)] = ()
     provenance: Annotated[dict[str, Any], Field(default_factory=dict)]
 
@@ -254,6 +272,7 @@ class DeviceProfile:
     node: Node
     fits: Fits
     errors: Mapping[str, float]
+    intervals: Mapping[str, Mapping[str, Interval]]
     curves: Mapping[str, tuple[Curve, ...]]
     provenance: Mapping[str, Any]
 
@@ -298,6 +317,7 @@ class DeviceProfile:
             node=Node.from_spec(parsed.node),
             fits=MappingProxyType({k: MappingProxyType(dict(v)) for k, v in parsed.fits.items()}),
             errors=MappingProxyType(dict(parsed.errors)),
+            intervals=MappingProxyType({op: {str(g): i for g, i in v.items()} for op, v in parsed.intervals.items()}),
             curves=MappingProxyType(curves),
             provenance=MappingProxyType(dict(parsed.provenance)),
         )
@@ -324,10 +344,12 @@ class DeviceProfile:
         """Held-out relative error (1 sigma of log) of an operator; 0.30 where the profile states none."""
         return self.errors.get(op, _DEFAULT_ERROR)
 
+    def interval(self, op: str, grade: int) -> Interval | None:
+        """How far a time of this grade (index into GRADES) may be off, as seen on held-out points; None: not known."""
+        return self.intervals.get(op, {}).get(GRADES[int(grade)])
+
     def scaled(self, speed: float) -> DeviceProfile:
-        """The device `speed` times as fast: rates times it, latencies divided by it; residual curves
-        have no unit.
-        """
+        """The device `speed` times as fast: rates times it, latencies divided by it; residuals have no unit."""
         if not (math.isfinite(speed) and speed > 0):
             raise BadInput(f"speed must be a positive number, got {speed!r}.", self.name)
 
@@ -442,9 +464,7 @@ class Cluster:
         return np.asarray(rank_G, dtype=np.int64) % self.gpus_per_node
 
     def nodes_of_group(self, ranks: int, stride: int = 1) -> int:
-        """Nodes that a group of `ranks` ranks, `stride` apart, starting on a node's first rank,
-        spreads over.
-        """
+        """Nodes that a group of `ranks` ranks, `stride` apart from a node's first rank on, spreads over."""
         return int(((ranks - 1) * stride) // self.gpus_per_node) + 1
 
     def scaled(self, speed: float) -> Cluster:
@@ -469,12 +489,12 @@ def _parse(cls: type[_S], spec: _S | Mapping[str, Any], where: str) -> _S:
 
 
 def _check_names(spec: ProfileSpec, where: str) -> list[Problem]:
-    """Operator names in `fits` and `errors` must exist; the nearest one is offered."""
+    """Operator names in `fits`, `errors` and `intervals` must exist; the nearest one is offered."""
     problems = []
-    for field, names in (("fits", spec.fits), ("errors", spec.errors)):
+    for field, names in (("fits", spec.fits), ("errors", spec.errors), ("intervals", spec.intervals)):
         for name in names:
             op = name.split("/")[0]
-            if op not in OPERATORS or (field == "errors" and name != op):
+            if op not in OPERATORS or (field != "fits" and name != op):
                 near = difflib.get_close_matches(op, OPERATORS, n=1)
                 hint = f"Did you mean {near[0]!r}?" if near else f"Operators: {', '.join(OPERATORS)}."
                 problems.append(Problem(where, f"{field}.{name} is not an operator. {hint}"))

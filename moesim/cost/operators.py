@@ -5,8 +5,10 @@ nanoseconds and a uint8 grade (index into `moesim.hardware.GRADES`). At a measur
 between them interpolated, beyond them or for a shape without a curve extrapolated, on a datasheet profile assumed.
 Zero work costs zero. Nothing runs below the roofline of the datasheet's rates.
 
-Curve keys: gemm (n, k, dtype); moe (hidden, intermediate, slots, top_k, dtype, matrices); attention (kind, query
-heads, KV heads, head dim, value dim, window, kv dtype), MLA (kind, heads, kv_dim, kv dtype).
+Curve keys: gemm (n, k, dtype); moe and its gradients (hidden, intermediate, slots, top_k, dtype, matrices);
+attention (kind, query heads, KV heads, head dim, value dim, window, kv dtype), MLA (kind, heads, kv_dim, kv dtype);
+router (hidden, experts, top_k, dtype, score, groups, top groups); copy (direction, memory, streams, busy 0 or 1);
+storage (mode, block bytes, depth).
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ from numpy.typing import ArrayLike, NDArray
 from moesim.arrays import FloatArray, U8Array
 from moesim.cost.curves import Key, Residual, residual_of
 from moesim.cost.links import Links, as_sizes
-from moesim.cost.physics import Rates, causal_pairs
+from moesim.cost.physics import BACKWARD, Rates, causal_pairs
 from moesim.dtypes import dtype_bytes
 from moesim.hardware import EXTRAPOLATED, INTERPOLATED, DeviceProfile, RowWork
 
-__all__ = ["AttentionShape", "MoEShape", "Operators", "Priced", "decode_work", "prefill_work"]
+__all__ = ["AttentionShape", "MoEShape", "Operators", "Priced", "RouterShape", "decode_work", "prefill_work"]
 
 _MLA_WIDTH = 17.0 / 9.0  # scores over latent and rope, values over the latent, which is 8/9 of both
 _KV = {"fp8": "fp8", "int8": "fp8", "fp8_block": "fp8", "fp32": "fp32"}  # a cache format's measured stand-in; else bf16
@@ -50,6 +52,27 @@ class MoEShape:
     top_k: int
     dtype: str
     gated: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RouterShape:
+    """Gate of one MoE layer: hidden size, experts, experts a token, weight dtype, how scores are made, and groups of
+    experts of which a token may use `top_groups` (1, 1: no groups).
+    """
+
+    hidden: int
+    experts: int
+    top_k: int
+    dtype: str
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    groups: int = 1
+    top_groups: int = 1
+
+    @property
+    def key(self) -> Key:
+        """The curve key of both passes."""
+        dtype = _HALF.get(self.dtype, self.dtype)
+        return (self.hidden, self.experts, self.top_k, dtype, self.score, self.groups, self.top_groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,21 +154,28 @@ class Operators:
         over experts of `moe_work` of their rows. nonlocal_rows: pairs routed elsewhere that the
         kernel still touches (0 with an all-to-all).
         """
-        r, a, p, other = _together(rows, active, padded_rows, nonlocal_rows)
-        matrices = 3 if shape.gated else 2
+        return self._grouped("moe", _together(rows, active, padded_rows, nonlocal_rows), shape)
+
+    def moe_gradient(
+        self, of: Literal["dgrad", "wgrad"], rows: ArrayLike, active: ArrayLike, padded_rows: ArrayLike, shape: MoEShape
+    ) -> Priced:
+        """Backward pass of the grouped GEMMs: gradients of their inputs (dgrad) or of their weights (wgrad), each as
+        many products as the forward pass. Sizes as in `moe`.
+        """
+        return self._grouped(f"moe_{of}", _together(rows, active, padded_rows, 0.0), shape)
+
+    def router(self, tokens: ArrayLike, shape: RouterShape, backward: bool = False) -> Priced:
+        """Scores of `tokens` tokens, top-k and gates; or the gradients of both router inputs."""
+        t = as_sizes(tokens)
+        op = "router_backward" if backward else "router"
         dtype = _HALF.get(shape.dtype, shape.dtype)
-        key: Key = (shape.hidden, shape.intermediate, shape.local_experts, shape.top_k, dtype, matrices)
-        rates, residual = self._find("moe", key, shape.dtype, shape.dtype, scaled=2)
-        size = dtype_bytes(shape.dtype)
-        ns = rates.moe_ns(r, a, p, other, (shape.hidden, shape.intermediate, matrices, size))
-        weights = float(matrices * shape.hidden * shape.intermediate)
-        floor = rates.floor_ns(a * (weights * size), r * (2.0 * weights))
-        ratio, grade = residual.at((r,))
-        if residual.exact:
-            even = np.minimum(r, float(shape.local_experts))
-            padded = self.moe_work(r / np.maximum(even, 1.0), dtype) * even
-            grade = np.where((a == even) & (p == padded) & (other == 0), grade, np.maximum(grade, INTERPOLATED))
-        return _priced(ns, ratio, floor, grade, r + other > 0)
+        rates, residual = self._find(op, shape.key, dtype, shape.dtype)
+        size, wide = dtype_bytes(shape.dtype), float(shape.hidden * shape.experts)
+        products = 2.0 if backward else 1.0
+        ns = rates.gemm_ns(t * products, shape.experts, shape.hidden, size)
+        floor = rates.floor_ns(np.where(t > 0, wide * size, 0.0), t * (2.0 * wide * products))
+        ratio, grade = residual.at((t,))
+        return _priced(ns, ratio, floor, grade, t > 0)
 
     def attention_prefill(
         self, q_tokens: ArrayLike, kv_tokens: ArrayLike, shape: AttentionShape, sequences: ArrayLike = 1
@@ -154,13 +184,23 @@ class Operators:
         kv_tokens in all (q included). Measured chunks have no prefix; one with a prefix is looked up at the
         length whose causal square has the same area, q (2 kv - q), and graded extrapolated.
         """
-        q, kv, count = _together(q_tokens, kv_tokens, sequences)
-        rates, residual = self._find("attention_prefill", shape.key, shape.variant, shape.dtype)
+        return self._causal("attention_prefill", _together(q_tokens, kv_tokens, sequences), shape)
+
+    def attention_backward(self, tokens: ArrayLike, shape: AttentionShape, sequences: ArrayLike = 1) -> Priced:
+        """Gradients of causal attention over each of `sequences` whole sequences of `tokens` tokens."""
+        return self._causal("attention_backward", _together(tokens, tokens, sequences), shape)
+
+    def _causal(self, op: str, sizes: list[FloatArray], shape: AttentionShape) -> Priced:
+        """Attention of chunks, forward or backward. sizes: new tokens, keys in all, sequences."""
+        q, kv, count = sizes
+        rates, residual = self._find(op, shape.key, shape.variant, shape.dtype)
         moved, pairs, per_pair = prefill_work(shape, q, kv)
+        floor = rates.floor_ns(moved * count, pairs * per_pair * count)
+        if op == "attention_backward":
+            per_pair, moved = per_pair * BACKWARD[0], moved * BACKWARD[1]
         work = (moved, (pairs + q * rates.get("diagonal")) * per_pair)
         keys = np.minimum(kv, shape.window + 128.0) if shape.window > 0 else kv  # that a tile of 128 queries sees
         ns = rates.prefill_ns(count, keys, shape.head_dim + shape.v_head_dim, work)
-        floor = rates.floor_ns(moved * count, pairs * per_pair * count)
         ratio, grade = residual.at((count, np.sqrt(q * np.maximum(2.0 * kv - q, 0.0))))
         grade = np.where(kv > q, np.maximum(grade, EXTRAPOLATED), grade)
         return _priced(ns, ratio, floor, grade, (q > 0) & (count > 0))
@@ -210,6 +250,52 @@ class Operators:
         near, far = _together(nvlink_bytes, nic_bytes)
         ns, grade = self._links.all_to_all(near, far, ranks, nodes, top_k)
         return Priced(np.where((near + far > 0) & (ranks > 1), ns, 0.0), grade)
+
+    def copy(
+        self,
+        bytes_moved: ArrayLike,
+        direction: Literal["h2d", "d2h", "host"],
+        memory: Literal["pinned", "pageable"] = "pinned",
+        streams: int = 1,
+        busy: bool = False,
+    ) -> Priced:
+        """Host to device, back, or within host memory. busy: while kernels run."""
+        node = self.profile.node
+        rate = node.host_bytes_per_s if direction == "host" else node.pcie_bytes_per_s
+        return self._stream("copy", bytes_moved, rate * 1e-9, (direction, memory, streams, int(busy)))
+
+    def storage(
+        self, bytes_read: ArrayLike, mode: Literal["direct", "buffered"], block_bytes: int, depth: int
+    ) -> Priced:
+        """Reads from NVMe in blocks, `depth` of them under way at once."""
+        rate = self.profile.node.nvme_bytes_per_s * 1e-9
+        return self._stream("storage", bytes_read, rate, (mode, block_bytes, depth))
+
+    def _stream(self, op: str, bytes_moved: ArrayLike, rate: float, key: Key) -> Priced:
+        """A launch, then bytes at a share (`eff`) of the link's rate."""
+        moved = as_sizes(bytes_moved)
+        rates, residual = self._find(op, key, "", "bf16")
+        ratio, grade = residual.at((moved,))
+        ns = rates.launch_ns + moved / (rate * rates.more["eff"])
+        return _priced(ns, ratio, np.zeros(()), grade, moved > 0)
+
+    def _grouped(self, op: str, sizes: list[FloatArray], shape: MoEShape) -> Priced:
+        """Grouped GEMMs, forward or one of the two backward passes. sizes: as of `moe`."""
+        r, a, p, other = sizes
+        matrices = 3 if shape.gated else 2
+        dtype = _HALF.get(shape.dtype, shape.dtype)
+        key: Key = (shape.hidden, shape.intermediate, shape.local_experts, shape.top_k, dtype, matrices)
+        rates, residual = self._find(op, key, shape.dtype, shape.dtype, scaled=2)
+        size = dtype_bytes(shape.dtype)
+        ns = rates.moe_ns(r, a, p, other, (shape.hidden, shape.intermediate, matrices, size))
+        weights = float(matrices * shape.hidden * shape.intermediate)
+        floor = rates.floor_ns(a * (weights * size), r * (2.0 * weights))
+        ratio, grade = residual.at((r,))
+        if residual.exact:
+            even = np.minimum(r, float(shape.local_experts))
+            padded = self.moe_work(r / np.maximum(even, 1.0), dtype) * even
+            grade = np.where((a == even) & (p == padded) & (other == 0), grade, np.maximum(grade, INTERPOLATED))
+        return _priced(ns, ratio, floor, grade, r + other > 0)
 
     def _collective(self, op: str, bytes_per_rank: ArrayLike, ranks: int, spans_nodes: bool) -> Priced:
         size = as_sizes(bytes_per_rank)

@@ -19,7 +19,7 @@ import numpy as np
 from moesim.arrays import FloatArray
 from moesim.hardware import DeviceProfile
 
-__all__ = ["DEFAULTS", "Rates", "causal_pairs", "soft_max"]
+__all__ = ["BACKWARD", "DEFAULTS", "Rates", "causal_pairs", "soft_max"]
 
 Number: TypeAlias = Any  # a float or a float64 array: formulas broadcast
 
@@ -30,7 +30,15 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "attention_prefill": {"launch": 4.0, "mem_eff": 0.8, "flop_eff": 0.5, "diagonal": 128.0, "tile_rows": 64.0},
     "attention_decode": {"launch": 4.0, "mem_eff": 0.85, "flop_eff": 0.6},
     "elementwise": {"launch": 1.0, "mem_eff": 0.80, "flop_eff": 1.0},
+    "router": {"launch": 2.0, "mem_eff": 0.85, "flop_eff": 0.5},
+    "copy": {"launch": 2.0, "eff": 0.85, "mem_eff": 1.0, "flop_eff": 1.0},
+    "storage": {"launch": 10.0, "eff": 0.8, "mem_eff": 1.0, "flop_eff": 1.0},
 }
+DEFAULTS |= {"router_backward": DEFAULTS["router"], "attention_backward": DEFAULTS["attention_prefill"]}
+DEFAULTS |= {"moe_dgrad": DEFAULTS["moe"], "moe_wgrad": DEFAULTS["moe"]}
+BACKWARD = (2.5, 2.0)
+"""FLOP and bytes of attention's backward pass over those of its forward pass: five products where there were two
+(FlashAttention-2, arXiv 2307.08691, section 4.1), and the gradients of all that is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +98,8 @@ class Rates:
 
         Skew enters through active experts (weight bytes) and padded rows (FLOP). Rows pay for permute, activation
         and combine (bytes: row_hidden * hidden + row_inter * intermediate); rows of others for being passed over.
+        serial 1: experts run one after the other, and the row-work table holds the reading of their weights too, so
+        that t = launch + sum over experts of g(rows) + rows * per row.
         """
         hidden, inter, matrices, weight_bytes = size
         weights = matrices * hidden * inter
@@ -98,7 +108,8 @@ class Rates:
         compute = padded * (2.0 * weights / self.flop_per_ns * saturation)
         per_row = (self.get("row_hidden") * hidden + self.get("row_inter") * inter) / self.peak_bytes_per_ns
         per_other = self.get("nonlocal_hidden") * hidden / self.peak_bytes_per_ns
-        return self.launch_ns + soft_max(memory, compute) + rows * per_row + other * per_other
+        main = compute if self.get("serial") else soft_max(memory, compute)
+        return self.launch_ns + main + rows * per_row + other * per_other
 
     def prefill_ns(self, count: Number, kv: Number, wide: Number, work: tuple[Number, Number]) -> Number:
         """`count` equal chunks that see kv keys. wide: key plus value dim. work: bytes and FLOP of one chunk.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moesim.errors import BadInput
-from moesim.hardware import GRADES, Cluster, DeviceProfile
+from moesim.hardware import GRADES, INTERPOLATED, MEASURED, Cluster, DeviceProfile
 from moesim.scenario.yamlio import load_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +101,23 @@ def test_curve_files_stay_small() -> None:
     assert sum(sizes) < 800_000
 
 
+INTERVAL = {"level": 0.9, "half_width": 0.1, "n": 20, "method": "split-conformal"}
+
+
+def test_intervals_are_found_by_operator_and_grade() -> None:
+    p = DeviceProfile.from_spec(good() | {"intervals": {"moe": {"interpolated": INTERVAL}}}, ROOT)
+    found = p.interval("moe", INTERPOLATED)
+    assert found is not None
+    assert (found.level, found.half_width, found.n, found.method) == (0.9, 0.1, 20, "split-conformal")
+    assert p.interval("moe", MEASURED) is None
+    assert p.interval("gemm", INTERPOLATED) is None
+
+
+def test_row_work_is_read() -> None:
+    p = DeviceProfile.from_spec(good() | {"moe_row_work": {"bf16": {"rows": [1, 4], "work": [3, 6]}}}, ROOT)
+    assert p.moe_row_work["bf16"].at([0, 1, 2, 8]).tolist() == [0, 3, 4, 10]
+
+
 @pytest.mark.parametrize(
     ("place", "value", "said"),
     [
@@ -121,6 +138,17 @@ def test_curve_files_stay_small() -> None:
         ("errors", {"attention_prefil": 0.1}, "attention_prefill"),
         ("errors", {"gemm": -1}, "errors.gemm"),
         ("kind", "measured", "curves"),
+        ("moe_row_work", {"bf16": {"rows": [1, 2], "work": [1]}}, "as many"),
+        ("moe_row_work", {"bf16": {"rows": [2, 1], "work": [1, 2]}}, "rows must increase"),
+        ("moe_row_work", {"bf16": {"rows": [1, 2], "work": [2, 1]}}, "must not fall"),
+        ("moe_row_work", {"bf16": {"rows": [0, 2], "work": [1, 2]}}, "moe_row_work.bf16.rows"),
+        ("moe_row_work", {"bf16": {"rows": [], "work": []}}, "moe_row_work.bf16.rows"),
+        ("moe_row_work", {"bf17": {"rows": [1], "work": [1]}}, "bf17"),
+        ("intervals", {"mo": {"measured": INTERVAL}}, "moe"),
+        ("intervals", {"moe": {"sure": INTERVAL}}, "sure"),
+        ("intervals", {"moe": {"measured": INTERVAL | {"level": 1.0}}}, "level"),
+        ("intervals", {"moe": {"measured": INTERVAL | {"half_width": float("nan")}}}, "half_width"),
+        ("intervals", {"moe": {"measured": INTERVAL | {"method": "hoped"}}}, "method"),
         ("curves", ["../../etc/passwd"], "beside the profile"),
         ("curves", ["nowhere.json"], "cannot read"),
         ("nodes", 4, "nodes"),

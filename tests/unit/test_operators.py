@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from moesim.cost.operators import AttentionShape, MoEShape, Operators, Priced
+from moesim.cost.operators import AttentionShape, MoEShape, Operators, Priced, RouterShape
 from moesim.cost.physics import causal_pairs
 from moesim.dtypes import dtype_bytes
 from moesim.errors import BadInput
-from moesim.hardware import GRADES, DeviceProfile
+from moesim.hardware import GRADES, DeviceProfile, RowWork
 from moesim.rng import generator
 from moesim.scenario.yamlio import load_yaml
 
@@ -22,6 +23,7 @@ GQA = AttentionShape("gqa", 32, 8, 128, 128, 0, "bf16", "bf16")
 SLIDING = AttentionShape("gqa", 64, 8, 64, 64, 0, "bf16", "bf16", window=128)
 MLA = AttentionShape("mla", 128, 128, 192, 128, 576, "bf16", "bf16")
 QWEN = MoEShape(2048, 768, 128, 8, "bf16")
+LARGE = MoEShape(4096, 14336, 8, 2, "bf16")
 MEASURED, INTERPOLATED, EXTRAPOLATED, ASSUMED = range(4)
 
 
@@ -266,3 +268,66 @@ def test_deepseek_v3_layer_is_sane() -> None:
     for n, k in ((1536, 7168), (24576, 1536), (576, 7168), (7168, 16384), (4096, 7168), (7168, 2048)):
         floor = max((n * k + 256 * (n + k)) / 3350, 256.0 * n * k / 1978e3)
         assert floor < ops.gemm(128, n, k, "fp8_block").ns < 25e3 + 1.3 * floor
+
+
+ROUTER = RouterShape(2048, 128, 8, "bf16", "sigmoid", 8, 4)
+
+
+@pytest.mark.parametrize("name", ["h100_sxm", "h200_sxm", "cpu_2core"])
+def test_gradients_routers_copies_and_reads_are_priced(name: str) -> None:
+    ops = Operators(profile(name))
+    x = np.array([0.0, 1.0, 100.0, 4096.0])
+    rows, active = x * 8, np.minimum(x * 8, 128)
+    times = {
+        "dgrad": ops.moe_gradient("dgrad", rows, active, rows + 64 * active, QWEN),
+        "wgrad": ops.moe_gradient("wgrad", rows, active, rows + 64 * active, QWEN),
+        "router": ops.router(x, ROUTER),
+        "router back": ops.router(x, ROUTER, backward=True),
+        "attention back": ops.attention_backward(x, GQA),
+        "copy": ops.copy(x * 1e4, "h2d"),
+        "storage": ops.storage(x * 1e6, "direct", 1 << 20, 4),
+    }
+    for op, priced in times.items():
+        assert priced.ns[0] == 0, op
+        assert (np.diff(priced.ns) > 0).all(), op
+        assert (priced.grade == ASSUMED).all(), op
+    assert times["attention back"].ns[-1] > 1.5 * ops.attention_prefill(4096, 4096, GQA).ns
+    assert times["copy"].ns[-1] >= 4096e4 / (profile(name).node.pcie_bytes_per_s * 1e-9)
+    assert ops.copy(1e9, "host").ns >= 1e9 / (profile(name).node.host_bytes_per_s * 1e-9)
+
+
+def worked(rows: list[float], work: list[float], **fits: float) -> Operators:
+    """The H100 with a row-work table."""
+    table = RowWork(np.array(rows), np.array(work))
+    p = profile("h100_sxm")
+    more = {"moe": {**p.fits["moe"], **fits}} if fits else {}
+    return Operators(replace(p, moe_row_work={"bf16": table}, fits={**p.fits, **more}, curves={}))
+
+
+def test_row_work_is_looked_up_and_goes_on_with_its_last_slope() -> None:
+    ops = worked([1, 16, 17, 64], [16, 16, 32, 79])
+    assert ops.moe_work([0, 0.5, 1, 10, 16, 17, 40.5, 64, 164], "bf16").tolist() == [
+        0, 8, 16, 16, 16, 32, 55.5, 79, 179
+    ]  # fmt: skip
+    assert ops.moe_work([0, 1, 64, 65], "fp8").tolist() == [0, 64, 64, 128]  # no table of this type: blocks of rows
+    assert ops.moe_work(3, "fp16") == ops.moe_work(3, "bf16")
+
+
+def test_row_work_prices_a_layer_and_keeps_its_grade() -> None:
+    blocks = h100()
+    plain, table = even(blocks, np.array([4096.0]), QWEN), worked([64, 128], [64, 128])
+    own = replace(table.profile, curves=blocks.profile.curves)
+    same = Operators(own).moe(32768, 128, Operators(own).moe_work(256, "bf16") * 128, 0, QWEN)
+    assert same.ns == plain.ns
+    assert same.grade == MEASURED
+
+
+def test_experts_one_after_the_other_add_up() -> None:
+    ops = worked([1, 8, 64], [400, 440, 600], serial=1.0, launch_ns=1000.0, row_hidden=0.0, row_inter=0.0)
+
+    def layer(*counts: int) -> float:
+        n = np.array(counts)
+        return float(ops.moe(n.sum(), (n > 0).sum(), ops.moe_work(n, "bf16").sum(), 0, LARGE).ns) - 1000.0
+
+    assert layer(1, 1, 1, 0) == pytest.approx(3 * layer(1, 0))
+    assert layer(500, 1) == pytest.approx(layer(500, 0) + layer(1, 0))

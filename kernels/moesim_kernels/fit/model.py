@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from moesim.cost.operators import AttentionShape, MoEShape, Operators
+from moesim.cost.operators import AttentionShape, MoEShape, Operators, RouterShape
 from moesim.hardware import Curve, DeviceProfile, ProfileSpec, RowWork
 from moesim_kernels.fit.curves import Axes, curves, every_size
 from moesim_kernels.fit.physics import dtype_of, fit_physics
@@ -85,22 +85,32 @@ def _price(ops: Operators, s: Samples, key: tuple[Any, ...]) -> NDArray[np.float
     first = s.size[:, 0]
     if s.op == "gemm":
         return ops.gemm(first, key[0], key[1], key[2]).ns
-    if s.op == "moe":
+    if s.op in ("moe", "moe_dgrad", "moe_wgrad"):
         shape = MoEShape(key[0], key[1], key[2], key[3], key[4], key[5] == 3)
         active = s.extra["active"]
         if s.counts is None:
             work = ops.moe_work(first / active, shape.dtype) * active
         else:
             work = np.array([float(ops.moe_work(c, shape.dtype).sum()) for c in s.counts])
-        return ops.moe(first, active, work, s.extra["other"], shape).ns
-    if s.op in ("attention_prefill", "attention_decode"):
+        if s.op == "moe":
+            return ops.moe(first, active, work, s.extra["other"], shape).ns
+        return ops.moe_gradient("dgrad" if s.op == "moe_dgrad" else "wgrad", first, active, work, shape).ns
+    if s.op in ("router", "router_backward"):
+        return ops.router(first, RouterShape(*key), s.op == "router_backward").ns
+    if s.op.startswith("attention"):
         length = s.size[:, 1]
         heads = _attention(key, dtype_of(s))
+        if s.op == "attention_backward":
+            return ops.attention_backward(length, heads, first).ns
         if s.op == "attention_prefill":
             return ops.attention_prefill(length, s.extra.get("kv", length), heads, first).ns
         return ops.attention_decode(first, first * length, heads).ns
     if s.op == "elementwise":
         return ops.elementwise(first).ns
+    if s.op == "copy":
+        return ops.copy(first, key[0], key[1], key[2], bool(key[3])).ns
+    if s.op == "storage":
+        return ops.storage(first, key[0], key[1], key[2]).ns
     return {"all_reduce": ops.all_reduce, "all_gather": ops.all_gather, "reduce_scatter": ops.reduce_scatter}[s.op](
         first, int(key[0]), False
     ).ns

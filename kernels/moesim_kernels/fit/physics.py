@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 from moesim.cost.operators import AttentionShape, decode_work, prefill_work
-from moesim.cost.physics import Rates, causal_pairs
+from moesim.cost.physics import BACKWARD, Rates, causal_pairs
 from moesim.dtypes import Dtype, dtype_bytes
 from moesim.hardware import DeviceProfile
 from moesim_kernels.fit.samples import Samples
@@ -138,7 +138,7 @@ def stream_rate(op: str, key: tuple[Any, ...], profile: DeviceProfile) -> float:
 
 
 def _prefill(s: Samples, r: Rates) -> FloatArray:
-    """Chunks of q new tokens among kv keys; the backward pass takes 5 products where the forward pass takes 2."""
+    """Chunks of q new tokens among kv keys, forward or backward."""
     x, batch, q = s.extra, s.size[:, 0], s.size[:, 1]
     kv = x.get("kv", q)
     shape = _shape(s)
@@ -147,8 +147,8 @@ def _prefill(s: Samples, r: Rates) -> FloatArray:
     if s.variant.startswith("gqa"):
         pairs = causal_pairs(q, kv, x["window"])
         keys = np.where(x["window"] > 0, np.minimum(kv, x["window"] + 128.0), kv)
-    times = 2.5 if s.op == "attention_backward" else 1.0
-    work = (moved * min(times, 2.0), (pairs + q * r.get("diagonal")) * per_pair * times)
+    flops, memory = BACKWARD if s.op == "attention_backward" else (1.0, 1.0)
+    work = (moved * memory, (pairs + q * r.get("diagonal")) * per_pair * flops)
     return np.asarray(r.prefill_ns(batch, keys, shape.head_dim + shape.v_head_dim, work))
 
 
