@@ -300,7 +300,7 @@ def worked(rows: list[float], work: list[float], **fits: float) -> Operators:
     """The H100 with a row-work table."""
     table = RowWork(np.array(rows), np.array(work))
     p = profile("h100_sxm")
-    more = {"moe": {**p.fits["moe"], **fits}} if fits else {}
+    more = {"moe/bf16": {**p.fits["moe/bf16"], **fits}}
     return Operators(replace(p, moe_row_work={"bf16": table}, fits={**p.fits, **more}, curves={}))
 
 
