@@ -209,6 +209,7 @@ def _serve(arguments: list[str]) -> None:
         while (request := requests.get())["do"] != "end":
             line.sendall(json.dumps(state.answer(request)).encode() + b"\n")
         dist.destroy_process_group()
+        os._exit(0)  # nothing is left to do, and an orderly end of torch takes a second
     except Exception as error:  # noqa: BLE001  whatever it is, the parent is told and ends the group
         line.sendall(json.dumps({"error": f"{type(error).__name__}: {error}"[:2000]}).encode() + b"\n")
         os._exit(1)

@@ -146,6 +146,11 @@ class Group:
         """Process ids, by rank."""
         return [worker.process.pid for worker in self._workers]
 
+    @property
+    def alive(self) -> bool:
+        """Whether the group still answers: not closed, and no worker has failed."""
+        return self._end.alive
+
     def rank_ns(self, call: Call) -> list[int]:
         """Wall nanoseconds of one execution on each rank, after a barrier; CUDA events with nccl.
 

@@ -1,0 +1,159 @@
+"""Cases that move bytes: copies, reads of a disk, collectives between processes.
+
+Files and worker groups are shared by all cases that need the same one and live in the pool; they end with it. The
+file to read stands in the temporary folder: set TMPDIR to the disk to be measured.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from moesim_kernels.bench.errors import BadPlan
+from moesim_kernels.bench.plan import Case
+from moesim_kernels.bench.pool import Device, Pool, Prepared
+from moesim_kernels.ops.copies import DIRECTIONS, DeviceCopy, host_copy
+from moesim_kernels.ops.storage import Reader, StoredFile, aligned_buffer
+from moesim_kernels.ops.workers import DTYPES, Call, Group
+
+__all__ = ["IO_BUILDERS"]
+
+FILE_BYTES = 512 << 20  # what random blocks are read from
+_ARENA_BYTES = 256 << 20  # host memory that copies to and from a device go through, at least
+_TIMEOUT_S = 60.0
+
+
+def _copy(case: Case, device: Device, pool: Pool) -> Prepared:
+    """One copy of `bytes`. direction host: from RAM to RAM by one thread; else between host and CUDA device."""
+    direction, size = str(case.shape["direction"]), int(case.size["bytes"])
+    if direction not in DIRECTIONS:
+        return _host_copy(case, size, pool)
+    if device.kind != "cuda":
+        raise BadPlan(f"direction {direction} needs a plan for cuda; use host on a CPU", f"case {case.id}")
+    import torch
+
+    pinned, streams, busy = case.shape["memory"] == "pinned", int(case.shape["streams"]), bool(case.shape["busy"])
+    wide = max(_ARENA_BYTES, 1 << (size - 1).bit_length())
+    host = pool.get(("copy host", pinned, wide), wide, lambda: _random_bytes(wide, pinned))
+    there = pool.get(
+        ("copy device", wide), wide, lambda: torch.zeros(wide, dtype=torch.uint8, device=device.torch_device)
+    )
+    copier = DeviceCopy(direction, host, there, size, streams=streams, busy=busy)
+    calls = min(copier.calls, pool.rotations(size))
+    return Prepared(copier.time_ns, calls, size, 0.0, "cuda", timed=copier.time_ns)
+
+
+def _host_copy(case: Case, size: int, pool: Pool) -> Prepared:
+    if case.shape["memory"] != "pageable" or case.shape["streams"] != 1 or case.shape["busy"]:
+        raise BadPlan("direction host is copied by one thread: memory pageable, streams 1, busy false", case.id)
+    calls = pool.rotations(2 * size)
+    wide = calls * size
+
+    def made() -> tuple[Any, Any]:
+        return _random_bytes(wide, pinned=False).numpy(), np.zeros(wide, dtype=np.uint8)
+
+    source, to = pool.get(("copy ram", wide), 2 * wide, made)
+
+    def run(call: int) -> None:
+        part = slice(call * size, (call + 1) * size)
+        host_copy(to[part], source[part])
+
+    return Prepared(run, calls, 2.0 * size, 0.0, "thread")
+
+
+def _random_bytes(bytes_: int, pinned: bool) -> Any:
+    """A flat uint8 tensor of host memory, every page present: a block of random bytes over and over."""
+    import torch
+
+    block = np.random.default_rng(0).integers(0, 256, min(bytes_, 4 << 20), dtype=np.uint8)
+    flat = torch.empty(bytes_, dtype=torch.uint8, pin_memory=pinned)
+    flat.numpy()[:] = np.resize(block, bytes_)
+    return flat
+
+
+def _storage(case: Case, device: Device, pool: Pool) -> Prepared:
+    """One load of `bytes` in blocks in random order. Raises NotSupported where the disk cannot be measured so."""
+    size, block, depth = int(case.size["bytes"]), int(case.shape["block_bytes"]), int(case.shape["depth"])
+    if size > FILE_BYTES // 4:
+        raise BadPlan(f"a load is at most {FILE_BYTES // 4} bytes of a file of {FILE_BYTES}", f"case {case.id}")
+    file: StoredFile = pool.get("storage file", 0, lambda: StoredFile(FILE_BYTES))
+    buffer: mmap.mmap = pool.get(("storage buffer", size), size, lambda: aligned_buffer(size))
+    mode = str(case.shape["mode"])
+    try:
+        reader = Reader(file, mode, block, depth, size, buffer=buffer, seed=case.seed)
+    except ValueError as error:
+        raise BadPlan(str(error), f"case {case.id}") from None
+    note = "pages were dropped from the cache on advice (posix_fadvise)" if mode == "buffered" else ""
+    return Prepared(
+        reader.read_ns, reader.calls, size, 0.0, "wall", close=reader.close, timed=reader.read_ns, note=note
+    )
+
+
+def exchange_call(elements: int, ranks: int, dtype: str) -> Call:
+    """The all-to-all in which each rank sends `elements` to the others together, as evenly as integers allow.
+
+    Each also keeps a block of its own, as the equal-split primitive does.
+    """
+    even, more = divmod(elements, ranks - 1)
+    if more == 0:
+        return Call("all_to_all", even, dtype)
+    splits = tuple(tuple(even + (1 <= (to - source) % ranks <= more) for to in range(ranks)) for source in range(ranks))
+    return Call("all_to_allv", dtype=dtype, splits=splits)
+
+
+def _collective(case: Case, device: Device, pool: Pool) -> Prepared:
+    """One collective, timed by its slowest rank after a barrier. bytes as in moesim.cost.operators."""
+    ranks, backend, size = int(case.shape["ranks"]), str(case.shape["backend"]), int(case.size["bytes"])
+    where = f"case {case.id}"
+    if case.dtype not in DTYPES:
+        raise BadPlan(f"collectives run in {', '.join(DTYPES)}; got {case.dtype}", where)
+    if size % DTYPES[case.dtype]:
+        raise BadPlan(f"bytes must be whole {case.dtype} elements of {DTYPES[case.dtype]} bytes; got {size}", where)
+    if not 2 <= ranks <= 64:
+        raise BadPlan(f"ranks run from 2 to 64 on one machine; got {ranks}", where)
+    if backend == "nccl" and device.kind != "cuda":
+        raise BadPlan("backend nccl needs a plan for cuda; use gloo", where)
+    elements = size // DTYPES[case.dtype]
+    exchange = case.op == "all_to_all"
+    call = exchange_call(elements, ranks, case.dtype) if exchange else Call(case.op, elements, case.dtype)
+    group = _group(ranks, backend, pool)
+    key = ("collective", ranks, backend, call)
+    pool.get(key, call.buffer_bytes(ranks), lambda: call)  # the workers' memory counts as the pool's
+
+    def close() -> None:
+        group.release(call)
+        pool.drop(key)
+
+    def timed(_: int) -> int:
+        return group.time_ns(call)
+
+    port = {"all_reduce": 2.0 * (ranks - 1) / ranks, "all_to_all": 1.0}.get(case.op, ranks - 1.0)
+    note = "" if group.native[call.op] else f"{backend} has no {call.op}: composed of sends and receives"
+    return Prepared(timed, 1, port * size, 0.0, "wall", close=close, timed=timed, note=note)
+
+
+def _group(ranks: int, backend: str, pool: Pool) -> Group:
+    """The worker group of these ranks, started where there is none or the last one failed."""
+    key = ("group", ranks, backend)
+
+    def start() -> Group:
+        return Group(ranks, backend, timeout_s=_TIMEOUT_S, buffers_bytes=pool.device.capacity_bytes)
+
+    group: Group = pool.get(key, 0, start)
+    if not group.alive:
+        pool.drop(key)
+        group = pool.get(key, 0, start)
+    return group
+
+
+IO_BUILDERS: dict[str, Callable[[Case, Device, Pool], Prepared]] = {
+    "copy": _copy,
+    "storage": _storage,
+    "all_reduce": _collective,
+    "all_gather": _collective,
+    "reduce_scatter": _collective,
+    "all_to_all": _collective,
+}
