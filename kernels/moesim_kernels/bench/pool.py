@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-__all__ = ["Device", "Pool", "PoolFull", "Prepared", "cache_bytes"]
+__all__ = ["FP8_SCALE", "Device", "Pool", "PoolFull", "Prepared", "cache_bytes", "torch_dtype"]
 
 T = TypeVar("T")
 DEFAULT_CACHE_BYTES = 64 << 20
-MAX_ROTATIONS = 256
+FP8_SCALE = 0.02 / 100  # the scale that makes fp8 weights as large as the others
+MAX_ROTATIONS = 1024
 _BLOCK = 1 << 22  # normals drawn afresh; an arena repeats them, which no cache can tell from new ones
 
 
@@ -132,16 +133,16 @@ class Pool:
         if key in self._kept:
             self.used_bytes -= self._kept.pop(key)[1]
 
-    def clear(self) -> None:
-        """Forget every tensor."""
-        self._kept.clear()
-        self.used_bytes = 0
+    def release(self) -> None:
+        """Forget everything but the arenas."""
+        for key in [key for key in self._kept if not (isinstance(key, tuple) and key[0] == "arena")]:
+            self.drop(key)
 
     def arena(self, kind: str, dtype: Any, elements: int) -> Any:
         """At least `elements` random normal numbers of a torch dtype, flat, shared by all that ask for this kind.
 
-        Kind `weight` has standard deviation 0.02, `input` 1. A larger request replaces the arena; reserve the largest
-        first, so that it never happens. Raises PoolFull.
+        Kind `weight` has standard deviation 0.02, `input` 1; `scratch` holds what was last written. A larger request
+        replaces the arena; reserve the largest first, so that it never happens. Raises PoolFull.
         """
         key = ("arena", kind, dtype)
         if key in self._kept and self._kept[key][0].numel() >= elements:
@@ -154,9 +155,9 @@ class Pool:
 
         As many sets as `rotations` says for the bytes of one. Raises PoolFull.
         """
-        elements = sum(_padded(math.prod(shape)) for shape in shapes)
-        sets = self.rotations(elements * dtype.itemsize)
-        flat = self.arena("weight", dtype, sets * elements)
+        total = self.rotated_elements(dtype, shapes)
+        flat = self.arena("weight", dtype, total)
+        sets = total // _set_elements(shapes)
         out, at = [], 0
         for _ in range(sets):
             views = []
@@ -166,8 +167,13 @@ class Pool:
             out.append(views)
         return out
 
+    def rotated_elements(self, dtype: Any, shapes: list[tuple[int, ...]]) -> int:
+        """Elements of the weight arena that `rotate` takes for these shapes."""
+        elements = _set_elements(shapes)
+        return elements * self.rotations(elements * dtype.itemsize)
+
     def rotations(self, call_bytes: float) -> int:
-        """Calls of `call_bytes` each that read more than the cache keeps: 5x on CUDA, 2x on a CPU; from 1 to 256."""
+        """Calls of `call_bytes` each that read more than the cache keeps: 5x on CUDA, 2x on a CPU; from 1 to 1024."""
         beyond = (5 if self.device.kind == "cuda" else 2) * self.device.cache_bytes
         return max(1, min(MAX_ROTATIONS, math.ceil(beyond / max(1.0, call_bytes))))
 
@@ -175,13 +181,29 @@ class Pool:
         import torch
 
         where = self.device.torch_device
+        if kind == "scratch":
+            return torch.zeros(elements, dtype=dtype, device=where)
         generator = torch.Generator(device=where).manual_seed(20_261_122)
         block = torch.randn(min(_BLOCK, elements), generator=generator, device=where)
-        block = (block * (0.02 if kind == "weight" else 1.0)).to(dtype)
+        spread = 1.0 if kind == "input" else 0.02
+        if dtype.itemsize == 1:  # e4m3: the whole of its range, as quantised weights use it
+            spread, block = 1.0, (block * (0.02 / FP8_SCALE)).clamp(-448.0, 448.0)
+        block = (block * spread).to(dtype)
         flat = torch.empty(elements, dtype=dtype, device=where)
         for at in range(0, elements, block.numel()):
             flat[at : at + block.numel()].copy_(block[: min(block.numel(), elements - at)])
         return flat
+
+
+def torch_dtype(name: str) -> Any:
+    """torch's dtype of a plan's; fp8 is e4m3."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}[name]
+
+
+def _set_elements(shapes: list[tuple[int, ...]]) -> int:
+    return sum(_padded(math.prod(shape)) for shape in shapes)
 
 
 def _padded(elements: int) -> int:

@@ -1,0 +1,102 @@
+"""`python -m moesim_kernels.bench`: measure a plan on this machine. Needs torch and numpy alone."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from moesim_kernels.bench.errors import BadPlan
+from moesim_kernels.bench.plan import DEVICES, Plan, load_plan, save_plan
+from moesim_kernels.bench.progress import Progress, span
+
+__all__ = ["budget_seconds", "main"]
+
+EXIT_BAD_INPUT = 2
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def budget_seconds(text: str) -> float:
+    """Seconds of `300`, `30s`, `5m` or `1.5h`. Raises BadPlan."""
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d{1,3})?)\s*([smh]?)", text.strip())
+    seconds = float(found[1]) * _UNITS[found[2]] if found else 0.0
+    if not 0 < seconds <= 7 * 24 * 3600:
+        raise BadPlan(f"a budget is a time above 0 and at most a week, as 30s, 5m or 1h; got {text!r:.40}", "--budget")
+    return seconds
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m moesim_kernels.bench", description="Measure operators.")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--plan", type=Path, help="plan to measure, a JSON file")
+    which.add_argument("--default", choices=DEVICES, help="the default plan for this kind of device")
+    parser.add_argument("--save-plan", type=Path, help="write the plan to this file")
+    parser.add_argument("--log", type=Path, help="log to begin or to go on with; without one nothing is measured")
+    parser.add_argument("--budget", default="5m", help="time to use, setup included: 30s, 5m, 1h (default 5m)")
+    parser.add_argument("--device", choices=DEVICES, help="refuse a plan for another kind of device")
+    parser.add_argument("--target", type=int, default=30, help="samples a case (default 30)")
+    parser.add_argument("--minimum", type=int, default=5, help="samples that come first for every case (default 5)")
+    parser.add_argument("--seed", type=int, default=0, help="order of the rounds (default 0)")
+    return parser
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    if options.default is not None:
+        from moesim_kernels.bench.default_plan import default_plan
+
+        plan = default_plan(options.default)
+    else:
+        plan = load_plan(options.plan)
+    if options.device is not None and options.device != plan.device:
+        raise BadPlan(f"the plan is for {plan.device}, --device says {options.device}; name another plan", "--device")
+    return plan
+
+
+def _go(options: argparse.Namespace) -> int:
+    plan = _plan(options)
+    if options.save_plan is not None:
+        save_plan(plan, options.save_plan)
+    if options.log is None:
+        if options.save_plan is None:
+            raise BadPlan("name a log to measure into, or --save-plan to write the plan alone", "--log")
+        print(f"{len(plan.cases)} cases for {plan.device} written to {options.save_plan}")
+        return 0
+    budget_s = budget_seconds(options.budget)
+    from moesim_kernels.bench.harness import run
+
+    progress = Progress()
+    try:
+        summary = run(
+            plan, options.log, budget_s, progress, target=options.target, minimum=options.minimum, seed=options.seed
+        )
+    finally:
+        progress.end()
+    print(
+        f"{summary.stopped}: {summary.finished} of {summary.cases} cases have their {options.target} samples; "
+        f"{summary.samples} samples in {span(summary.seconds)}"
+    )
+    names = {case.id: f"{case.op} {case.shape | case.size} {case.dtype}" for case in plan.cases}
+    for key, reason in summary.refused.items():
+        print(f"refused: {names[key]}: {reason}")
+    for key in summary.short:
+        if key not in summary.refused:
+            print(f"fewer than {options.minimum} samples: {names[key]}")
+    return 128 + summary.signal if summary.signal is not None else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run; the exit code: 0 measured, 2 bad input, 130 or 143 interrupted (what was measured is kept)."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _go(options)
+    except (BadPlan, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}; name another file", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

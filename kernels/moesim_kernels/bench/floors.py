@@ -1,0 +1,200 @@
+"""The tensors of a compute case, and the least that one call of it must move and compute. Needs numpy alone.
+
+Suffixes: T tokens, E expert slots, R rows, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim_kernels.bench.plan import Case
+from moesim_kernels.ops.routing import histogram
+
+__all__ = [
+    "NORM_HIDDEN",
+    "activation_dtype",
+    "case_counts",
+    "context_of",
+    "element_bytes",
+    "floors",
+    "input_elements",
+    "norm_tokens",
+    "output_elements",
+    "query_shape",
+    "weight_shapes",
+]
+
+Shape = tuple[int, ...]
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+NORM_HIDDEN = 4096  # the width of the elementwise case
+
+
+def element_bytes(dtype: str) -> int:
+    """Bytes of one element of a plan's dtype."""
+    return _BYTES[dtype]
+
+
+def _int(values: dict[str, Any], *keys: str) -> list[int]:
+    return [int(values[key]) for key in keys]
+
+
+def case_counts(case: Case) -> NDArray[np.int64]:
+    """Rows of each slot of an expert case, [E]: drawn from its own seed. Raises ValueError where they cannot exist."""
+    tokens, rows = _int(case.size, "tokens", "rows")
+    return histogram(str(case.size["histogram"]), rows, int(case.shape["slots"]), tokens, case.seed)
+
+
+def activation_dtype(case: Case) -> str:
+    """The dtype of what flows between operators: fp8 weights meet bf16 activations, quantised inside the operator."""
+    return "bf16" if case.dtype == "fp8" else case.dtype
+
+
+def weight_shapes(case: Case) -> list[Shape]:
+    """The tensors that one rotation takes from the weight arena: weights, keys and values, buffers to read."""
+    s, z = case.shape, case.size
+    if case.op == "gemm":
+        return [(int(s["n"]), int(s["k"]))]
+    if case.op in ("moe", "moe_dgrad", "moe_wgrad"):
+        hidden, inner, slots = _int(s, "hidden", "intermediate", "slots")
+        return [(slots, 2 * inner, hidden), (slots, hidden, inner)]
+    if case.op in ("router", "router_backward"):
+        return [(int(s["experts"]), int(s["hidden"]))]
+    if case.op == "shared_expert":
+        hidden, inner = _int(s, "hidden", "intermediate")
+        return [(2 * inner, hidden), (hidden, inner)]
+    if case.op in ("attention_prefill", "attention_backward"):
+        return list(_kv_shapes(s, int(z["batch"]), int(z["length"]) + int(z["prefix"])))
+    if case.op == "attention_decode":
+        batch, context = int(z["batch"]), context_of(case)
+        return [(batch, context, int(s["kv_dim"]))] if s["kind"] == "mla" else list(_kv_shapes(s, batch, context))
+    if case.op in ("read_bandwidth", "copy_bandwidth"):
+        share = 2 if case.op == "copy_bandwidth" else 1
+        return [(max(1, int(z["bytes"]) // share // element_bytes(case.dtype)),)]
+    if case.op == "peak_gemm":
+        return [(int(z["n"]), int(z["n"]))]
+    return []
+
+
+def _kv_shapes(s: dict[str, Any], batch: int, tokens: int) -> tuple[Shape, Shape]:
+    """Keys and values of a prefill, or of decoding with grouped heads."""
+    heads = int(s["kv_heads"] if s["kind"] == "gqa" else s["heads"])
+    key_dim = int(s["head_dim"]) if s["kind"] == "gqa" else int(s["nope_dim"]) + int(s["rope_dim"])
+    return (batch, heads, tokens, key_dim), (batch, heads, tokens, int(s["v_head_dim"]))
+
+
+def input_elements(case: Case) -> int:
+    """Elements that a case takes from the input arena: activations and their gradients."""
+    s, z = case.shape, case.size
+    if case.op in ("gemm", "peak_gemm"):
+        return int(z["n"]) ** 2 if case.op == "peak_gemm" else int(z["m"]) * int(s["k"])
+    if case.op in ("moe", "router", "router_backward", "shared_expert"):
+        return int(z["tokens"]) * int(s["hidden"])
+    if case.op in ("moe_dgrad", "moe_wgrad"):
+        return int(z["rows"]) * (2 * int(s["hidden"]) + 3 * int(s["intermediate"]))
+    if case.op in ("permute", "combine"):
+        return max(int(z["rows"]), int(z["tokens"]), 1) * int(s["hidden"])
+    if case.op.startswith("attention"):
+        return math.prod(query_shape(case))
+    if case.op == "elementwise":
+        return norm_tokens(case) * NORM_HIDDEN
+    return 0
+
+
+def output_elements(case: Case) -> int:
+    """Elements that a case writes to the scratch arena; operators without an `out` make their own."""
+    s, z = case.shape, case.size
+    if case.op == "gemm":
+        return int(z["m"]) * int(s["n"])
+    if case.op in ("moe", "combine"):
+        return int(z["tokens"]) * int(s["hidden"])
+    if case.op in ("peak_gemm", "elementwise"):
+        return input_elements(case)
+    return math.prod(weight_shapes(case)[0]) if case.op == "copy_bandwidth" else 0
+
+
+def context_of(case: Case) -> int:
+    """Tokens that one decoded token attends to: the context, cut to the window where there is one."""
+    context, window = int(case.size["context"]), int(case.shape.get("window", 0))
+    return min(context, window) if window else context
+
+
+def query_shape(case: Case) -> Shape:
+    """Queries of an attention case: [B, heads, L, D]; [B, heads, C] where MLA decodes."""
+    s, z = case.shape, case.size
+    batch, heads = int(z["batch"]), int(s["heads"])
+    if case.op == "attention_decode":
+        return (batch, heads, int(s["kv_dim"])) if s["kind"] == "mla" else (batch, heads, 1, int(s["head_dim"]))
+    return batch, heads, int(z["length"]), _kv_shapes(s, 1, 1)[0][-1]
+
+
+def norm_tokens(case: Case) -> int:
+    """Tokens of an elementwise case, which reads and writes two tensors of them each."""
+    return max(1, round(int(case.size["bytes"]) / (4 * NORM_HIDDEN * element_bytes(case.dtype))))
+
+
+def floors(case: Case) -> tuple[float, float]:
+    """(bytes, FLOP) that one call must move and compute at least: inputs read once, results written once.
+
+    Only experts with rows are read; attention counts the pairs that the mask keeps. A bound, not a prediction. Not
+    for the operators of `io_cases`, which give their own. Raises ValueError for a histogram that cannot exist.
+    """
+    s, z, width = case.shape, case.size, element_bytes(case.dtype)
+    if case.op == "gemm":
+        m, n, k = int(z["m"]), *_int(s, "n", "k")
+        return width * float(m * k + n * k + m * n), 2.0 * m * n * k
+    if case.op == "peak_gemm":
+        return 3.0 * width * int(z["n"]) ** 2, 2.0 * int(z["n"]) ** 3
+    if case.op in ("moe", "moe_dgrad", "moe_wgrad"):
+        return _expert_floors(case)
+    if case.op in ("router", "router_backward"):
+        tokens, hidden, experts = int(z["tokens"]), *_int(s, "hidden", "experts")
+        times = 1 if case.op == "router" else 2
+        return float(times * width * (tokens * hidden + experts * hidden)), 2.0 * times * tokens * hidden * experts
+    if case.op in ("permute", "combine"):
+        rows, tokens, hidden = *_int(z, "rows", "tokens"), int(s["hidden"])
+        return float(width * hidden * (rows + min(rows, tokens))), 0.0
+    if case.op == "shared_expert":
+        tokens, hidden, inner = int(z["tokens"]), *_int(s, "hidden", "intermediate")
+        return width * float(3 * hidden * inner + 2 * tokens * hidden), 6.0 * tokens * hidden * inner
+    if case.op.startswith("attention"):
+        return _attention_floors(case)
+    if case.op in ("elementwise", "read_bandwidth", "copy_bandwidth"):
+        return float(int(z["bytes"])), 0.0
+    return 0.0, 0.0
+
+
+def _expert_floors(case: Case) -> tuple[float, float]:
+    """Forward: weights of the active experts read, tokens in and out. dgrad: the same with rows. wgrad: weights
+    written. Either gradient multiplies as much as the forward pass."""
+    counts_E = case_counts(case)
+    hidden, inner = _int(case.shape, "hidden", "intermediate")
+    tokens, rows = _int(case.size, "tokens", "rows")
+    active = int(np.count_nonzero(counts_E))
+    moved = 2 * min(rows, tokens) if case.op == "moe" else 2 * rows
+    return element_bytes(case.dtype) * float(3 * active * hidden * inner + moved * hidden), 6.0 * rows * hidden * inner
+
+
+def _attention_floors(case: Case) -> tuple[float, float]:
+    """Keys and values read once, queries in, results out; two products over the pairs kept, five backwards."""
+    s, z, width = case.shape, case.size, element_bytes(case.dtype)
+    query, kv = query_shape(case), weight_shapes(case)
+    batch, heads = query[0], query[1]
+    value_dim = int(s["v_head_dim"])
+    window = int(s.get("window", 0))
+    if case.op == "attention_decode":
+        pairs = float(batch * heads * context_of(case))
+        if s["kind"] == "mla":
+            value_dim = int(s["kv_dim"]) - int(s["rope_dim"])
+        out = batch * heads * value_dim
+        moved = sum(math.prod(shape) for shape in kv)
+        return float(width * (moved + math.prod(query) + out)), 2.0 * pairs * (query[-1] + value_dim)
+    length, prefix = _int(z, "length", "prefix")
+    seen = np.arange(prefix + 1, prefix + length + 1, dtype=np.float64)
+    pairs = batch * heads * float((np.minimum(seen, window) if window else seen).sum())
+    elements = math.prod(query) + batch * heads * length * value_dim + sum(math.prod(shape) for shape in kv)
+    forward = 2.0 * pairs * (query[-1] + value_dim)
+    return (2.0 * width * elements, 2.5 * forward) if case.op == "attention_backward" else (width * elements, forward)

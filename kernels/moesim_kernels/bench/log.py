@@ -1,0 +1,310 @@
+"""The log of a run: JSON lines that are only ever appended, so that a run killed anywhere goes on where it was.
+
+    {"schema": 1, "plan": ID, "machine": {...}}                              first line
+    {"id", "round", "ns": [...], "wall_ns": [...], "psi", "reference_ns"}    samples of one case
+    {"id", "remark"}      {"id", "refused"}      {"end": {...}}              what else a reader should know
+
+Each line is handed to the system at once (a killed process loses none) and put on disk about once a second. A last
+line without its newline is torn: it is ignored, and cut off before the next run appends. Any other line that is not as
+above is an error with its number. Reading needs numpy alone, and only `read_points` needs that.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moesim_kernels.bench.errors import BadPlan
+from moesim_kernels.bench.machine import IDENTITY
+from moesim_kernels.bench.plan import Case, Plan
+from moesim_kernels.bench.strict import canonical, parse, read_bytes
+
+__all__ = ["LogWriter", "Point", "Record", "Samples", "read_log", "read_points"]
+
+SCHEMA = 1
+MAX_LOG_BYTES = 256 << 20
+MAX_LINE_BYTES = 1 << 20
+MAX_NS = 1e14  # a day and a bit: no call of a benchmark takes that long
+_SYNC_S = 1.0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One line of samples: ns a call by the case's clock and by the wall, PSI in percent, the last reference time."""
+
+    id: str
+    round: int
+    ns: tuple[float, ...]
+    wall_ns: tuple[float, ...]
+    psi: float | None
+    reference_ns: float | None
+
+
+@dataclass
+class Record:
+    """All of a log. `refused` and `remarks` by case id; `ends` how each run that ended by itself left it."""
+
+    plan_id: str
+    machine: dict[str, Any]
+    lines: list[Samples] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+    remarks: dict[str, str] = field(default_factory=dict)
+    ends: list[dict[str, Any]] = field(default_factory=list)
+    whole_bytes: int = 0
+
+    def counts(self) -> dict[str, int]:
+        """Samples a case id."""
+        out: dict[str, int] = {}
+        for line in self.lines:
+            out[line.id] = out.get(line.id, 0) + len(line.ns)
+        return out
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured case: quartiles over its samples, in ns a call; the wall's median beside it.
+
+    drift: 90th over 10th percentile of the reference times of its samples (1 where there are none); psi: the median
+    pressure in percent, or None; machine facts stand in the log's first line.
+    """
+
+    case: Case
+    ns_median: float
+    ns_p25: float
+    ns_p75: float
+    samples: int
+    wall_ns_median: float
+    drift: float
+    psi: float | None = None
+
+
+def _object(value: Any, keys: set[str], where: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or set(value) != keys:
+        got = ", ".join(map(repr, value))[:200] if isinstance(value, dict) else f"{value!r:.80}"
+        raise BadPlan(f"a line with the keys {', '.join(sorted(keys))} is needed; got {got}. {_MEND}", where)
+    return value
+
+
+_MEND = "Remove this line, or begin a new log"
+
+
+def _times(name: str, value: Any, where: str) -> tuple[float, ...]:
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(type(x) in (int, float) and 0 < x <= MAX_NS and math.isfinite(x) for x in value)
+    ):
+        raise BadPlan(f"{name} must be a list of times in ns above 0; got {value!r:.80}. {_MEND}", where)
+    return tuple(map(float, value))
+
+
+def _number(name: str, value: Any, high: float, where: str) -> float | None:
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 <= value <= high:
+        raise BadPlan(f"{name} must be null or a number from 0 to {high:g}; got {value!r:.80}. {_MEND}", where)
+    return float(value)
+
+
+def _text(name: str, value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise BadPlan(f"{name} must be a text; got {value!r:.80}. {_MEND}", where)
+    return value
+
+
+def _header(value: Any, where: str) -> Record:
+    head = _object(value, {"schema", "plan", "machine"}, where)
+    if type(head["schema"]) is not int or head["schema"] != SCHEMA:
+        raise BadPlan(f"schema must be {SCHEMA}; got {head['schema']!r:.80}. Begin a new log", where)
+    if not isinstance(head["machine"], dict):
+        raise BadPlan("machine must be an object. Begin a new log", where)
+    return Record(_text("plan", head["plan"], where), head["machine"])
+
+
+def _add_line(record: Record, value: Any, known: Mapping[str, Any] | None, where: str) -> None:
+    """Check one line after the first and put it into the record. Raises BadPlan."""
+    if isinstance(value, dict) and "end" in value:
+        end = _object(value, {"end"}, where)["end"]
+        if not isinstance(end, dict):
+            raise BadPlan(f"end must be an object. {_MEND}", where)
+        record.ends.append(end)
+        return
+    kind = next((k for k in ("remark", "refused") if isinstance(value, dict) and k in value), None)
+    keys = {"id", kind} if kind else {"id", "round", "ns", "wall_ns", "psi", "reference_ns"}
+    line = _object(value, keys, where)
+    key = _text("id", line["id"], where)
+    if known is not None and key not in known:
+        raise BadPlan(f"no case of the plan has the id {key!r:.40}. {_MEND}", where)
+    if kind:
+        texts = record.remarks if kind == "remark" else record.refused
+        texts[key] = _text(kind, line[kind], where)
+        return
+    if type(line["round"]) is not int or not 0 <= line["round"] < 1 << 40:
+        raise BadPlan(f"round must be a whole number from 0; got {line['round']!r:.80}. {_MEND}", where)
+    ns, wall = _times("ns", line["ns"], where), _times("wall_ns", line["wall_ns"], where)
+    if len(ns) != len(wall):
+        raise BadPlan(f"ns and wall_ns must be equally long; got {len(ns)} and {len(wall)}. {_MEND}", where)
+    psi = _number("psi", line["psi"], 100.0, where)
+    reference = _number("reference_ns", line["reference_ns"], MAX_NS, where)
+    record.lines.append(Samples(key, line["round"], ns, wall, psi, reference))
+
+
+def _parse_log(data: bytes, plan: Plan | None, path: str) -> Record | None:
+    """The record of all whole lines, or None where there is not even a whole first one."""
+    end = data.rfind(b"\n") + 1
+    record: Record | None = None
+    known = {case.id: case for case in plan.cases} if plan else None
+    for number, line in enumerate(data[:end].split(b"\n")[:-1], start=1):
+        where = f"{path}:{number}"
+        if len(line) > MAX_LINE_BYTES:
+            raise BadPlan(f"a line has at most {MAX_LINE_BYTES} bytes. {_MEND}", where)
+        try:
+            value = parse(line, where)
+        except BadPlan as error:
+            raise BadPlan(f"{error.message}. {_MEND}", error.where) from None
+        if record is not None:
+            _add_line(record, value, known, where)
+            continue
+        record = _header(value, where)
+        if plan is not None and record.plan_id != plan.plan_id:
+            raise BadPlan(
+                f"this log belongs to plan {record.plan_id}, not to {plan.plan_id}. "
+                "Give the plan it was begun with, or name another log",
+                where,
+            )
+    if record is not None:
+        record.whole_bytes = end
+    return record
+
+
+def read_log(path: Path | str, plan: Plan | None = None) -> Record:
+    """Read and check a whole log; with a plan, check that it is this plan's. Raises BadPlan with `file:line`."""
+    path = Path(path)
+    record = _parse_log(read_bytes(path, MAX_LOG_BYTES), plan, str(path))
+    if record is None:
+        raise BadPlan("has no whole first line; measure again", str(path))
+    return record
+
+
+def read_points(plan: Plan, path: Path | str, normalise: bool = False) -> list[Point]:
+    """The measured cases of a plan, in its order; cases without a sample are left out.
+
+    normalise: divide each sample by its reference time and multiply by the median reference of the whole log, which
+    takes out drift of the clock but adds the reference's own spread. Raises BadPlan with `file:line`.
+    """
+    import numpy as np
+
+    record = read_log(path, plan)
+    references = [line.reference_ns for line in record.lines if line.reference_ns]
+    middle = float(np.median(references)) if references else 1.0
+    by_id: dict[str, list[Samples]] = {}
+    for line in record.lines:
+        by_id.setdefault(line.id, []).append(line)
+    points = []
+    for case in plan.cases:
+        lines = by_id.get(case.id, [])
+        if not lines:
+            continue
+        scale = [middle / line.reference_ns if normalise and line.reference_ns else 1.0 for line in lines]
+        ns = np.array([x * s for line, s in zip(lines, scale, strict=True) for x in line.ns])
+        low, median, high = np.percentile(ns, [25, 50, 75])
+        seen = [line.reference_ns for line in lines if line.reference_ns]
+        drift = float(np.percentile(seen, 90) / np.percentile(seen, 10)) if seen else 1.0
+        psi = [line.psi for line in lines if line.psi is not None]
+        wall = float(np.median([x for line in lines for x in line.wall_ns]))
+        pressure = float(np.median(psi)) if psi else None
+        points.append(Point(case, float(median), float(low), float(high), ns.size, wall, drift, pressure))
+    return points
+
+
+class LogWriter:
+    """Appends to a log that nobody else may write meanwhile. `record` is what it held when it was opened."""
+
+    def __init__(self, path: Path | str, plan: Plan, machine: Mapping[str, Any]) -> None:
+        """Open or begin a log. Raises BadPlan: in use, malformed, of another plan, of another machine."""
+        self.path = Path(path)
+        where = str(self.path)
+        try:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise BadPlan(f"cannot be written: {error.strerror or error}. Name another log", where) from None
+        self._synced = time.monotonic()
+        try:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise BadPlan("another run writes this log; wait for its end, or name another log", where) from None
+            data = read_bytes(self.path, MAX_LOG_BYTES)
+            found = _parse_log(data, plan, where)
+            if found is None:
+                found = Record(plan.plan_id, dict(machine))
+                _check_empty(data, where)
+                os.ftruncate(self._file, 0)
+                self._write({"schema": SCHEMA, "plan": plan.plan_id, "machine": dict(machine)})
+            else:
+                _check_machine(found.machine, machine, where)
+                os.ftruncate(self._file, found.whole_bytes)
+        except BaseException:
+            os.close(self._file)
+            raise
+        self.record: Record = found
+
+    def samples(self, line: Samples) -> None:
+        """Append the samples of one case."""
+        self._write(
+            {
+                "id": line.id,
+                "round": line.round,
+                "ns": [round(x, 1) for x in line.ns],
+                "wall_ns": [round(x, 1) for x in line.wall_ns],
+                "psi": line.psi,
+                "reference_ns": line.reference_ns,
+            }
+        )
+
+    def text(self, kind: str, key: str, text: str) -> None:
+        """Append a `remark` on a case, or why it was `refused`."""
+        self._write({"id": key, kind: text[:1000]})
+
+    def end(self, facts: Mapping[str, Any]) -> None:
+        """Append how the run ended, and put everything on disk."""
+        self._write({"end": dict(facts)})
+        os.fsync(self._file)
+
+    def close(self) -> None:
+        """Put everything on disk and let others write."""
+        os.fsync(self._file)
+        os.close(self._file)
+
+    def _write(self, value: dict[str, Any]) -> None:
+        data = (canonical(value) + "\n").encode()
+        # a full disk writes a part: the line is torn and the next run cuts it off
+        if os.write(self._file, data) != len(data):
+            raise BadPlan("the disk is full; make room and start again, nothing measured is lost", str(self.path))
+        now = time.monotonic()
+        if now - self._synced > _SYNC_S:
+            os.fsync(self._file)
+            self._synced = now
+
+
+def _check_empty(data: bytes, where: str) -> None:
+    """A file without a whole line is overwritten only if it is the beginning of a log."""
+    start = b'{"machine":'
+    if data[: len(start)] != start[: len(data)]:
+        raise BadPlan("is no log of a run and will not be overwritten; name another log", where)
+
+
+def _check_machine(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> None:
+    for key in IDENTITY:
+        if old.get(key) != new.get(key):
+            raise BadPlan(
+                f"this log was begun with {key} = {old.get(key)!r:.80}, now it is {new.get(key)!r:.80}. "
+                "Times of two machines or versions do not mix: name another log",
+                f"{where}:1",
+            )
