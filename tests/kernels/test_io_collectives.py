@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from moesim_kernels.bench.errors import BadPlan
 from moesim_kernels.bench.io_cases import IO_BUILDERS, exchange_call
 from moesim_kernels.bench.plan import Case
@@ -161,6 +162,27 @@ def test_a_worker_killed_while_another_waits_for_it_ends_the_group(groups: dict[
     assert not group.alive
     with pytest.raises(WorkerFailed, match="has ended"):
         group.time_ns(Call("all_reduce", 1000))
+
+
+@pytest.mark.slow
+def test_nccl_without_enough_devices_says_so() -> None:
+    ranks = torch.cuda.device_count() + 2
+    with pytest.raises(WorkerFailed, match="nccl runs one process a GPU"):
+        Group(ranks, "nccl", timeout_s=START_S)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="nccl runs one process a GPU: needs two")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_nccl_equals_numpy(dtype: str) -> None:
+    with Group(torch.cuda.device_count(), "nccl", timeout_s=START_S) as group:
+        for op in OPS[:4]:
+            check(group, Call(op, 1000, dtype))
+            assert group.time_ns(Call(op, 1000, dtype)) > 0
+        draw = np.random.default_rng(7).integers(0, 40, (group.ranks, group.ranks))
+        splits = tuple(tuple(int(n) for n in row) for row in draw)
+        for composed in (False, True):
+            check(group, Call("all_to_allv", dtype=dtype, splits=splits, composed=composed))
 
 
 @pytest.mark.slow

@@ -209,8 +209,13 @@ class Group:
             raise WorkerFailed(f"{what}: this group of workers has ended; start a new one")
         try:
             for worker, request in zip(self._workers, requests, strict=True):
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # its end is told below
+                worker.line.settimeout(self.timeout_s)
+                try:
                     worker.line.sendall(json.dumps(request).encode() + b"\n")
+                except TimeoutError:
+                    raise self._failed(what, f"rank {worker.rank} takes no request") from None
+                except (BrokenPipeError, ConnectionResetError):
+                    continue  # it has ended, which reading from it tells
             return self._answers(what)
         except BaseException:
             self._end()  # an interrupted answer would be taken for the next one
@@ -240,10 +245,9 @@ class Group:
 
     def _failed(self, what: str, reason: str) -> WorkerFailed:
         """The error to raise, with how workers ended by themselves: the first cause often shows there alone."""
-        codes: dict[int, int] = {}
-        for worker in self._workers:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                codes[worker.rank] = worker.process.wait(0.2)
+        time.sleep(0.2)
+        polled = {worker.rank: worker.process.poll() for worker in self._workers}
+        codes = {rank: code for rank, code in polled.items() if code is not None}
         ends = [
             f"rank {rank} {f'was killed by signal {-code}' if code < 0 else f'ended with code {code}'}"
             for rank, code in codes.items()
