@@ -14,6 +14,7 @@ from moesim_kernels.bench.progress import Progress, span
 __all__ = ["budget_seconds", "main"]
 
 EXIT_BAD_INPUT = 2
+_MOST_LINES = 12
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -77,12 +78,18 @@ def _go(options: argparse.Namespace) -> int:
         f"{summary.samples} samples in {span(summary.seconds)}"
     )
     names = {case.id: f"{case.op} {case.shape | case.size} {case.dtype}" for case in plan.cases}
-    for key, reason in summary.refused.items():
-        print(f"refused: {names[key]}: {reason}")
-    for key in summary.short:
-        if key not in summary.refused:
-            print(f"fewer than {options.minimum} samples: {names[key]}")
+    short = [key for key in summary.short if key not in summary.refused]
+    _list([f"refused: {names[key]}: {reason}" for key, reason in summary.refused.items()])
+    _list([f"fewer than {options.minimum} samples: {names[key]}" for key in short])
     return 128 + summary.signal if summary.signal is not None else 0
+
+
+def _list(lines: list[str]) -> None:
+    """Print lines, a long list cut; the log's last line names them all by id."""
+    for line in lines[:_MOST_LINES]:
+        print(line)
+    if len(lines) > _MOST_LINES:
+        print(f"... and {len(lines) - _MOST_LINES} more")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,6 +99,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _go(options)
     except (BadPlan, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except ModuleNotFoundError as error:
+        print(
+            f"error: {error.name} is not installed, and measuring needs it; pip install {error.name}", file=sys.stderr
+        )
         return EXIT_BAD_INPUT
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}; name another file", file=sys.stderr)

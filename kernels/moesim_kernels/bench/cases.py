@@ -15,12 +15,11 @@ import numpy as np
 
 from moesim_kernels.bench.errors import BadPlan
 from moesim_kernels.bench.floors import (
-    NORM_HIDDEN,
     activation_dtype,
     case_counts,
     floors,
     input_elements,
-    norm_tokens,
+    norm_shape,
     output_elements,
     query_shape,
     weight_shapes,
@@ -386,10 +385,10 @@ def _attention_backward(case: Case, device: Device, pool: Pool) -> Prepared:
 
 
 def _elementwise(case: Case, device: Device, pool: Pool) -> Prepared:
-    """Residual add and RMS norm on as many tokens of 4,096 as move the bytes."""
+    """Residual add and RMS norm on as many tokens as move the bytes."""
     from moesim_kernels.ops.dense import norm_residual
 
-    hidden_TH = _input(case, pool, norm_tokens(case), NORM_HIDDEN)
+    hidden_TH = _input(case, pool, *norm_shape(case))
     residual_TH, weight_H = _scratch(case, pool, *hidden_TH.shape), hidden_TH[0]
     return _prepared(case, device, lambda i: norm_residual(hidden_TH, residual_TH, weight_H), 1)
 

@@ -15,14 +15,14 @@ from moesim_kernels.bench.plan import Case
 from moesim_kernels.ops.routing import histogram
 
 __all__ = [
-    "NORM_HIDDEN",
     "activation_dtype",
     "case_counts",
     "context_of",
     "element_bytes",
     "floors",
+    "guess_ns",
     "input_elements",
-    "norm_tokens",
+    "norm_shape",
     "output_elements",
     "query_shape",
     "weight_shapes",
@@ -100,7 +100,7 @@ def input_elements(case: Case) -> int:
     if case.op.startswith("attention"):
         return math.prod(query_shape(case))
     if case.op == "elementwise":
-        return norm_tokens(case) * NORM_HIDDEN
+        return math.prod(norm_shape(case))
     return 0
 
 
@@ -131,9 +131,11 @@ def query_shape(case: Case) -> Shape:
     return batch, heads, int(z["length"]), _kv_shapes(s, 1, 1)[0][-1]
 
 
-def norm_tokens(case: Case) -> int:
-    """Tokens of an elementwise case, which reads and writes two tensors of them each."""
-    return max(1, round(int(case.size["bytes"]) / (4 * NORM_HIDDEN * element_bytes(case.dtype))))
+def norm_shape(case: Case) -> tuple[int, int]:
+    """[T, H] of an elementwise case, which reads and writes two such tensors: 4,096 wide, or one narrower token."""
+    elements = max(1, round(int(case.size["bytes"]) / (4 * element_bytes(case.dtype))))
+    hidden = min(NORM_HIDDEN, elements)
+    return max(1, round(elements / hidden)), hidden
 
 
 def floors(case: Case) -> tuple[float, float]:
@@ -198,3 +200,13 @@ def _attention_floors(case: Case) -> tuple[float, float]:
     elements = math.prod(query) + batch * heads * length * value_dim + sum(math.prod(shape) for shape in kv)
     forward = 2.0 * pairs * (query[-1] + value_dim)
     return (2.0 * width * elements, 2.5 * forward) if case.op == "attention_backward" else (width * elements, forward)
+
+
+def guess_ns(case: Case, device: str) -> float:
+    """A rough time of one call, to order first tries by: bytes and FLOP at rates of the right size."""
+    bytes_per_ns, flop_per_ns = (10.0, 40.0) if device == "cpu" else (3000.0, 400_000.0)
+    try:
+        moved, flop = floors(case)
+    except ValueError:  # a histogram that cannot be: refused when it is built
+        return 0.0
+    return float(moved or int(case.size.get("bytes", 0))) / bytes_per_ns + flop / flop_per_ns

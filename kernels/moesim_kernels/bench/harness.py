@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from moesim_kernels.bench import cases, clock, machine
+from moesim_kernels.bench import cases, clock, floors, machine
 from moesim_kernels.bench.log import LogWriter, Samples
 from moesim_kernels.bench.plan import Case, Plan
 from moesim_kernels.bench.pool import Device, Pool, PoolFull
@@ -125,15 +125,18 @@ class Run:
         began_s = self.spent_s()
         for _ in range(rounds):
             among = [key for key in keys if key not in self.waiting]
-            end_s = began_s + left_s * len(among) / len(keys)
-            order = self.schedule.round(among, min(end_s - self.spent_s(), self.left_s()))
-            if not order or self.caught is not None:
+            end_s = min(began_s + left_s * len(among) / len(keys), self.schedule.budget_s)
+            order, part_s = self.schedule.round(among, end_s - self.spent_s())
+            if not order:
                 return
             gc.collect()
+            until_s = self.spent_s() + part_s
             for key in order:
-                if self.caught is not None or self.spent_s() >= end_s:
-                    return
+                if self.spent_s() >= until_s:
+                    break
                 self._turn(key)
+                if self.caught is not None:
+                    return
             self.rounds += 1
 
     def _turn(self, key: str) -> None:
@@ -256,7 +259,8 @@ def run(
     try:
         done = log.record.counts()
         roles = {case.id: case.role for case in plan.cases}
-        schedule = Schedule(roles, done, budget_s, target, minimum, seed + len(log.record.lines))
+        guess = {case.id: floors.guess_ns(case, plan.device) for case in plan.cases}
+        schedule = Schedule(roles, guess, done, budget_s, target, minimum, seed + len(log.record.lines))
         pool = Pool(device)
 
         def build(case: Case) -> clock.Sampler:

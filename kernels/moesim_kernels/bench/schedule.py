@@ -1,9 +1,10 @@
 """Which case runs next: round after round, in a new order each, within a budget. Pure: it is told what things cost.
 
-First every case gets its minimum of samples, ceilings before grid before held-out points; where the time left does not
-reach, the cheap ones of a role come first, so that as many as can be get theirs. After that the time left is dealt out
-evenly (max-min fair): a case takes no more than it needs for its target, so cheap cases reach it and long ones share
-what remains, each spread evenly over the rounds to come.
+First each case is tried once, ceilings before grid before held-out points and those guessed cheap first, in at most
+half of the time. Then those tried get their minimum of samples; where the time left does not reach, the cheap ones of
+a role come first, so that as many as can be get theirs; then it is the turn of those not yet tried. After that the
+time left is dealt out evenly (max-min fair): a case takes no more than it needs for its target, so cheap cases reach it
+and long ones share what remains, each spread evenly over the rounds to come.
 """
 
 from __future__ import annotations
@@ -34,11 +35,19 @@ def fair_level(need: Sequence[float], total: float) -> float:
 class Schedule:
     """Counts samples and costs of cases, and says what the next round runs.
 
-    roles: id to role; done: samples that a log already holds; seconds everywhere.
+    roles: id to role; guess: id to a cost in any unit, for the order of the first tries; done: samples that a log
+    already holds; seconds everywhere. Raises ValueError for a minimum outside 1 to the target.
     """
 
     def __init__(
-        self, roles: Mapping[str, str], done: Mapping[str, int], budget_s: float, target: int, minimum: int, seed: int
+        self,
+        roles: Mapping[str, str],
+        guess: Mapping[str, float],
+        done: Mapping[str, int],
+        budget_s: float,
+        target: int,
+        minimum: int,
+        seed: int,
     ) -> None:
         if not 1 <= minimum <= target:
             raise ValueError(f"the minimum of samples must be from 1 to the target: minimum={minimum}, target={target}")
@@ -48,6 +57,7 @@ class Schedule:
         self.samples = {key: done.get(key, 0) for key in roles}
         self.refused: set[str] = set()
         self._rank = {key: ROLES.index(role) for key, role in roles.items()}
+        self._guess = guess
         self._spent = dict.fromkeys(roles, 0.0)
         self._turns = dict.fromkeys(roles, 0)
         self._credit = dict.fromkeys(roles, 0.0)
@@ -79,32 +89,33 @@ class Schedule:
         """Seconds to bring every case to its target, as far as costs are known."""
         return sum((self.target - self.samples[key]) * (self.cost_s(key) or 0.0) for key in self.unfinished())
 
-    def round(self, among: Sequence[str], left_s: float) -> list[str]:
-        """The cases of `among` that the next round runs, in order; none when nothing is left to do within `left_s`."""
+    def round(self, among: Sequence[str], left_s: float) -> tuple[list[str], float]:
+        """(cases of `among` that the next round runs, in order; the part of `left_s` that it may take).
+
+        No case when nothing is left to do in the time left.
+        """
         if left_s <= 0:
-            return []
+            return [], 0.0
         keys = [key for key in among if key not in self.refused and self.samples[key] < self.target]
         self._random.shuffle(keys)
         below = [key for key in keys if self.samples[key] < self.minimum]
-        if below:
-            first = self._affordable(below, left_s)
-            if first:
-                return sorted(first, key=self._rank.__getitem__)
-            keys = [key for key in keys if self.samples[key] >= self.minimum]
-        return self._shared(keys, left_s)
+        tried = self._affordable([key for key in below if self._turns[key]], left_s)
+        if tried:
+            return tried, left_s
+        untried = [key for key in below if not self._turns[key]]
+        if untried:
+            return sorted(untried, key=lambda key: (self._rank[key], self._guess.get(key, 0.0))), left_s / 2
+        return self._shared(keys, left_s), left_s
 
     def _affordable(self, keys: list[str], left_s: float) -> list[str]:
-        """Those that can reach their minimum in `left_s`: by role, then cheapest first. Unknown costs are tried."""
-        out = [key for key in keys if self.cost_s(key) is None]
-        known = [key for key in keys if self.cost_s(key) is not None]
-        need = {key: (self.minimum - self.samples[key]) * (self.cost_s(key) or 0.0) for key in known}
-        for key in sorted(known, key=lambda key: (self._rank[key], need[key])):
-            if need[key] > left_s:
-                continue
-            left_s -= need[key]
-            out.append(key)
-        chosen = set(out)
-        return [key for key in keys if key in chosen]
+        """Those that can reach their minimum in `left_s`, by role: within one the cheapest are taken first."""
+        need = {key: (self.minimum - self.samples[key]) * (self.cost_s(key) or 0.0) for key in keys}
+        chosen = set()
+        for key in sorted(keys, key=lambda key: (self._rank[key], need[key])):
+            if need[key] <= left_s:
+                left_s -= need[key]
+                chosen.add(key)
+        return sorted((key for key in keys if key in chosen), key=self._rank.__getitem__)
 
     def _shared(self, keys: list[str], left_s: float) -> list[str]:
         """The keys whose turn it is when `left_s` is shared evenly and each key's turns are spread over the rounds."""
