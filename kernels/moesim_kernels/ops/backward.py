@@ -6,13 +6,13 @@ Forward:  x = row w13^T,  act = silu(x_gate) * x_up,  y = act w2^T,  out[token] 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
 from .dense import product
-from .moe import GATE_FLOOR, check_experts, grouped_rows, spans
+from .moe import GATE_FLOOR, How, Score, check_experts, grouped_rows, spans
 
 __all__ = [
     "ExpertGrads",
@@ -53,7 +53,7 @@ def grouped_dgrad(
     w13: torch.Tensor,
     w2: torch.Tensor,
     end_E: torch.Tensor,
-    how: Literal["loop", "grouped"] = "loop",
+    how: How = "loop",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(gradient of the rows [R, H], gradient of x [R, 2I], act [R, I]) from that of the experts' output.
 
@@ -70,15 +70,15 @@ def grouped_wgrad(
     grad_x_R2I: torch.Tensor,
     row_RH: torch.Tensor,
     end_E: torch.Tensor,
-    how: Literal["loop", "grouped"] = "loop",
+    how: How = "loop",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(gradient of w13 [E, 2I, H], of w2 [E, H, I]): each expert's grad^T input over its own rows; 0 without rows."""
     return _outer(grad_x_R2I, row_RH, end_E, how), _outer(grad_RH, act_RI, end_E, how)
 
 
-def _outer(grad_RN: torch.Tensor, input_RM: torch.Tensor, end_E: torch.Tensor, how: str) -> torch.Tensor:
+def _outer(grad_RN: torch.Tensor, input_RM: torch.Tensor, end_E: torch.Tensor, how: How) -> torch.Tensor:
     """[E, N, M]: grad^T input over each expert's rows."""
-    if how == "grouped":
+    if how == "grouped" and grad_RN.shape[0]:
         return functional.grouped_mm(grad_RN.t(), input_RM, offs=end_E)
     out_ENM = grad_RN.new_zeros(end_E.shape[0], grad_RN.shape[1], input_RM.shape[1])
     for expert, begin, end in spans(end_E):
@@ -93,7 +93,7 @@ def grouped_backward(
     w13: torch.Tensor,
     w2: torch.Tensor,
     end_E: torch.Tensor,
-    how: Literal["loop", "grouped"] = "loop",
+    how: How = "loop",
 ) -> ExpertGrads:
     """Both data gradients and both weight gradients of the experts, given dL/dy [R, H]."""
     grad_row_RH, grad_x_R2I, act_RI = grouped_dgrad(grad_RH, x_R2I, w13, w2, end_E, how)
@@ -116,7 +116,7 @@ def router_backward(
     logit_TE: torch.Tensor,
     expert_TK: torch.Tensor,
     *,
-    score: Literal["softmax", "sigmoid"] = "softmax",
+    score: Score = "softmax",
     renormalise: bool = True,
     scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,10 @@ from torch.nn import functional
 from .dense import gemm, product
 
 __all__ = [
+    "How",
+    "HowLayer",
     "Permuted",
+    "Score",
     "combine",
     "grouped_is_native",
     "grouped_rows",
@@ -39,6 +42,10 @@ __all__ = [
     "spans",
     "swiglu",
 ]
+
+How = Literal["loop", "grouped"]
+HowLayer = Literal["loop", "grouped", "triton"]
+Score = Literal["softmax", "sigmoid"]
 
 GATE_FLOOR = 1e-20  # keeps a token whose gates all underflow finite, as in DeepSeek-V3's released gate
 
@@ -72,7 +79,7 @@ def route(
     router_EH: torch.Tensor,
     top_k: int,
     *,
-    score: Literal["softmax", "sigmoid"] = "softmax",
+    score: Score = "softmax",
     bias_E: torch.Tensor | None = None,
     groups: int = 1,
     top_groups: int = 1,
@@ -143,7 +150,7 @@ def grouped_swiglu(
     w13: torch.Tensor,
     w2: torch.Tensor,
     end_E: torch.Tensor,
-    how: Literal["loop", "grouped"] = "loop",
+    how: How = "loop",
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each row through its own expert: (silu(x w1^T) * (x w3^T)) w2^T, [R, H]. Rows past end_E[-1] stay unwritten."""
@@ -156,11 +163,11 @@ def grouped_rows(
     row_RK: torch.Tensor,
     matrix_EKN: torch.Tensor,
     end_E: torch.Tensor,
-    how: Literal["loop", "grouped"],
+    how: How,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Each row times its own expert's matrix, [R, N]; matrices may be transposed views. See `how` above."""
-    if how == "grouped":
+    if how == "grouped" and row_RK.shape[0]:
         result_RN = functional.grouped_mm(row_RK, matrix_EKN, offs=end_E)
         return result_RN if out is None else out.copy_(result_RN)  # grouped_mm has no out
     out = row_RK.new_empty(row_RK.shape[0], matrix_EKN.shape[2]) if out is None else out
@@ -204,7 +211,7 @@ def moe_local(
     end_E: torch.Tensor,
     w13: torch.Tensor,
     w2: torch.Tensor,
-    how: Literal["loop", "grouped", "triton"] = "loop",
+    how: HowLayer = "loop",
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The rank's part of a layer after routing: gathers rows, runs the experts, sums by token with gates. [T, H].
