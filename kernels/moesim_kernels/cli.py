@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from moesim_kernels.calibrate.command import calibrate
 from moesim_kernels.profiles.command import profile
 
-__all__ = ["profile"]
+__all__ = ["calibrate", "profile"]

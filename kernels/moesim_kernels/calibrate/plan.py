@@ -33,7 +33,7 @@ def make_plan(
     if problems:
         raise BadInput(list(dict.fromkeys(problems)))
     found: dict[str, Case] = {}
-    dtypes, ranks = {"fp32"}, 1
+    dtypes, ranks = {"bf16", "fp32"}, 1
     for at, d in enumerate(deployments):
         rng = np.random.default_rng([seed, at])
         cases = [
