@@ -100,3 +100,53 @@ def compare(
     render(report, every or model is not None)
     if plot is not None:
         print(f"plot: {plot}")
+
+
+_import = typer.Typer(name="import", help="Turn public measured tables into a profile.", no_args_is_help=True)
+profile.add_typer(_import)
+
+
+@_import.callback()
+def _families() -> None:
+    """Turn public measured tables into a profile."""
+
+
+@_import.command()
+def aic(
+    system: Annotated[str | None, typer.Option(help="Which system, such as h200_sxm.", metavar="NAME")] = None,
+    backend: Annotated[str | None, typer.Option(help="vllm, sglang or trtllm.", metavar="NAME")] = None,
+    version: Annotated[
+        str | None, typer.Option(help="Of the backend; else the newest of each table.", metavar="V")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The profile to write; curves go beside it.", metavar="FILE.yaml")
+    ] = None,
+    list_all: Annotated[bool, typer.Option("--list", help="Say which tables there are, and stop.")] = False,
+) -> None:
+    """Import tables of the optional package aiconfigurator-core: fitted, checked against the datasheet, held out."""
+    from moesim.errors import BadInput, Problem
+    from moesim_kernels.profiles.aic_package import installed
+    from moesim_kernels.profiles.aic_report import imported_table, listing_table
+
+    package = installed()
+    if list_all:
+        listing_table(package, system)
+        return
+    missing = [name for name, value in (("--system", system), ("--backend", backend), ("--out", out)) if value is None]
+    if missing or system is None or backend is None or out is None:
+        raise BadInput(
+            Problem("", f"{', '.join(missing)} missing; `moesim profile import aic --list` shows what there is")
+        )
+    if out.suffix not in (".yaml", ".yml"):
+        raise BadInput(Problem("--out", f"{out.name!r} must end in .yaml"))
+    if not out.absolute().parent.is_dir():
+        raise BadInput(Problem("--out", f"there is no folder {out.parent}; make it first"))
+    from moesim_kernels.profiles.aic_import import import_tables, write_profile
+
+    found = import_tables(package, system, backend, version, lambda text: print(text, file=sys.stderr))
+    shown = f"moesim profile import aic --system {system} --backend {backend}"
+    shown += (f" --version {version}" if version else "") + f" --out {out.name}"
+    written = write_profile(found, package, system, out, shown)
+    imported_table(found)
+    for path in written:
+        print(f"written: {path}")

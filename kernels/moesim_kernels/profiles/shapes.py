@@ -27,7 +27,18 @@ from moesim.dtypes import dtype_bytes
 from moesim.hardware import Curve, DeviceProfile
 from moesim_kernels.profiles.terminal_plot import size_text
 
-__all__ = ["AXES", "AXIS_WORDS", "Shape", "floor_ns", "knots", "main_shapes", "measured_shapes", "price", "span"]
+__all__ = [
+    "AXES",
+    "AXIS_WORDS",
+    "Shape",
+    "floor_ns",
+    "floor_parts",
+    "knots",
+    "main_shapes",
+    "measured_shapes",
+    "price",
+    "span",
+]
 
 Key = tuple[int | str, ...]
 
@@ -152,17 +163,24 @@ def price(ops: Operators, shape: Shape, size: FloatArray) -> Priced:
 
 
 def floor_ns(profile: DeviceProfile, shape: Shape, size: FloatArray) -> FloatArray:
-    """The least time by the datasheet: bytes over HBM or FLOP over the peak, whichever is more (Williams et al.,
-    CACM 2009); for collectives the bytes of one port over NVLink's rate.
+    """The least time by the datasheet, whichever of `floor_parts` is more (Williams et al., CACM 2009)."""
+    memory, compute = floor_parts(profile, shape, size)
+    return np.maximum(memory, compute)
+
+
+def floor_parts(profile: DeviceProfile, shape: Shape, size: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """ns that the bytes take from memory and the FLOP at the peak; for collectives, copies and reads the bytes of one
+    port over the link's rate, and 0.
     """
     key, node = shape.key, profile.node
     if shape.op in _TRAFFIC:
-        return size * (_TRAFFIC[shape.op](float(key[-1])) / (node.nvlink_bytes_per_s * 1e-9))
+        wire = _TRAFFIC[shape.op](float(key[-1])) / (node.nvlink_bytes_per_s * 1e-9)
+        return size * wire, size * 0.0
     if shape.op in ("copy", "storage"):
         host = node.host_bytes_per_s if key[0] == "host" else node.pcie_bytes_per_s
-        return size / ((node.nvme_bytes_per_s if shape.op == "storage" else host) * 1e-9)
+        return size / ((node.nvme_bytes_per_s if shape.op == "storage" else host) * 1e-9), size * 0.0
     moved, flop, dtype = _work(shape, size)
-    return np.maximum(moved / (profile.hbm_bytes_per_s * 1e-9), flop / (profile.flop_rate(dtype) * 1e-9))
+    return moved / (profile.hbm_bytes_per_s * 1e-9), flop / (profile.flop_rate(dtype) * 1e-9)
 
 
 def _work(shape: Shape, size: FloatArray) -> tuple[FloatArray, FloatArray, str]:
@@ -279,8 +297,8 @@ _PRICES: dict[str, Callable[[Operators, Shape, FloatArray], Priced]] = {
     "all_to_all": lambda ops, shape, size: ops.all_to_all(size, 0.0, int(shape.key[-1]), 1),
 }
 _TRAFFIC: dict[str, Callable[[float], float]] = {
-    # bytes through a port for each byte of size, as `moesim.cost.links` counts them
-    "all_reduce": lambda ranks: 2.0 * (ranks - 1.0) / ranks,
+    # bytes through a port, one way, for each byte of size; a switch that sums takes a buffer once, a ring nearly twice
+    "all_reduce": lambda ranks: 1.0,
     "all_gather": lambda ranks: ranks - 1.0,
     "reduce_scatter": lambda ranks: ranks - 1.0,
     "all_to_all": lambda ranks: 1.0,
