@@ -21,6 +21,7 @@ from moesim.hardware import Curve, DeviceProfile, ProfileSpec, RowWork
 from moesim_kernels.fit.curves import Axes, curves, every_size
 from moesim_kernels.fit.physics import dtype_of, fit_physics
 from moesim_kernels.fit.samples import Samples
+from moesim_kernels.fit.work import fit_work
 
 __all__ = ["Fitted", "fit_operator", "predict", "profile_yaml", "with_fits"]
 
@@ -40,11 +41,19 @@ class Fitted:
 def fit_operator(s: Samples, profile: DeviceProfile, axes_of: Axes = every_size, most: int = 4000) -> Fitted:
     """Physics by least squares on log time over at most `most` points, and residual curves at the sizes of `axes_of`.
 
-    `profile` gives the device's rates (hbm, FLOP by dtype, links) and the rows of a MoE block; its fits and curves
-    are not looked at. Raises ValueError for samples of an operator without physics.
+    `profile` gives the device's rates (hbm, FLOP by dtype, links) and the rows of a MoE block; its curves are not
+    looked at. MoE samples with counts give the row-work table as well (`fit_work`); its gradients use the table that
+    `profile` has, so fit the forward pass first. Raises ValueError for samples of an operator without physics.
     """
-    values = fit_physics(s, profile, most)
-    return Fitted(s.op, s.variant, dtype_of(s), values, curves(s, values, profile, axes_of))
+    dtype, table = dtype_of(s), None
+    if s.op == "moe" and s.counts is not None:
+        worked = fit_work(s, profile)
+        values, table = worked.values, worked.table
+        profile = replace(profile, moe_row_work=MappingProxyType({**profile.moe_row_work, dtype: table}))
+    else:
+        serial = s.op.startswith("moe") and profile.fit("moe", s.variant, "serial", 0.0)
+        values = fit_physics(s, profile, most, {"serial": 1.0} if serial else {})
+    return Fitted(s.op, s.variant, dtype, values, curves(s, values, profile, axes_of), table)
 
 
 def with_fits(profile: DeviceProfile, parts: Iterable[Fitted]) -> DeviceProfile:

@@ -177,19 +177,19 @@ def _shape(s: Samples) -> Any:
     return AttentionShape("gqa", query, cached, dim, v_dim, 0, "bf16", kv, 0)
 
 
-def fit_physics(s: Samples, profile: DeviceProfile, most: int = 4000) -> dict[str, float]:
-    """Parameters by least squares on log time (soft L1), over at most `most` evenly spaced samples.
-
-    A parameter that the samples cannot tell (launch alone is kept of fewer points than parameters) stays at its
-    start. Raises ValueError for an operator without physics.
+def fit_physics(
+    s: Samples, profile: DeviceProfile, most: int = 4000, given: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Parameters by least squares on log time (soft L1), over at most `most` evenly spaced samples; `given` ones are
+    taken as they are. Raises ValueError for an operator without physics.
     """
     name = "gemm@eager" if s.variant.endswith("@eager") and s.op == "gemm" else s.op
     if name not in PARAMETERS:
         raise ValueError(f"{s.op} has no physics to fit; operators: {', '.join(PARAMETERS)}")
     table = PARAMETERS[name]
     some = s.where(np.unique(np.linspace(0, len(s.ns) - 1, min(most, len(s.ns))).astype(int)))
-    fixed = {"switch_rows": 32.0} if name == "gemm@eager" else {}
-    names = list(table)
+    fixed = {**({"switch_rows": 32.0} if name == "gemm@eager" else {}), **(given or {})}
+    names = [n for n in table if n not in fixed]
     start, low, high = (np.array([table[n][i] for n in names], float) for i in range(3))
 
     def miss(x: FloatArray) -> FloatArray:
