@@ -285,12 +285,15 @@ def run(
 
 @contextmanager
 def _steady() -> Iterator[None]:
-    """No garbage collection inside a sample: it is done between rounds."""
+    """No garbage collection inside a sample: it is done between rounds, and leaves out what was there before."""
     was = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # a round would else look through all of torch, which takes longer than to measure
     gc.disable()
     try:
         yield
     finally:
+        gc.unfreeze()
         if was:
             gc.enable()
 
