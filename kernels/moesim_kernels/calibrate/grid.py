@@ -121,7 +121,7 @@ def layer_cases(d: Deployment, device: str, rng: np.random.Generator) -> Iterato
     """
     needs = d.gemms()
     for need in needs:
-        for m in ladder(need.rows, 6):
+        for m in ladder(need.rows, 8):
             yield Case("gemm", {"n": need.n, "k": need.k}, {"m": m}, need.dtype)
     for i in range(HELD_OUT):
         need = needs[int(rng.integers(len(needs)))]
@@ -142,7 +142,7 @@ def layer_cases(d: Deployment, device: str, rng: np.random.Generator) -> Iterato
                 yield Case("shared_expert", shape, {"tokens": tokens}, _name(d.model.weight_dtype))
     least, most = d.elementwise_bytes()
     act = _name(d.model.activation_dtype)
-    for moved in ladder(most, 7, least):
+    for moved in ladder(most, 8, least):
         yield Case("elementwise", {}, {"bytes": moved}, act)
     for i in range(HELD_OUT):
         yield Case("elementwise", {}, {"bytes": _log_uniform(rng, least, most)}, act, role="heldout", seed=i + 1)
@@ -207,7 +207,7 @@ def _lengths(d: Deployment, shape: AttentionShape) -> list[int]:
     """
     chunk = min(d.max_tokens, d.max_context)
     area = math.ceil(math.sqrt(chunk * (2 * d.max_context - chunk)))
-    own = ladder(chunk, 6)
+    own = ladder(chunk, 8)
     return sorted({*own, *(n for n in ladder(area, 3, chunk) if n > chunk)})
 
 

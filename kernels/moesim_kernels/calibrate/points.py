@@ -98,11 +98,13 @@ def floor_ns(case: Case, top: Ceilings) -> tuple[float, str]:
     reading, multiplying = READ_MARGIN * moved / top.read, FLOP_MARGIN * flop / top.flop_of(case.dtype)
     if moved and reading >= multiplying:
         more = 1.0 / READ_MARGIN - 1.0
-        return reading, f"reading {what} ({moved / 1e6:,.2f} MB) at the measured {top.read:,.1f} GB/s and {more:.0%} more"
+        rate = f"the measured {top.read:,.1f} GB/s and {more:.0%} more"
+        return reading, f"reading {what} ({moved / 1e6:,.2f} MB) at {rate}"
     if not multiplying:
         return 0.0, ""
-    rate, more = top.flop_of(case.dtype), 1.0 / FLOP_MARGIN - 1.0
-    return multiplying, f"{flop / 1e9:,.2f} GFLOP at the measured {rate:,.0f} GFLOP/s and {more:.0%} more"
+    more = 1.0 / FLOP_MARGIN - 1.0
+    rate = f"the measured {top.flop_of(case.dtype):,.0f} GFLOP/s and {more:.0%} more"
+    return multiplying, f"{flop / 1e9:,.2f} GFLOP at {rate}"
 
 
 def least_work(case: Case) -> tuple[float, float, str]:

@@ -62,10 +62,7 @@ def _table(console: Console, held_out: Mapping[str, Mapping[str, Any]]) -> None:
             "-" if interval["half_width"] is None else f"{interval['half_width']:.1%}",
         )
     console.print(table)
-    told = (
-        "in interval: points within the 90 % interval that the other held-out points give; half-width: of that interval"
-    )
-    console.print(Text(told, style="dim"))
+    console.print(Text("interval: 90 %, each point judged by the one that the other points give", style="dim"))
     console.print()
 
 
