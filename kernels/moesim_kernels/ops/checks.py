@@ -21,7 +21,8 @@ from .routing import assign, histogram
 
 __all__ = ["LAYERS", "Layer", "Outcome", "Rows", "agreeing", "compare", "holds", "layer_checks", "normal", "poisoned"]
 
-DTYPES = (torch.float32, torch.bfloat16)
+BF16 = torch.bfloat16
+DTYPES = (torch.float32, BF16)
 POISON_BYTES = (1 << 20, 256 << 20)  # one block for each of the two pools of torch's CUDA allocator
 
 
@@ -178,8 +179,11 @@ def layer_checks(device: torch.device, hows: tuple[moe.HowLayer, ...]) -> dict[s
         for dtype in DTYPES:
             found[f"combine-{layer.name}-{_short(dtype)}"] = partial(check_combine, layer, dtype, device)
             found[f"shared-{layer.name}-{_short(dtype)}"] = partial(check_shared, layer, dtype, device)
-    if device.type == "cuda" and moe.grouped_is_native(device, torch.bfloat16):
-        found["graph-grouped-bf16"] = partial(check_graph, device)
+    if device.type == "cuda":
+        captured = [
+            how for how in hows if how == "triton" or (how == "grouped" and moe.grouped_is_native(device, BF16))
+        ]
+        found |= {f"graph-bf16-{how}": partial(check_graph, device, how) for how in captured}
     return found
 
 
@@ -280,15 +284,24 @@ def check_shared(layer: Layer, dtype: torch.dtype, device: torch.device) -> Outc
     return compare((out_TH, agreeing(ball, _experts_reference(host))))
 
 
-def check_graph(device: torch.device) -> Outcome:
-    """The grouped layer captured in a CUDA graph, replayed on a poisoned buffer, gives what it gives when launched."""
-    layer = LAYERS[0]
+def check_graph(device: torch.device, how: moe.HowLayer) -> Outcome:
+    """Route, permute and layer captured in one CUDA graph, replayed on other inputs, give what they give launched.
+
+    That nothing in them waits for the device is what capturing proves.
+    """
+    layer, top_k = LAYERS[0], 2
     rows = layer.make(torch.bfloat16, device)
-    out = torch.empty_like(rows.hidden_TH)
+    router_EH = normal(6, layer.slots, layer.hidden, dtype=torch.float32, device=device)
+    hidden_TH, out = torch.empty_like(rows.hidden_TH), torch.empty_like(rows.hidden_TH)
 
-    def run() -> None:
-        moe.moe_local(rows.hidden_TH, rows.token_R, rows.gate_R, rows.end_E, rows.w13, rows.w2, "grouped", out)
+    def run() -> tuple[torch.Tensor, moe.Permuted]:
+        expert_TK, gate_TK = moe.route(hidden_TH, router_EH, top_k, score="sigmoid", groups=4, top_groups=2)
+        permuted = moe.permute(hidden_TH, expert_TK, layer.slots)
+        gate_R = gate_TK.flatten()[permuted.choice_R]
+        moe.moe_local(hidden_TH, permuted.token_R, gate_R, permuted.end_E, rows.w13, rows.w2, how, out)
+        return gate_R, permuted
 
+    hidden_TH.copy_(rows.hidden_TH.flip(0))
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
@@ -296,11 +309,15 @@ def check_graph(device: torch.device) -> Outcome:
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
+        gate_R, permuted = run()
+    hidden_TH.copy_(rows.hidden_TH)
     out.fill_(float("nan"))
     graph.replay()
+    each_E = permuted.end_E.long().diff(prepend=torch.zeros(1, dtype=torch.int64, device=device))
+    expert_R = torch.arange(layer.slots, device=device).repeat_interleave(each_E)
+    routed = replace(rows, token_R=permuted.token_R, gate_R=gate_R, end_E=permuted.end_E, expert_R=expert_R)
     unit = UNIT[torch.bfloat16]
-    return compare((out, _combine_ball(_experts_ball(rows, unit)[1], rows, layer.tokens, unit)))
+    return compare((out, _combine_ball(_experts_ball(routed, unit)[1], routed, layer.tokens, unit)))
 
 
 def agreeing(ball: Ball, expected: torch.Tensor) -> Ball:

@@ -217,7 +217,8 @@ def moe_local(
 ) -> torch.Tensor:
     """The rank's part of a layer after routing: gathers rows, runs the experts, sums by token with gates. [T, H].
 
-    `token_R` int64 and `gate_R` float32 of rows sorted by expert, `end_E` int32. `out` need not be zeroed.
+    `token_R` int64 and `gate_R` float32 of rows sorted by expert, `end_E` int32 with end_E[-1] = R. `out` need not be
+    zeroed.
     """
     check_experts(hidden_TH, w13, w2, end_E)
     out = torch.empty_like(hidden_TH) if out is None else out
