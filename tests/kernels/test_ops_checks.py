@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from moesim_kernels.ops import attention, backward, dense, fp8, moe, selftest
 from moesim_kernels.ops.bounds import FP32, exact
 from moesim_kernels.ops.checks import LAYERS, Layer, check_backward, check_layer, compare, poisoned
-from moesim_kernels.ops.checks_around import Router, acceptable
+from moesim_kernels.ops.checks_around import Router, acceptable, check_gemm_fp8
 
 CPU = torch.device("cpu")
 CHECKS = selftest.all_checks(CPU)
@@ -150,6 +150,16 @@ class TestRefusals:
         x = torch.ones(16, 16)
         with pytest.raises(ValueError, match=r"compute capability 8\.9 or later, not cpu"):
             product(x, fp8.quantise(x))
+
+
+@pytest.mark.parametrize("per", ["row", "tensor"])
+def test_fp8_product_of_torchs_cpu_kernel_is_within_the_bound(monkeypatch, per):
+    """torch multiplies e4m3 on the CPU too, slowly: scales and layouts are as on CUDA, and so is the bound."""
+    monkeypatch.setattr(fp8, "why_no_fp8", lambda device, grouped=False: None)
+    assert check_gemm_fp8(per, CPU).ok
+    right = fp8.quantise
+    monkeypatch.setattr(fp8, "quantise", lambda x, per: right(x, per)._replace(scale=right(x, per).scale * 1.5))
+    assert not check_gemm_fp8(per, CPU).ok
 
 
 def test_window_mask_by_hand():
