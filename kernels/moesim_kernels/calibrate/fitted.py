@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from moesim_kernels.bench.plan import Plan
 from moesim_kernels.calibrate.machine import Machine, machine_of
 from moesim_kernels.calibrate.points import Refused, Sorted, ceilings, least_work, sort_points
 from moesim_kernels.fit.conformal import interval, log_error
+from moesim_kernels.fit.curves import curves
 from moesim_kernels.fit.model import Fitted, fit_operator, predict, with_fits
 from moesim_kernels.fit.physics import PARAMETERS
 from moesim_kernels.fit.samples import Samples
@@ -138,7 +139,11 @@ def _fit_all(grid: Sequence[Samples], base: DeviceProfile) -> list[Fitted]:
     profile = base
     for s in sorted(grid, key=lambda s: s.op in ("moe_dgrad", "moe_wgrad")):
         if s.op in PARAMETERS and len(s.ns) >= _LEAST_POINTS:
-            parts.append(fit_operator(s, profile))
+            part = fit_operator(s, profile)
+            whole = s.extra["kv"] <= s.size[:, 1] if "kv" in s.extra else np.ones(len(s.ns), bool)
+            if not whole.all():  # chunks on a prefix shape the physics; residuals are those of whole prompts
+                part = replace(part, curves=curves(s.where(whole), part.values, profile))
+            parts.append(part)
             if s.op == "moe":
                 profile = with_fits(base, parts)
     return parts

@@ -22,7 +22,15 @@ from moesim.dtypes import dtype_bytes
 from moesim_kernels.bench.plan import Case
 from moesim_kernels.calibrate.deployment import Deployment
 
-__all__ = ["attention_cases", "ladder", "layer_cases", "moe_cases", "stream_cases", "training_cases"]
+__all__ = [
+    "attention_cases",
+    "ladder",
+    "layer_cases",
+    "moe_cases",
+    "random_histogram",
+    "stream_cases",
+    "training_cases",
+]
 
 HELD_OUT_MOE = 12
 HELD_OUT = 10  # of every other operator with intervals
@@ -67,7 +75,7 @@ def moe_cases(d: Deployment, device: str, backend: str, rng: np.random.Generator
         yield _moe(d, "moe", backend, d.max_tokens, "uniform", rows=rows)
     for i in range(HELD_OUT_MOE):
         tokens = _log_uniform(rng, 1, d.max_tokens)
-        yield _moe(d, "moe", backend, tokens, _family(rng, d), role="heldout", seed=i + 1)
+        yield _moe(d, "moe", backend, tokens, random_histogram(rng, d.slots, d.model.top_k), role="heldout", seed=i + 1)
 
 
 def _micro(d: Deployment, backend: str) -> Iterator[Case]:
@@ -104,14 +112,13 @@ def _moe(
     return Case(op, _moe_shape(d), size, _name(d.moe.dtype), backend, role, seed)
 
 
-def _family(rng: np.random.Generator, d: Deployment) -> str:
+def random_histogram(rng: np.random.Generator, slots: int, top_k: int) -> str:
     """A random kind of histogram: even, drawn evenly, or skewed by a random exponent, or few experts busy."""
     kind = rng.choice(["uniform", "zipf", "balanced", "few"], p=[0.35, 0.45, 0.1, 0.1])
     if kind == "zipf":
         return f"zipf:{rng.uniform(0.4, 1.4):.2f}"
     if kind == "few":
-        least = min(d.model.top_k, d.slots)
-        return f"few:{int(rng.integers(least, d.slots + 1))}"
+        return f"few:{int(rng.integers(min(top_k, slots), slots + 1))}"
     return str(kind)
 
 
@@ -265,7 +272,7 @@ def training_cases(d: Deployment, backend: str, rng: np.random.Generator) -> Ite
         for length in ladder(min(d.max_tokens, d.max_context), 4):
             yield _prefill(d, "attention_backward", shape, length, 0)
     for i in range(HELD_OUT if d.moe is not None else 0):
-        tokens, kind = _log_uniform(rng, 1, d.max_tokens), _family(rng, d)
+        tokens, kind = _log_uniform(rng, 1, d.max_tokens), random_histogram(rng, d.slots, d.model.top_k)
         yield _moe(d, "moe_dgrad", backend, tokens, kind, role="heldout", seed=i + 1)
         yield _moe(d, "moe_wgrad", backend, tokens, kind, role="heldout", seed=i + 1)
 
