@@ -203,7 +203,7 @@ class _Import:
             s = s.where((x["ep"] >= 8) & (x["ep"] <= 64) & (x["tokens"] >= 4096))
             for part in self.out.parts:
                 own = part.samples
-                if own.op == "moe" and part.source.endswith(f": {kernel}") and own.variant.startswith(dtype):
+                if own.op == "moe" and part.source.endswith(f": {kernel}") and own.variant.split("@")[0] == dtype:
                     alone = dataclasses.replace(s, extra={**s.extra, "other": np.zeros(len(s.ns))})
                     more = s.ns - physics_ns(alone, part.fitted.values, self.out.base) if len(s.ns) else s.ns
                     if len(more) >= _FEWEST:
@@ -227,7 +227,7 @@ class _Import:
             if small:
                 rows.refused["experts narrower than any model's share"] += small
             s = tables.possible(raw.where(whole), self.out.base, rows.refused, later=True)
-            s.variant = f"{dtype}@trtllm" + (f" {kernel}" if dtype in seen else "")
+            s.variant = f"{dtype}@trtllm" + (f"_{kernel}" if dtype in seen else "")
             seen.add(dtype)
             if len(s.ns) >= _FEWEST:
                 error = np.log(s.ns / physics_ns(s, fit_physics(s, self.out.base), self.out.base))

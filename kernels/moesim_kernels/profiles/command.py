@@ -29,6 +29,14 @@ _Plot = Annotated[
 ]
 
 
+def _check_plot(path: Path | None) -> None:
+    """Refuse a picture that cannot be drawn before anything is computed."""
+    if path is not None:
+        from moesim_kernels.profiles.figure import check_target
+
+        check_target(path)
+
+
 @profile.command()
 def show(
     name: Annotated[str, typer.Argument(help="A name in hw_profiles/ or a file.", metavar="PROFILE")],
@@ -42,6 +50,7 @@ def show(
     from moesim_kernels.profiles.show import describe, render
 
     wanted = operators_of(operator or ())
+    _check_plot(plot)
     found = load_named(name)
     report = describe(found, wanted)
     if plot is not None:
@@ -78,6 +87,7 @@ def compare(
     from moesim_kernels.profiles.find import load_named, operators_of
 
     wanted = operators_of(operator or ())
+    _check_plot(plot)
     first, second = load_named(a), load_named(b)
     shapes = None
     if model is not None:

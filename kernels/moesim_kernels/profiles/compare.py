@@ -7,6 +7,7 @@ error for all sizes of an operator, so averaging a ratio over shapes does not na
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from moesim.cost.operators import Operators, Priced
 from moesim.errors import BadInput, Problem
 from moesim.hardware import GRADES, DeviceProfile
 from moesim_kernels.profiles.find import clean
-from moesim_kernels.profiles.shapes import AXES, Shape, knots, main_shapes, measured_shapes, price, span
+from moesim_kernels.profiles.shapes import AXES, Key, Shape, knots, main_shapes, measured_shapes, price, span
 from moesim_kernels.profiles.show import SCHEMA_VERSION, console_for, emit, half_width, say, section
 from moesim_kernels.profiles.terminal_plot import duration, size_text
 
@@ -30,6 +31,7 @@ _ROOM = 110
 """Columns from which the grades stand beside the times"""
 
 Pair = tuple[Operators, Operators]
+Known = Mapping[Key, FloatArray]
 
 
 def compare(
@@ -64,17 +66,21 @@ def _wanted(
     both = list(dict.fromkeys([*measured_shapes(a, op), *measured_shapes(b, op)])) or main_shapes(a, op, _SHOWN)
     main = list(dict.fromkeys([*main_shapes(a, op, _SHOWN), *main_shapes(b, op, _SHOWN)]))
     order = [s for s in main if s in both] + [s for s in both if s not in main]
-    return [(shape, common_sizes(a, b, shape)) for shape in order]
+    known = (knots(a, op), knots(b, op))
+    return [(shape, common_sizes(a, shape, *known)) for shape in order]
 
 
-def common_sizes(a: DeviceProfile, b: DeviceProfile, shape: Shape, most: int = _SIZES) -> FloatArray:
-    """At most `most` sizes: measured in both if there are enough of those, else in either; evenly by place."""
-    first, second = knots(a, shape), knots(b, shape)
+def common_sizes(profile: DeviceProfile, shape: Shape, a: Known, b: Known, most: int = _SIZES) -> FloatArray:
+    """At most `most` sizes: measured in both if there are enough of those, else in either; evenly by place. a, b: what
+    `knots` says of the two; `profile` gives a usual range where neither has the shape.
+    """
+    none = np.zeros(0)
+    first, second = a.get(shape.key, none), b.get(shape.key, none)
     sizes = np.intersect1d(first, second)
     if len(sizes) < 2:
         sizes = np.union1d(first, second)
     if len(sizes) < 2:
-        low, high = span(a, shape)
+        low, high = span(profile, shape)
         sizes = np.exp2(np.arange(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1.0))
     places = np.unique(np.rint(np.linspace(0, len(sizes) - 1, min(most, len(sizes)))).astype(int))
     return np.asarray(sizes[places])

@@ -15,7 +15,7 @@ from moesim.errors import BadInput, Problem
 from moesim.hardware import GRADES, DeviceProfile
 from moesim_kernels.profiles.compare import common_sizes, priced_pair
 from moesim_kernels.profiles.find import clean
-from moesim_kernels.profiles.shapes import AXES, AXIS_WORDS, Shape, main_shapes, measured_shapes, span
+from moesim_kernels.profiles.shapes import AXES, AXIS_WORDS, Shape, knots, main_shapes, measured_shapes, span
 from moesim_kernels.profiles.show import half_width
 from moesim_kernels.profiles.terminal_plot import duration, percent, size_text
 
@@ -112,7 +112,7 @@ def _drawn(
         first, second = measured_shapes(a, op), measured_shapes(b, op)
         shared = [shape for shape in first if shape in second]
         main = [*shared, *first, *second, *main_shapes(a, op, 1)][:1]
-        chosen = [(shape, common_sizes(a, b, shape)) for shape in main]
+        chosen = [(shape, common_sizes(a, shape, knots(a, op), knots(b, op))) for shape in main]
     out = []
     for shape, size in chosen:
         low, high = (float(size[0]), float(size[-1])) if len(size) > 1 else span(a, shape)

@@ -30,6 +30,7 @@ from moesim_kernels.profiles.terminal_plot import size_text
 __all__ = [
     "AXES",
     "AXIS_WORDS",
+    "Key",
     "Shape",
     "floor_ns",
     "floor_parts",
@@ -353,19 +354,18 @@ def _diverse(shapes: list[Shape]) -> list[Shape]:
     return first + rest
 
 
-def knots(profile: DeviceProfile, shape: Shape) -> FloatArray:
-    """Measured sizes along the shape's axis; empty without a curve."""
-    sizes: set[float] = set()
-    for curve in profile.curves.get(shape.op, ()):
-        key = (curve.key[-1],) if shape.op == "all_to_all" else curve.key
-        if key == shape.key:
-            sizes |= set(curve.axes[-1].tolist())
-    return np.array(sorted(sizes))
+def knots(profile: DeviceProfile, op: str) -> dict[Key, FloatArray]:
+    """Measured sizes along the axis of every shape of `op` that has a curve."""
+    sizes: dict[Key, set[float]] = {}
+    for curve in profile.curves.get(op, ()):
+        key = (curve.key[-1],) if op == "all_to_all" else curve.key
+        sizes.setdefault(key, set()).update(curve.axes[-1].tolist())
+    return {key: np.array(sorted(found)) for key, found in sizes.items()}
 
 
 def span(profile: DeviceProfile, shape: Shape) -> tuple[float, float]:
     """Least and largest size worth drawing: what was measured, else a usual range."""
-    sizes = knots(profile, shape)
+    sizes = knots(profile, shape.op).get(shape.key, np.zeros(0))
     if len(sizes) > 1:
         return float(sizes[0]), float(sizes[-1])
     return _RANGES.get(shape.axis, _BYTES)
