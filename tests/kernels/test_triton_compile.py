@@ -109,7 +109,7 @@ def test_first_gemm_for_hopper(name: str, tmp_path: Path) -> None:
 def test_the_map_and_the_combination_for_hopper(tmp_path: Path) -> None:
     for kernel in (
         compiled("map_blocks", "bf16", {"BM": 16, "SLOTS": 256, "CHUNK": 32}, 90),
-        compiled("combine_rows", "bf16", {"SLOTS": 256, "BH": 1024, "STEP": 4}, 90),
+        compiled("combine_rows", "bf16", {"SLOTS": 256, "BH": 512, "STEP": 4}, 90, num_warps=1),
     ):
         assert assembled(kernel, 90, tmp_path)["spilled"] == 0
 

@@ -2,7 +2,7 @@
 
 Letters: T tokens, R rows (token, expert) sorted by expert, E experts, H hidden, I intermediate, B blocks of at most
 BM rows of one expert, S most rows of a token. Kernels take many arguments because a launch has no other way to pass
-them. Offsets that can pass 2^31 are computed in 64 bits.
+them. Offsets that can pass 2^31 are computed in 64 bits. Counts are not specialised, or each new one would compile.
 """
 # mypy: ignore-errors
 # (Triton's language looks like Python and is typed by its own compiler; tests compile every kernel.)
@@ -17,7 +17,7 @@ __all__ = ["combine_rows", "down", "gate_up", "map_blocks"]
 NO_ROW = tl.constexpr(2**31 - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "blocks", "tokens"])
 def map_blocks(
     end_E, block_3B, count_T, slots, blocks, tokens, BM: tl.constexpr, SLOTS: tl.constexpr, CHUNK: tl.constexpr
 ):
@@ -73,7 +73,7 @@ def _product(a_MK, b_KN, used_M, depth, BM: tl.constexpr, COLS: tl.constexpr, BK
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "most"])
 def gate_up(
     hidden_TH, token_R, w13, block_3B, act_RI, slot_TS, count_T,
     hidden, intermediate, blocks, most,
@@ -110,7 +110,7 @@ def gate_up(
         tl.store(slot_TS + token * most + place, row, mask=used & (place < most))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def down(
     act_RI, gate_R, w2, block_3B, out_RH,
     hidden, intermediate, blocks,
@@ -138,7 +138,7 @@ def down(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most"])
 def combine_rows(
     out_RH, slot_TS, count_T, out_TH, hidden, most, SLOTS: tl.constexpr, BH: tl.constexpr, STEP: tl.constexpr
 ):

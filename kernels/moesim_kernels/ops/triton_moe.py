@@ -27,7 +27,8 @@ __all__ = ["DTYPE_NAMES", "fused_moe"]
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 GROUP = 8  # blocks that go through the columns together
 CHUNK = 32  # blocks that one program of the map writes
-STEP = 4  # rows that one step of the combination reads at once
+COMBINED = 512  # columns that one program of the combination adds; one warp, so that finding rows needs no barrier
+STEP = 4  # rows that it reads at once
 INTERPRETED_SM_COUNT = 132  # an H200's, so that the interpreter takes the configurations that one would
 
 
@@ -80,10 +81,10 @@ def fused_moe(
             act_RI, gate_R, w2, block_3B, out_RH, hidden, intermediate, blocks,
             **_meta(config.block_rows, config.down, intermediate),
         )  # fmt: skip
-        columns = min(1024, triton.next_power_of_2(hidden))
+        columns = min(COMBINED, triton.next_power_of_2(hidden))
         kernels.combine_rows[(tokens, triton.cdiv(hidden, columns))](
             out_RH, slot_TS, count_T, out, hidden, most,
-            SLOTS=max(16, triton.next_power_of_2(most)), BH=columns, STEP=STEP,
+            SLOTS=max(16, triton.next_power_of_2(most)), BH=columns, STEP=STEP, num_warps=1,
         )  # fmt: skip
     return out
 
@@ -106,8 +107,8 @@ def _limits(device: torch.device) -> tuple[int, int]:
     """Multiprocessors of the device, and the shared memory in bytes that one block may have."""
     if device.type != "cuda":
         return INTERPRETED_SM_COUNT, HOPPER_SHARED_BYTES
-    facts = torch.cuda.get_device_properties(device)
-    return facts.multi_processor_count, facts.shared_memory_per_block_optin
+    facts = triton.runtime.driver.active.utils.get_device_properties(device.index)  # torch tells these only lately
+    return facts["multiprocessor_count"], facts["max_shared_mem"]
 
 
 def _check(
