@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from moesim_kernels.bench.drift import drift_factors
 from moesim_kernels.bench.errors import BadPlan
 from moesim_kernels.bench.log import LogWriter, Samples, read_log, read_points
 from moesim_kernels.bench.plan import Case, Plan
@@ -56,7 +58,7 @@ def test_normalised_points_follow_the_reference(tmp_path: Path):
     for slow in (1.0, 1.0, 2.0, 1.0, 2.0):  # a machine that runs at half speed now and then
         log.samples(Samples(IDS[0], 0, (100.0 * slow,), (100.0 * slow,), None, 50.0 * slow))
     log.close()
-    (plain,), (normal,) = read_points(PLAN, path), read_points(PLAN, path, normalise=True)
+    (plain,), (normal,) = read_points(PLAN, path), read_points(PLAN, path, normalise="reference")
     assert (plain.ns_p25, plain.ns_median, plain.ns_p75) == (100.0, 100.0, 200.0)
     assert (normal.ns_p25, normal.ns_median, normal.ns_p75) == (100.0, 100.0, 100.0)
     assert plain.psi is None
@@ -161,3 +163,44 @@ def test_two_runs_do_not_write_one_log(tmp_path: Path):
     LogWriter(tmp_path / "log", PLAN, MACHINE).close()
     with pytest.raises(BadPlan, match="cannot be written"):
         LogWriter(tmp_path / "no" / "log", PLAN, MACHINE)
+
+
+def test_shared_drift_is_taken_out_and_levels_stay(tmp_path: Path):
+    """Twelve cases on a machine that slows down by half and comes back: quartiles close, medians where they were."""
+    plan = Plan("cpu", tuple(Case("gemm", {"n": 8, "k": 8}, {"m": m}, "fp32") for m in range(1, 13)))
+    rng = np.random.default_rng(5)
+    log = LogWriter(tmp_path / "log", plan, MACHINE)
+    for n in range(30):
+        slow = 1.5 if 10 <= n < 20 else 1.0
+        for i in rng.permutation(12):
+            ns = 1000.0 * (i + 1) * slow * float(np.exp(rng.normal(0.0, 0.01)))
+            log.samples(Samples(plan.cases[i].id, n, (ns,), (ns,), None, None))
+    log.close()
+    plain = read_points(plan, tmp_path / "log", normalise="none")
+    level = read_points(plan, tmp_path / "log")
+    for i, (before, after) in enumerate(zip(plain, level, strict=True)):
+        assert before.ns_p75 / before.ns_p25 > 1.4
+        assert after.ns_p75 / after.ns_p25 < 1.03
+        assert after.ns_median == pytest.approx(1000.0 * (i + 1), rel=0.01)
+        assert after.wall_ns_median == before.wall_ns_median
+
+
+def test_a_drift_of_few_cases_is_left_in():
+    ns = np.array([1.0, 5.0, 2.0, 6.0] * 10)
+    assert (drift_factors(ns, np.array([0, 1] * 20)) == 1.0).all()
+    assert drift_factors(np.zeros(0), np.zeros(0, dtype=np.int64)).size == 0
+
+
+def test_bytes_through_disks_and_links_keep_their_own_times(tmp_path: Path):
+    gemms = [Case("gemm", {"n": 8, "k": 8}, {"m": m}, "fp32") for m in range(1, 13)]
+    storage = Case("storage", {"mode": "direct", "block_bytes": 4096, "depth": 1}, {"bytes": 8192}, "fp32")
+    plan = Plan("cpu", (*gemms, storage))
+    log = LogWriter(tmp_path / "log", plan, MACHINE)
+    for n in range(12):
+        for case in plan.cases:
+            ns = 100.0 * (1 + n // 4)
+            log.samples(Samples(case.id, n, (ns,), (ns,), None, None))
+    log.close()
+    *compute, disk = read_points(plan, tmp_path / "log")
+    assert (disk.ns_p25, disk.ns_median, disk.ns_p75) == (100.0, 200.0, 300.0)
+    assert compute[0].ns_p75 / compute[0].ns_p25 < 1.5

@@ -6,7 +6,7 @@
 
 Each line is handed to the system at once (a killed process loses none) and put on disk about once a second. A last
 line without its newline is torn: it is ignored, and cut off before the next run appends. Any other line that is not as
-above is an error with its number. Reading needs numpy alone, and only `read_points` needs that.
+above is an error with its number. Reading needs numpy alone.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from moesim_kernels.bench.drift import drift_factors
 from moesim_kernels.bench.errors import BadPlan
 from moesim_kernels.bench.machine import IDENTITY
 from moesim_kernels.bench.plan import Case, Plan
@@ -32,6 +33,8 @@ MAX_LOG_BYTES = 256 << 20
 MAX_LINE_BYTES = 1 << 20
 MAX_NS = 1e14  # a day and a bit: no call of a benchmark takes that long
 _SYNC_S = 1.0
+Normalise = Literal["level", "reference", "none"]
+_OWN_DRIFT = ("copy", "storage", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "launch")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Record:
 class Point:
     """A measured case: quartiles over its samples, in ns a call; the wall's median beside it.
 
+    Quartiles are of times without the machine's drift where `read_points` takes it out; the wall's median is as it was.
     drift: 90th over 10th percentile of the reference times of its samples (1 where there are none); psi: the median
     pressure in percent, or None; machine facts stand in the log's first line.
     """
@@ -192,35 +196,51 @@ def read_log(path: Path | str, plan: Plan | None = None) -> Record:
     return record
 
 
-def read_points(plan: Plan, path: Path | str, normalise: bool = False) -> list[Point]:
+def read_points(plan: Plan, path: Path | str, normalise: Normalise | None = None) -> list[Point]:
     """The measured cases of a plan, in its order; cases without a sample are left out.
 
-    normalise: divide each sample by its reference time and multiply by the median reference of the whole log, which
-    takes out drift of the clock but adds the reference's own spread. Raises BadPlan with `file:line`.
+    normalise: `level` takes out the drift that all compute cases share (see `drift`; those that move bytes through
+    disks, links and other processes are left as they are), `reference` divides by the last reference GEMM, `none` does
+    neither. By default `level` for a CPU and `none` for CUDA. Raises BadPlan with `file:line`.
     """
     import numpy as np
 
     record = read_log(path, plan)
-    references = [line.reference_ns for line in record.lines if line.reference_ns]
-    middle = float(np.median(references)) if references else 1.0
-    by_id: dict[str, list[Samples]] = {}
-    for line in record.lines:
-        by_id.setdefault(line.id, []).append(line)
+    how = normalise or ("level" if plan.device == "cpu" else "none")
+    by_id: dict[str, list[tuple[Samples, float]]] = {}
+    for line, factor in zip(record.lines, _factors(record, plan, how), strict=True):
+        by_id.setdefault(line.id, []).append((line, factor))
     points = []
     for case in plan.cases:
         lines = by_id.get(case.id, [])
         if not lines:
             continue
-        scale = [middle / line.reference_ns if normalise and line.reference_ns else 1.0 for line in lines]
-        ns = np.array([x * s for line, s in zip(lines, scale, strict=True) for x in line.ns])
+        ns = np.array([x / factor for line, factor in lines for x in line.ns])
         low, median, high = np.percentile(ns, [25, 50, 75])
-        seen = [line.reference_ns for line in lines if line.reference_ns]
+        seen = [line.reference_ns for line, _ in lines if line.reference_ns]
         drift = float(np.percentile(seen, 90) / np.percentile(seen, 10)) if seen else 1.0
-        psi = [line.psi for line in lines if line.psi is not None]
-        wall = float(np.median([x for line in lines for x in line.wall_ns]))
+        psi = [line.psi for line, _ in lines if line.psi is not None]
+        wall = float(np.median([x for line, _ in lines for x in line.wall_ns]))
         pressure = float(np.median(psi)) if psi else None
         points.append(Point(case, float(median), float(low), float(high), ns.size, wall, drift, pressure))
     return points
+
+
+def _factors(record: Record, plan: Plan, how: Normalise) -> list[float]:
+    """What each line's times are divided by."""
+    import numpy as np
+
+    factors = np.ones(len(record.lines))
+    if how == "reference":
+        known = [line.reference_ns for line in record.lines if line.reference_ns]
+        middle = float(np.median(known)) if known else 1.0
+        factors[:] = [(line.reference_ns or middle) / middle for line in record.lines]
+    elif how == "level":
+        steady = {case.id: at for at, case in enumerate(plan.cases) if case.op not in _OWN_DRIFT}
+        at = [i for i, line in enumerate(record.lines) if line.id in steady]
+        ns = np.array([float(np.median(record.lines[i].ns)) for i in at])
+        factors[at] = drift_factors(ns, np.array([steady[record.lines[i].id] for i in at], dtype=np.int64))
+    return [float(factor) for factor in factors]
 
 
 class LogWriter:
