@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import sys
+from typing import Any
 
 import numpy as np
 import tables
@@ -16,6 +18,7 @@ from moesim_kernels.fit.curves import curves, spread
 from moesim_kernels.fit.model import Fitted, predict, with_fits
 from moesim_kernels.fit.physics import fit_physics
 from moesim_kernels.fit.samples import Samples
+from moesim_kernels.fit.shared import carry_over
 from tables import ROOT
 
 from moesim.cost.operators import MoEShape, Operators
@@ -33,6 +36,18 @@ def base() -> DeviceProfile:
     path = ROOT / "hw_profiles" / "h100_sxm_datasheet.yaml"
     profile = DeviceProfile.from_spec(yaml.safe_load(path.read_text()), path.parent, str(path))
     return dataclasses.replace(profile, kind="measured", moe_block_rows=BLOCK)
+
+
+def selected(key: tuple[Any, ...]) -> bool:
+    """Whether a shape is of the half that choices are made on: by a hash of its sizes, whatever back end and dtype."""
+    sizes = repr(tuple(str(k) for k in key if not isinstance(k, str))).encode()
+    return hashlib.blake2b(sizes, digest_size=2).digest()[0] % 2 == 0
+
+
+def experts() -> list[tuple[Samples, str]]:
+    """The MoE kernels whose figures are named: two back ends, two dtypes."""
+    names = {"vllm": "vLLM Triton", "trtllm": "TensorRT-LLM"}
+    return [(tables.moe(b, d, True), f"{names[b]}, {d}, EP 1") for b in names for d in ("bf16", "fp8_block")]
 
 
 def kept_axes(size: np.ndarray) -> Axes:
@@ -53,10 +68,14 @@ def kept_mask(s: Samples) -> np.ndarray:
     return out
 
 
-def fitted(s: Samples, bare: bool = False) -> DeviceProfile:
-    """The H100 with one operator's physics and, unless `bare`, residual curves from these points' kept grid."""
+def fitted(s: Samples, bare: bool = False, carried: list[Any] | None = None) -> DeviceProfile:
+    """The H100 with one operator's physics and, unless `bare`, residual curves from these points' kept grid; MoE shapes
+    in `carried` get theirs from the other shapes (`moesim_kernels.fit.shared`).
+    """
     values = fit_physics(s, base())
     found = [] if bare else curves(s, values, base(), kept_axes)
+    if carried:
+        found += carry_over(s, values, base(), carried, sorted(set(s.extra["tokens"].tolist())))
     return with_fits(base(), [Fitted(s.op, s.variant, "", values, found)])
 
 
@@ -103,9 +122,12 @@ def held_out_shapes(s: Samples, data: str) -> list[Row]:
     unseen = set(names[3::6])
     new = np.array([key in unseen for key in s.key])
     some = s.where(kept_mask(s) & ~new)
+    ways = {"neighbours": fitted(some), "physics alone": fitted(some, bare=True)}
+    if s.op == "moe":
+        ways = {"carried over": fitted(some, carried=sorted(unseen, key=str)), **ways}
     return [
-        Row(s.op, data, "unseen shapes, neighbours", len(unseen), _errors(fitted(some), s, new)),
-        Row(s.op, data, "unseen shapes, physics alone", len(unseen), _errors(fitted(some, bare=True), s, new)),
+        Row(s.op, data, f"unseen shapes, {name}", len(unseen), _errors(profile, s, new))
+        for name, profile in ways.items()
     ]
 
 
@@ -166,10 +188,7 @@ def skewed(dtype: str, alpha: float) -> list[Row]:
 def cases(quick: bool) -> list[tuple[Samples, str]]:
     """What is validated; quick: only what the project's accuracy bounds name."""
     out = [
-        (tables.moe("vllm", "bf16", True), "vLLM Triton, bf16, EP 1"),
-        (tables.moe("vllm", "fp8_block", True), "vLLM Triton, fp8_block, EP 1"),
-        (tables.moe("trtllm", "bf16", True), "TensorRT-LLM, bf16, EP 1"),
-        (tables.moe("trtllm", "fp8_block", True), "TensorRT-LLM, fp8_block, EP 1"),
+        *experts(),
         (tables.gemm("bf16"), "bf16"),
         (tables.gemm("fp8_block"), "fp8_block, launched by the host"),
         (tables.gqa("prefill", "bf16"), "GQA, FA3, bf16 cache"),
@@ -195,7 +214,8 @@ def main() -> None:
     """Print the table; write it unless --print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--print", action="store_true", help="print only")
-    import fit_rtx_pro_6000  # it uses this module's neighbours, which use this module
+    import figures  # they use this module
+    import fit_rtx_pro_6000
 
     only_print = parser.parse_args().print
     if not tables.H100.is_dir():
@@ -212,7 +232,24 @@ def main() -> None:
     ]
     refused = [f"- {data}: {s.refused} of {s.refused + len(s.ns)}" for s, data in all_cases if s.refused]
     text = "\n".join(
-        [INTRO, *head, *sizes, SKEW, *head, *skew, SHAPES, *head, *shapes, RTX, *head, *rtx, REFUSED, *refused, ""]
+        [
+            INTRO,
+            *head,
+            *sizes,
+            *figures.sections(),
+            SKEW,
+            *head,
+            *skew,
+            SHAPES,
+            *head,
+            *shapes,
+            RTX,
+            *head,
+            *rtx,
+            REFUSED,
+            *refused,
+            "",
+        ]
     )
     print(text)
     if not only_print:

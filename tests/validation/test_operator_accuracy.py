@@ -88,6 +88,48 @@ def test_the_shipped_profile_gives_the_tables_back(case: str) -> None:
     assert np.quantile(np.concatenate(error), 0.9) <= 0.12
 
 
+@pytest.mark.parametrize(
+    ("counts", "median", "p90"), [("EIGHT", 0.02, 0.09), ("TWELVE", 0.012, 0.065)], ids=["eight", "twelve"]
+)
+def test_chosen_counts_predict_the_others(counts: str, median: float, p90: float) -> None:
+    # the bounds are the targets, held by every kernel and dtype, on the half of the shapes that no choice has seen too
+    figures, holdout = tool("figures"), tool("holdout")
+    for s, data in holdout.experts():
+        mask = figures.kept(s, getattr(figures, counts))
+        assert max(mask[rows].sum() for rows in s.by_key().values()) <= len(getattr(figures, counts))
+        rest = s.where(~mask)
+        error = np.abs(predict(figures.fitted(s.where(mask)), rest) / rest.ns - 1)
+        unseen = np.array([not holdout.selected(k) for k in rest.key])
+        for some in (error, error[unseen]):
+            assert np.median(some) <= median, data
+            assert np.quantile(some, 0.9) <= p90, data
+
+
+def test_shapes_never_timed_are_carried_over() -> None:
+    figures, holdout = tool("figures"), tool("holdout")
+    errors = []
+    for s, data in holdout.experts():
+        timed, new = figures.split(s, data, 0)
+        assert len(timed) == figures.SHAPES
+        assert not set(timed) & set(new)
+        inside = np.array([k in set(timed) for k in s.key])
+        rest = s.where(~inside)
+        profile = figures.fitted(s.where(figures.kept(s, figures.EIGHT) & inside), new)
+        errors.append(np.abs(predict(profile, rest) / rest.ns - 1))
+        assert np.median(errors[-1]) <= 0.07, data
+    assert np.quantile(np.concatenate(errors), 0.9) <= 0.30
+
+
+def test_intervals_cover_what_they_say() -> None:
+    # rows: data, grade, calibrated with, width, inside / n, its exact interval, ...
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in tool("figures").intervals()]
+    assert len(rows) == 10
+    for row in rows:
+        low, high = (float(v) for v in row[5].removesuffix(" %").split(" to "))
+        assert low <= 90 <= high, row
+    assert all("split-conformal" in row[2] for row in rows if row[0] != "all four")
+
+
 def test_impossible_rows_are_refused() -> None:
     # DeepSeek-V3 at EP 1 in vLLM: 32 tokens in 1.96 ms, where 256 experts of 44 MB take 3.4 ms to read.
     samples = tool("tables").moe("vllm", "fp8_block", True)

@@ -44,11 +44,14 @@ def every_size(size: FloatArray) -> list[list[float]]:
     return [sorted(set(size[:, i].tolist())) for i in range(size.shape[1])]
 
 
-def curves(s: Samples, values: Mapping[str, float], profile: DeviceProfile, axes_of: Axes = every_size) -> list[Curve]:
+def curves(
+    s: Samples, values: Mapping[str, float], profile: DeviceProfile, axes_of: Axes = every_size, drop: float = 0.3
+) -> list[Curve]:
     """Residual curves of every shape at the sizes that `axes_of` keeps of it.
 
     Where a size was timed more than once the median counts. Cells of a grid without a point are filled in and graded
-    extrapolated. Along one axis log times are made isotonic up to kernel switches (`monotone`).
+    extrapolated. Along one axis log times are made isotonic up to kernel switches, drops above `drop` (`monotone`);
+    not where samples carry histograms, since more rows on fewer experts may be faster.
     """
     ratio = np.log(s.ns / physics_ns(s, values, profile))
     out = []
@@ -67,10 +70,10 @@ def curves(s: Samples, values: Mapping[str, float], profile: DeviceProfile, axes
             continue
         missing = np.isnan(grid)
         grid = _fill(grid)
-        if len(axes) == 1 and not missing.any():
+        if len(axes) == 1 and not missing.any() and s.counts is None:
             own = {float(s.size[row, 0]): float(np.log(s.ns[row])) - float(ratio[row]) for row in rows}
             physics = np.array([own[v] for v in axes[0]])
-            grid = monotone(grid + physics) - physics
+            grid = monotone(grid + physics, drop) - physics
         if s.op == "gemm":
             grid = _steady_host(s, values, profile, (key, axes[0], grid))
         grade = np.where(missing, 2, 0).astype(np.uint8) if missing.any() else None

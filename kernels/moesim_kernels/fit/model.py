@@ -25,6 +25,10 @@ from moesim_kernels.fit.work import fit_work
 
 __all__ = ["Fitted", "fit_operator", "predict", "profile_yaml", "with_fits"]
 
+_DROP = (
+    0.15  # of log time between neighbouring sizes: less is noise, more a kernel switch (benchmarks/profiles/figures.py)
+)
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -53,7 +57,7 @@ def fit_operator(s: Samples, profile: DeviceProfile, axes_of: Axes = every_size,
     else:
         serial = s.op.startswith("moe") and profile.fit("moe", s.variant, "serial", 0.0)
         values = fit_physics(s, profile, most, {"serial": 1.0} if serial else {})
-    return Fitted(s.op, s.variant, dtype, values, curves(s, values, profile, axes_of), table)
+    return Fitted(s.op, s.variant, dtype, values, curves(s, values, profile, axes_of, _DROP), table)
 
 
 def with_fits(profile: DeviceProfile, parts: Iterable[Fitted]) -> DeviceProfile:
