@@ -210,12 +210,13 @@ def _contexts(d: Deployment, shape: AttentionShape) -> list[int]:
 
 def _lengths(d: Deployment, shape: AttentionShape) -> list[int]:
     """Prompts: steps up to the largest chunk, then on to the prompt whose causal area is that of the largest chunk on
-    the longest prefix.
+    the longest prefix. Between the ends lengths are odd, as prompts are: kernels are quicker on whole tiles.
     """
     chunk = min(d.max_tokens, d.max_context)
     area = math.ceil(math.sqrt(chunk * (2 * d.max_context - chunk)))
     own = ladder(chunk, 8)
-    return sorted({*own, *(n for n in ladder(area, 3, chunk) if n > chunk)})
+    odd = (min(round(n * 1.15) | 1, chunk) for n in own[1:-1])
+    return sorted({own[0], *odd, own[-1], *(n for n in ladder(area, 3, chunk) if n > chunk)})
 
 
 def _prefixes(d: Deployment) -> list[tuple[int, int]]:
