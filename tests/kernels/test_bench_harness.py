@@ -80,7 +80,7 @@ def tiny_plan(path: Path) -> Plan:
 
 
 def run_killed(tmp_path: Path, kills: int) -> None:
-    plan, target = tiny_plan(tmp_path / "plan.json"), 300
+    plan, target = tiny_plan(tmp_path / "plan.json"), 200
     command = [
         sys.executable,
         "-c",

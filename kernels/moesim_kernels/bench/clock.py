@@ -15,7 +15,7 @@ from moesim_kernels.bench.pool import Device, Pool, Prepared
 
 __all__ = ["CudaSampler", "HostSampler", "OwnSampler", "Sampler", "repeats", "sampler"]
 
-MIN_SAMPLE_NS = 200_000
+MIN_SAMPLE_NS = 1_000_000
 RESOLUTIONS = 50
 MAX_REPEATS = 10_000
 _COVERED_NS = 2_000_000  # a call shorter than this is run once untimed before each sample: code and inputs come in
@@ -40,7 +40,7 @@ class Sampler(Protocol):
 
 
 def repeats(call_ns: float, resolution_ns: float) -> int:
-    """Calls in one sample: at least 200 us and 50 resolutions of the clock, at most 10,000 calls."""
+    """Calls in one sample: at least 1 ms and 50 resolutions of the clock, at most 10,000 calls."""
     least = max(MIN_SAMPLE_NS, RESOLUTIONS * resolution_ns)
     return max(1, min(MAX_REPEATS, -int(-least // max(1.0, call_ns))))
 

@@ -129,7 +129,7 @@ class Run:
             order, part_s = self.schedule.round(among, end_s - self.spent_s())
             if not order:
                 return
-            gc.collect()
+            gc.collect(1)  # what the last round left; older objects wait for the end
             until_s = self.spent_s() + part_s
             for key in order:
                 if self.spent_s() >= until_s:
@@ -285,15 +285,12 @@ def run(
 
 @contextmanager
 def _steady() -> Iterator[None]:
-    """No garbage collection inside a sample: it is done between rounds, and leaves out what was there before."""
+    """No garbage collection inside a sample: it is done between rounds."""
     was = gc.isenabled()
-    gc.collect()
-    gc.freeze()  # a round would else look through all of torch, which takes longer than to measure
     gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
         if was:
             gc.enable()
 
