@@ -76,7 +76,6 @@ def compare(
     tp: Annotated[int, typer.Option(help="With --model: tensor-parallel ranks.", min=1, metavar="N")] = 1,
     dp: Annotated[int, typer.Option(help="With --model: data-parallel ranks.", min=1, metavar="N")] = 1,
     ep: Annotated[int | None, typer.Option(help="With --model: expert parts.", min=1, metavar="N")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Print every shape, not the main ones.")] = False,
     as_json: _Json = False,
     plot: _Plot = None,
 ) -> None:
@@ -107,12 +106,17 @@ def compare(
 
         sys.stdout.write(json_text(report))
         return
-    render(report, every or model is not None)
+    render(report, every=model is not None)
     if plot is not None:
         print(f"plot: {plot}")
 
 
-_import = typer.Typer(name="import", help="Turn public measured tables into a profile.", no_args_is_help=True)
+_import = typer.Typer(
+    name="import",
+    help="Turn public measured tables into a profile.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 profile.add_typer(_import)
 
 

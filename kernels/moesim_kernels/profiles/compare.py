@@ -167,7 +167,7 @@ def _table(console: Console, found: dict[str, Any], every: bool) -> None:
                 text.append(f"{'':<{14 - len(_verdict(row)[0])}}{_grades(row)}", style="dim")
             console.print(text)
     left = len(found["shapes"]) - len(shown)
-    notes = [f"{left:,} more shapes with --all or --json"] if left else []
+    notes = [f"{left:,} more shapes with --json"] if left else []
     if found["unpriced"]:
         notes.append(f"{found['unpriced']:,} that one device cannot run")
     if notes:
