@@ -138,7 +138,7 @@ def _order(version: str) -> tuple[tuple[int, ...], str]:
 
 def installed() -> Package:
     """Find the package without importing it. Raises BadInput with the mend if it or its data are not there."""
-    mend = "Run: pip install 'moesim[aic]' (an 82 MB wheel with its own numpy, pandas, pyarrow and scipy)"
+    mend = "Run: pip install 'moesim[aic]' (an 82 MB wheel; it brings pandas)"
     spec = importlib.util.find_spec("aiconfigurator_core")
     if spec is None or not spec.submodule_search_locations:
         raise BadInput(

@@ -130,7 +130,7 @@ def aic(
     system: Annotated[str | None, typer.Option(help="Which system, such as h200_sxm.", metavar="NAME")] = None,
     backend: Annotated[str | None, typer.Option(help="vllm, sglang or trtllm.", metavar="NAME")] = None,
     version: Annotated[
-        str | None, typer.Option(help="Of the backend; else the newest of each table.", metavar="V")
+        str | None, typer.Option(help="Of the backend; else what the package serves.", metavar="V")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The profile to write; curves go beside it.", metavar="FILE.yaml")
