@@ -75,7 +75,7 @@ def fitted(s: Samples, bare: bool = False, carried: list[Any] | None = None) -> 
     values = fit_physics(s, base())
     found = [] if bare else curves(s, values, base(), kept_axes)
     if carried:
-        found += carry_over(s, values, base(), carried, sorted(set(s.extra["tokens"].tolist())))
+        found += carry_over(s, values, base(), carried, spread(s.size[:, 0] / s.extra["top_k"], 24))
     return with_fits(base(), [Fitted(s.op, s.variant, "", values, found)])
 
 

@@ -81,12 +81,13 @@ def slow_shapes(s: Samples, ratio: FloatArray) -> set[Key]:
 
 
 def _features(s: Samples) -> tuple[FloatArray, FloatArray]:
-    """Of every point: its shape [points, 6], and ln of its tokens and of its rows per expert slot [points, 2]."""
+    """Of every point: its shape [points, 6], and ln of its rows by top_k and by expert slots [points, 2]. Under expert
+    parallelism the first counts the tokens that would bring as many rows alone.
+    """
     key = np.array([[float(k[i]) for i in (0, 1, 2, 3, 5)] for k in s.key]).reshape(-1, 5)
     rows = s.size[:, 0]
-    tokens = (rows + s.extra.get("other", np.zeros(len(rows)))) / key[:, 3]
     shape = np.concatenate([np.log(key[:, :4]), key[:, 4:], (key[:, 1:2] % _ALIGNED != 0) * 1.0], axis=1)
-    return shape / _REACH, np.log(np.stack([tokens, rows / key[:, 2]], axis=1))
+    return shape / _REACH, np.log(np.stack([rows / key[:, 3], rows / key[:, 2]], axis=1))
 
 
 def _kernel(a: FloatArray, b: FloatArray, size_a: FloatArray, size_b: FloatArray) -> FloatArray:
