@@ -1,8 +1,8 @@
 """MoE figures on the public H100 tables: eight and twelve counts a shape, 32 shapes, coverage of intervals.
 
-Part of `python benchmarks/profiles/holdout.py`. Every choice made by looking at errors (which counts; the scales of
-`moesim_kernels.fit.shared`; up to which drop log times are made isotonic) was made on the selection half of the shapes
-(`holdout.selected`), and every figure stands beside that of the other half.
+Part of `python benchmarks/profiles/holdout.py`. The counts and the scales of `moesim_kernels.fit.shared` were searched
+for on the selection half of the shapes (`holdout.selected`), and every figure stands beside that of the other half. The
+form of the search's objective and the largest drop taken for noise (`drop`) were settled with both halves in sight.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def fitted(some: Samples, new: list[Any] | None = None, bare: bool = False) -> D
 
 
 def line(data: str, what: str, key: list[Any], error: np.ndarray, extra: str = "") -> str:
-    """One row: errors over all points, and over those of shapes that no choice has seen."""
+    """One row: errors over all points, and over those of shapes that no search has seen."""
     other = np.array([not holdout.selected(k) for k in key])
     p50, p90 = np.quantile(error, [0.5, 0.9]) * 100
     q50, q90 = np.quantile(error[other], [0.5, 0.9]) * 100
@@ -180,7 +180,8 @@ COUNTS = """
 
 Kept of each shape: {counts} tokens (its own largest where it ends earlier). Target: median {median} %, p90 {p90} %.
 The counts were chosen by `python benchmarks/profiles/choose_counts.py` on half of the shapes, by a hash of their sizes;
-"other half" are the figures on shapes that no choice has seen. Drops of log time up to 0.15 are taken for noise.
+"other half" are the figures on shapes that the search has not seen. Its objective, and the drop of log time up to which
+differences are taken for noise (0.15), were settled with figures of both halves on the table: that much is not blind.
 """
 UNSEEN = """
 ## MoE: 32 shapes timed, the others never seen

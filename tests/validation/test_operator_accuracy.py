@@ -92,7 +92,7 @@ def test_the_shipped_profile_gives_the_tables_back(case: str) -> None:
     ("counts", "median", "p90"), [("EIGHT", 0.02, 0.09), ("TWELVE", 0.012, 0.065)], ids=["eight", "twelve"]
 )
 def test_chosen_counts_predict_the_others(counts: str, median: float, p90: float) -> None:
-    # the bounds are the targets, held by every kernel and dtype, on the half of the shapes that no choice has seen too
+    # the bounds are the targets, held by every kernel and dtype, on the half of the shapes that no search has seen too
     figures, holdout = tool("figures"), tool("holdout")
     for s, data in holdout.experts():
         mask = figures.kept(s, getattr(figures, counts))
