@@ -5,8 +5,8 @@ python benchmarks/kernels/cpu_holdout.py PROFILE.yaml [--points 30] [--rounds 15
 The shape is that of the profile's own MoE curve; nothing measured here was seen by the fit. Tokens are log-uniform up
 to the calibrated limit. A third of the points has a histogram of recorded routing (DeepSeek-V2-Lite, ../shared/data,
 its experts folded onto the slots of this layer) where the data is there; the others are drawn from the calibration's
-random family. Points take turns, each sample is thread CPU time of one call, experts change from call to call, and a
-reference product is timed in every round. Results go to results/validation/cpu_calibration.md and .json.
+random family. Points take turns, each sample is thread CPU time of one call, experts change from call to call, the
+drift that all points share is taken out as in a calibration, and a reference product is timed in every round. Results go to results/validation/cpu_calibration.md and .json.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from moesim_kernels.bench import clock
+from moesim_kernels.bench.drift import drift_factors
 from moesim_kernels.bench.machine import facts
 from moesim_kernels.bench.pool import Device, Pool, Prepared, torch_dtype
 from moesim_kernels.bench.pressure import cpu_pressure
@@ -108,13 +109,18 @@ def measure(cases: list[Prepared], device: Device, pool: Pool, rounds: int, budg
     a, b = torch.randn(384, 384), torch.randn(384, 384)
     reference = clock.sampler(Prepared(lambda i: a @ b, 1, 0.0, 0.0, "thread"), device, pool)
     out: dict[str, Any] = {"ns": [[] for _ in cases], "psi": [], "reference_ns": []}
+    taken: list[tuple[int, float]] = []
     for done in range(rounds):
         if done >= 3 and time.monotonic() - began > budget_s:
             break
         out["reference_ns"].append(min(reference.sample()[0] for _ in range(3)))
         for i in rng.permutation(len(cases)):
-            out["ns"][i].append(round(samplers[i].sample()[0]))
+            taken.append((int(i), samplers[i].sample()[0]))
+            out["ns"][i].append(round(taken[-1][1]))
         out["psi"].append(cpu_pressure())
+    case, ns = np.array([i for i, _ in taken]), np.array([t for _, t in taken])
+    level = ns / drift_factors(ns, case)  # as the calibration's own points are read
+    out["median_ns"] = np.array([float(np.median(level[case == i])) for i in range(len(cases))])
     return out
 
 
@@ -198,7 +204,7 @@ def main() -> None:
     drawn = draw(options.points, most, int(key[2]), int(key[3]), options.seed)
     cases = [prepare(key, t, count, options.seed + i, device, pool) for i, (t, _, count) in enumerate(drawn)]
     seen = measure(cases, device, pool, options.rounds, options.budget)
-    ns = np.array([float(np.median(x)) for x in seen["ns"]])
+    ns = seen["median_ns"]
     s: Samples = sample_points(
         "moe", str(key[4]), [key] * len(ns), [[int(c.sum())] for _, _, c in drawn], ns, counts=[c for _, _, c in drawn],
         dtype=str(key[4]),
