@@ -6,7 +6,8 @@ The shape is that of the profile's own MoE curve; nothing measured here was seen
 to the calibrated limit. A third of the points has a histogram of recorded routing (DeepSeek-V2-Lite, ../shared/data,
 its experts folded onto the slots of this layer) where the data is there; the others are drawn from the calibration's
 random family. Points take turns, each sample is thread CPU time of one call, experts change from call to call, the
-drift that all points share is taken out as in a calibration, and a reference product is timed in every round. Results go to results/validation/cpu_calibration.md and .json.
+drift that all points share is taken out as in a calibration, and a reference product is timed in every round.
+Results go to results/validation/cpu_calibration.md and .json.
 """
 
 from __future__ import annotations
