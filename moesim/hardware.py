@@ -162,6 +162,7 @@ class ProfileSpec(Spec):
     fits: Annotated[dict[str, dict[str, float]], Field(default_factory=dict)]
     errors: Annotated[dict[str, Annotated[float, Field(ge=0, le=3)]], Field(default_factory=dict)]
     intervals: Annotated[dict[str, dict[GradeName, Interval]], Field(default_factory=dict)]
+    speed_error: Annotated[float, Field(ge=0, le=3)] = 0.0
     curves: Annotated[tuple[str, ...], Field(strict=False, max_length=16)] = ()
     provenance: Annotated[dict[str, Any], Field(default_factory=dict)]
 
@@ -254,7 +255,8 @@ class DeviceProfile:
 
     fits: `op` or `op/variant` -> parameter -> value. A parameter ending in `_ns` is a time, one ending in
     `_per_s` a rate, any other has no unit; `scaled` relies on it. errors: held-out relative error (1 sigma
-    of log) by operator.
+    of log) by operator. speed_error: 1 sigma of log of the device's own speed from one run to another, which all
+    operators share and no held-out point of the same run can show.
     """
 
     name: str
@@ -273,6 +275,7 @@ class DeviceProfile:
     fits: Fits
     errors: Mapping[str, float]
     intervals: Mapping[str, Mapping[str, Interval]]
+    speed_error: float
     curves: Mapping[str, tuple[Curve, ...]]
     provenance: Mapping[str, Any]
 
@@ -318,6 +321,7 @@ class DeviceProfile:
             fits=MappingProxyType({k: MappingProxyType(dict(v)) for k, v in parsed.fits.items()}),
             errors=MappingProxyType(dict(parsed.errors)),
             intervals=MappingProxyType({op: {str(g): i for g, i in v.items()} for op, v in parsed.intervals.items()}),
+            speed_error=parsed.speed_error,
             curves=MappingProxyType(curves),
             provenance=MappingProxyType(dict(parsed.provenance)),
         )

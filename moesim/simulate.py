@@ -113,7 +113,9 @@ class RunResult:
         for name, spent in e.ns.items():
             share[e.operator[name]] = share.get(e.operator[name], 0.0) + spent / total
         profile = self.scenario.cluster.profile
-        variance = sum((part * profile.error(operator)) ** 2 for operator, part in share.items() if operator != "host")
+        device = {operator: part for operator, part in share.items() if operator != "host"}
+        variance = sum((part * profile.error(operator)) ** 2 for operator, part in device.items())
+        variance += (sum(device.values()) * profile.speed_error) ** 2
         expert_share = sum(e.ns.get(name, 0) for name in ("dispatch", "experts", "combine")) / total
         return Errors(float(np.sqrt(variance)), e.bank_sigma * expert_share)
 

@@ -30,6 +30,7 @@ from moesim_kernels.fit.conformal import clopper_pearson
 from moesim_kernels.fit.model import predict
 from moesim_kernels.fit.samples import Samples, sample_points
 from moesim_kernels.ops.routing import assign, histogram
+from moesim_kernels.profiles.show import half_width
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
@@ -125,8 +126,8 @@ def measure(cases: list[Prepared], device: Device, pool: Pool, rounds: int, budg
     return out
 
 
-def judge(predicted: NDArray[np.float64], measured: NDArray[np.float64], width: float | None) -> dict[str, Any]:
-    """The three figures, and coverage of the profile's own interval."""
+def judge(predicted: NDArray[np.float64], measured: NDArray[np.float64], width: float) -> dict[str, Any]:
+    """The three figures, and coverage of the profile's own interval, its error of speed from run to run included."""
     error = np.abs(predicted / measured - 1.0)
     out = {
         "points": len(error),
@@ -137,17 +138,16 @@ def judge(predicted: NDArray[np.float64], measured: NDArray[np.float64], width: 
         "common_factor": (shift := float(np.median(measured / predicted))),
         "p90_without_it": float(np.quantile(np.abs(predicted * shift / measured - 1.0), 0.9)),
     }
-    if width is not None:
-        inside = int((np.abs(np.log(predicted / measured)) <= width).sum())
-        low, high = clopper_pearson(inside, len(error))
-        out["interval"] = {"half_width": float(np.expm1(width)), "inside": inside, "low": low, "high": high}
+    inside = int((np.abs(np.log(predicted / measured)) <= width).sum())
+    low, high = clopper_pearson(inside, len(error))
+    out["interval"] = {"half_width": float(np.expm1(width)), "inside": inside, "low": low, "high": high}
     return out
 
 
 def table(found: dict[str, Any], rows: list[dict[str, Any]], command: str) -> str:
     """The page."""
     f = found["figures"]
-    inside = f.get("interval")
+    inside = f["interval"]
     lines = [
         "# A calibrated CPU on fresh points of the deployed layer",
         "",
@@ -166,11 +166,10 @@ def table(found: dict[str, Any], rows: list[dict[str, Any]], command: str) -> st
     lines.append(
         f"| all points slower or faster than in the calibration by (median) | {common} | tells of the machine |"
     )
-    if inside:
-        lines.append(
-            f"| in the profile's 90 % interval (x{1 + inside['half_width']:.3f}) | {inside['inside']}/{f['points']}, "
-            f"95 % interval of the share {inside['low']:.0%} to {inside['high']:.0%} | contains 90 % |"
-        )
+    lines.append(
+        f"| in the profile's 90 % interval (x{1 + inside['half_width']:.3f}) | {inside['inside']}/{f['points']}, "
+        f"95 % interval of the share {inside['low']:.0%} to {inside['high']:.0%} | contains 90 % |"
+    )
     lines += [
         "",
         "| tokens | histogram | busiest expert | measured ms | predicted ms | error |",
@@ -211,10 +210,10 @@ def main() -> None:
         dtype=str(key[4]),
     )  # fmt: skip
     predicted = predict(profile, s)
-    width = profile.interval("moe", 1)
+    width = half_width(profile, "moe", "interpolated")
     psi = [p for p in seen["psi"] if p is not None]
     found = {
-        "figures": judge(predicted, ns, None if width is None else width.half_width),
+        "figures": judge(predicted, ns, width),
         "machine": facts(device),
         "layer": f"hidden {key[0]}, intermediate {key[1]}, {key[2]} experts, top {key[3]}, {key[4]}",
         "calibrated": f"{profile.provenance['date']} (kernels {profile.provenance['kernel']})",

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moesim_kernels.bench.drift import drift_factors
 from moesim_kernels.bench.errors import BadPlan
-from moesim_kernels.bench.log import LogWriter, Samples, read_log, read_points
+from moesim_kernels.bench.log import LogWriter, Samples, read_log, read_points, speed_error
 from moesim_kernels.bench.plan import Case, Plan
 
 PLAN = Plan("cpu", tuple(Case("gemm", {"n": 8, "k": 8}, {"m": m}, "fp32") for m in (1, 2, 3)))
@@ -183,6 +183,24 @@ def test_shared_drift_is_taken_out_and_levels_stay(tmp_path: Path):
         assert after.ns_p75 / after.ns_p25 < 1.03
         assert after.ns_median == pytest.approx(1000.0 * (i + 1), rel=0.01)
         assert after.wall_ns_median == before.wall_ns_median
+
+
+@pytest.mark.parametrize("faster", [0.0, 0.1])
+def test_speed_error_is_the_spread_of_a_runs_quarters(faster: float, tmp_path: Path):
+    """Two quarters of the run on a machine that is e^faster as fast as in the other two: a sigma of faster / 2."""
+    plan = Plan("cpu", tuple(Case("gemm", {"n": 8, "k": 8}, {"m": m}, "fp32") for m in range(1, 13)))
+    log = LogWriter(tmp_path / "log", plan, MACHINE)
+    for n in range(40):
+        for i, case in enumerate(plan.cases):
+            ns = 1000.0 * (i + 1) * float(np.exp(faster * (n // 10 % 2)))
+            log.samples(Samples(case.id, n, (ns,), (ns,), None, None))
+    log.close()
+    assert speed_error(plan, read_log(tmp_path / "log", plan)) == pytest.approx(faster / 2, abs=0.004)
+
+
+def test_speed_error_of_a_short_log_is_unknown(tmp_path: Path):
+    write(tmp_path / "log")
+    assert speed_error(PLAN, read_log(tmp_path / "log", PLAN)) == 0.0
 
 
 def test_a_drift_of_few_cases_is_left_in():

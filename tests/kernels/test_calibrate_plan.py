@@ -184,11 +184,11 @@ def test_held_out_points_are_many_enough_for_intervals_and_are_no_grid_points() 
     assert len({str(c.size["histogram"]) for c in by_op["moe"]}) > 3
 
 
-def test_the_moe_grid_has_eight_counts_three_skewed_and_micro_points() -> None:
+def test_the_moe_grid_has_twelve_counts_three_skewed_and_micro_points() -> None:
     (d,) = default_deployments("cpu")
     moe = [c.size for c in make_plan([d], "cpu").cases if c.op == "moe" and c.role == "grid"]
     uniform = [s["tokens"] for s in moe if s["histogram"] == "uniform"]
-    assert len(uniform) == 8
+    assert len(uniform) == 12
     assert {1, d.max_tokens} <= set(uniform)
     assert sum(s["histogram"] == "zipf:1.2" for s in moe) == 3
     few = [int(s["rows"]) // 4 for s in moe if s["histogram"] == "few:4"]

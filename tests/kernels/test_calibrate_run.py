@@ -116,7 +116,7 @@ def test_fitting_a_log_again_gives_the_same_bytes_apart_from_the_command(folder:
     out = folder / "again" / "here.yaml"
     again = calibrate_log(plan, folder / "l.jsonl", "here", first["provenance"]["command"])
     write_profile(out, again.spec, again.curves)
-    assert first["provenance"]["command"].startswith("moesim ")
+    assert first["provenance"]["command"].split()[0] == "moesim"
     assert out.read_bytes() == profile.read_bytes()
     assert out.with_suffix(".json").read_bytes() == profile.with_suffix(".json").read_bytes()
 

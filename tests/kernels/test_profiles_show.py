@@ -49,8 +49,10 @@ def test_every_profile_is_described(name: str) -> None:
             assert len(lengths) == 1
             assert min(shape["ns"]) > 0
             assert min(shape["efficiency"]) > 0
-            # a pass of bytes may find its activations in a cache: nothing holds it at the memory's rate
-            assert row["operator"] == "elementwise" or max(shape["efficiency"]) <= 1 + 1e-9, shape["label"]
+            # a pass of bytes may find its activations in a cache, and the rate of a link, copy or disk is the best of
+            # what was timed: the model holds none of them at its rate
+            floored = row["operator"] in ("gemm", "moe", "attention_prefill", "attention_decode")
+            assert not floored or max(shape["efficiency"]) <= 1 + 1e-9, shape["label"]
     assert drawn >= 9
 
 

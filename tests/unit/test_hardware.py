@@ -96,7 +96,8 @@ def test_datasheet_figures_are_the_published_ones(name: str) -> None:
 
 
 def test_curve_files_stay_small() -> None:
-    sizes = [p.stat().st_size for p in (ROOT / "hw_profiles").iterdir() if p.is_file()]
+    measured = (".log.jsonl", ".plan.json")  # what a calibration leaves beside its profile, never committed
+    sizes = [p.stat().st_size for p in (ROOT / "hw_profiles").iterdir() if not p.name.endswith(measured)]
     assert max(sizes) < 300_000
     assert sum(sizes) < 800_000
 

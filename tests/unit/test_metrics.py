@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ import pytest
 from moesim.metrics import Z90, Errors, distribution, interval, latencies, throughput
 from moesim.record import RequestRecords, StepRecords
 from moesim.scenario.spec import SloSpec
+from moesim.simulate import simulate
+from tests.build import scenario
 
 MS = 1_000_000
 EXACT = Errors(0.0, 0.0)
@@ -121,3 +125,11 @@ def test_nothing_completed() -> None:
     assert got["duration_s"] == 0.0
     assert got["throughput"]["req_per_s"] is None
     assert distribution(np.zeros(0), None, EXACT) is None
+
+
+def test_the_devices_own_speed_moves_all_its_operators_together(tmp_path: Path) -> None:
+    plain = scenario(tmp_path)
+    profile = replace(plain.cluster.profile, speed_error=0.1)
+    before, after = simulate(plain), simulate(replace(plain, cluster=replace(plain.cluster, profile=profile)))
+    device = 1.0 - before.to_json()["summary"]["time_share"].get("host", 0.0)
+    assert after.errors.step == pytest.approx(math.hypot(before.errors.step, 0.1 * device), rel=1e-3)

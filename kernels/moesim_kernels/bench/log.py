@@ -20,19 +20,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moesim_kernels.bench.drift import drift_factors
+from moesim_kernels.bench.drift import LEAST_CASES, drift_factors
 from moesim_kernels.bench.errors import BadPlan
 from moesim_kernels.bench.machine import IDENTITY
 from moesim_kernels.bench.plan import Case, Plan
 from moesim_kernels.bench.strict import canonical, parse, read_bytes
 
-__all__ = ["LogWriter", "Point", "Record", "Samples", "read_log", "read_points"]
+__all__ = ["LogWriter", "Point", "Record", "Samples", "read_log", "read_points", "speed_error"]
 
 SCHEMA = 1
 MAX_LOG_BYTES = 256 << 20
 MAX_LINE_BYTES = 1 << 20
 MAX_NS = 1e14  # a day and a bit: no call of a benchmark takes that long
 _SYNC_S = 1.0
+_QUARTERS = 4
 Normalise = Literal["level", "reference", "none"]
 _OWN_DRIFT = ("copy", "storage", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "launch")
 
@@ -224,6 +225,20 @@ def read_points(plan: Plan, path: Path | str, normalise: Normalise | None = None
         pressure = float(np.median(psi)) if psi else None
         points.append(Point(case, float(median), float(low), float(high), ns.size, wall, drift, pressure))
     return points
+
+
+def speed_error(plan: Plan, record: Record) -> float:
+    """How far the machine's own speed may be off in another run, 1 sigma of log: the spread of the drift (see `drift`)
+    between the quarters of this run, each standing for a run. 0 for a log too short to tell.
+    """
+    import numpy as np
+
+    steady = {case.id for case in plan.cases if case.op not in _OWN_DRIFT}
+    factor = np.array(_factors(record, plan, "level"))
+    log = np.log(factor[[line.id in steady for line in record.lines]])
+    if len(log) < _QUARTERS * LEAST_CASES:
+        return 0.0
+    return float(np.std([np.mean(part) for part in np.array_split(log, _QUARTERS)]))
 
 
 def _factors(record: Record, plan: Plan, how: Normalise) -> list[float]:

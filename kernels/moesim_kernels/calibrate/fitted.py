@@ -18,7 +18,7 @@ from scipy.stats import kendalltau
 import moesim
 from moesim.errors import BadInput, Problem
 from moesim.hardware import Curve, DeviceProfile
-from moesim_kernels.bench.log import Point, Record, read_log, read_points
+from moesim_kernels.bench.log import Point, Record, read_log, read_points, speed_error
 from moesim_kernels.bench.plan import Plan
 from moesim_kernels.calibrate.machine import Machine, machine_of
 from moesim_kernels.calibrate.points import Refused, Sorted, ceilings, least_work, sort_points
@@ -108,6 +108,7 @@ def calibrate_log(plan: Plan, log: Path, name: str, command: str) -> Calibrated:
         "fits": {op: dict(values) for op, values in sorted(profile.fits.items()) if values},
         "errors": {**errors, "host": 0.3},
         "intervals": intervals,
+        "speed_error": round(speed_error(plan, record), 4),
         "curves": [f"{name}.json"],
     }
     if profile.moe_row_work:
@@ -118,13 +119,13 @@ def calibrate_log(plan: Plan, log: Path, name: str, command: str) -> Calibrated:
 
 
 def _raise_rates(machine: Machine, points: Sequence[Point], found: Sorted) -> None:
-    """A profile's rates are a floor under every price, so no accepted point may beat them: memory and multiplication
-    are set to the best that any point showed.
+    """A profile's rates are a floor under every price, so no point that is fitted may beat them: memory and
+    multiplication are set to the best that any of them showed. Held-out points have no say.
     """
     refused = {r.case.id for r in found.refused}
     memory, flop = machine.spec["hbm_gb_per_s"], machine.spec["flop_per_s"]
     for p in points:
-        if p.case.id in refused or p.case.role == "ceiling":
+        if p.case.id in refused or p.case.role != "grid":
             continue
         moved, work, _ = least_work(p.case)
         memory = max(memory, moved / p.ns_median)
@@ -233,6 +234,12 @@ def _provenance(
         "refused": [str(r) for r in made.refused[:20]],
         "could_not_run": dict(list(record.refused.items())[:20]),
         "assumed": machine.assumed,
+        "sources": {
+            "hbm_gb_per_s": "read_bandwidth of this run, raised to the best point that was fitted",
+            "flop_per_s": "peak_gemm of this run, raised to the best point that was fitted",
+            **{name: f"assumed: {origin}" for name, origin in machine.assumed.items()},
+            "the rest": "measured by this run",
+        },
         "deployments": plan.note.get("deployments", []),
         "plan": plan.plan_id,
         "log_blake2b": hashlib.blake2b(log.read_bytes(), digest_size=16).hexdigest(),

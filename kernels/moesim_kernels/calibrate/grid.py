@@ -32,7 +32,7 @@ __all__ = [
     "training_cases",
 ]
 
-HELD_OUT_MOE = 12
+HELD_OUT_MOE = 30
 HELD_OUT = 10  # of every other operator with intervals
 _CONTEXT_FROM = 16
 _KV_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}  # the largest cache that one decode point reads
@@ -58,12 +58,12 @@ def ladder(most: int, count: int, least: int = 1) -> list[int]:
 
 
 def moe_cases(d: Deployment, device: str, backend: str, rng: np.random.Generator) -> Iterator[Case]:
-    """The routed experts of one rank: uniform routing at 8 token counts, Zipf 1.2 at three, few experts with n rows
+    """The routed experts of one rank: uniform routing at 12 token counts, Zipf 1.2 at three, few experts with n rows
     each (for the row-work table), random held-out points.
     """
     if d.moe is None:
         return
-    counts = ladder(d.max_tokens, 8)
+    counts = ladder(d.max_tokens, 12)
     for tokens in counts:
         yield _moe(d, "moe", backend, tokens, "uniform")
     many = [t for t in counts if t >= 8] or counts
@@ -128,7 +128,7 @@ def layer_cases(d: Deployment, device: str, rng: np.random.Generator) -> Iterato
     """
     needs = d.gemms()
     for need in needs:
-        for m in ladder(need.rows, 8):
+        for m in ladder(need.rows, 12):
             yield Case("gemm", {"n": need.n, "k": need.k}, {"m": m}, need.dtype)
     for i in range(HELD_OUT):
         need = needs[int(rng.integers(len(needs)))]

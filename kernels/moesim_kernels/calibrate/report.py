@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import IO, Any
@@ -23,6 +24,7 @@ def report(spec: Mapping[str, Any], file: IO[str] | None = None, width: int | No
     with console.capture() as captured:
         _head(console, spec, found)
         _table(console, found["held_out"])
+        _speed(console, spec["speed_error"])
         _notes(console, found)
     console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
@@ -63,6 +65,12 @@ def _table(console: Console, held_out: Mapping[str, Mapping[str, Any]]) -> None:
         )
     console.print(table)
     console.print(Text("interval: 90 %, each point judged by the one that the other points give", style="dim"))
+    console.print()
+
+
+def _speed(console: Console, error: float) -> None:
+    text = f"speed of the machine from run to run: +-{math.expm1(1.645 * error):.1%} (90 %), from the drift in this run"
+    console.print(Text(f"{text}; not in the table"))
     console.print()
 
 

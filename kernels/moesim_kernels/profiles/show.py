@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Mapping
 from functools import partial
+from math import hypot
 from statistics import NormalDist
 from typing import IO, Any
 
@@ -114,15 +115,18 @@ def _fitted(profile: DeviceProfile, op: str) -> bool:
 
 def half_width(profile: DeviceProfile, op: str, grade: str) -> float:
     """Half of the 90 % interval in log units: the profile's own where it states one (stretched as a normal law's if it
-    is for another level), else 1.645 sigma of its error, and for extrapolated and assumed times no less than UNSEEN's.
+    is for another level), else 1.645 sigma of its error, and for extrapolated and assumed times no less than UNSEEN's;
+    and with it the error of the device's speed from run to run.
     """
     stated = profile.interval(op, GRADES.index(grade))
     if stated is None:
         seen = grade in ("measured", "interpolated")
-        return NORMAL_90 * (profile.error(op) if seen else max(profile.error(op), UNSEEN))
-    if stated.level == 0.9:
-        return stated.half_width
-    return stated.half_width * NORMAL_90 / NormalDist().inv_cdf(0.5 + stated.level / 2)
+        half = NORMAL_90 * (profile.error(op) if seen else max(profile.error(op), UNSEEN))
+    elif stated.level == 0.9:
+        half = stated.half_width
+    else:
+        half = stated.half_width * NORMAL_90 / NormalDist().inv_cdf(0.5 + stated.level / 2)
+    return hypot(half, NORMAL_90 * profile.speed_error)
 
 
 def _lines(profile: DeviceProfile, op: str) -> list[dict[str, Any]]:
