@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -22,6 +23,9 @@ __all__ = ["Axes", "curves", "every_size", "monotone", "spread", "write_curves",
 FloatArray = NDArray[np.float64]
 Axes = Callable[[FloatArray], list[list[float]]]
 """Of one shape's sizes [points, axes], the sizes to keep on each axis."""
+
+
+_NO_KERNEL = ("all_reduce", "all_gather", "reduce_scatter", "copy", "storage")
 
 
 def spread(counts: Iterable[float], number: int) -> list[float]:
@@ -50,9 +54,11 @@ def curves(
     """Residual curves of every shape at the sizes that `axes_of` keeps of it.
 
     Where a size was timed more than once the median counts. Cells of a grid without a point are filled in and graded
-    extrapolated. Along one axis log times are made isotonic up to kernel switches, drops above `drop` (`monotone`);
-    not where samples carry histograms, since more rows on fewer experts may be faster.
+    extrapolated. Along one axis log times are made isotonic up to kernel switches, drops above `drop` (`monotone`),
+    of which links, copies and disks have none; not where samples carry histograms, since more rows on fewer experts
+    may be faster.
     """
+    drop = math.inf if s.op in _NO_KERNEL else drop
     ratio = np.log(s.ns / physics_ns(s, values, profile))
     out = []
     for key, rows in s.by_key().items():
