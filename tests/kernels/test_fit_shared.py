@@ -156,3 +156,11 @@ def test_a_profile_is_written_as_it_is_loaded(tmp_path: Path) -> None:
     assert loaded.fits["moe/bf16"] == {k: float(f"{v:.5g}") for k, v in fitted.values.items()}
     assert loaded.moe_row_work["bf16"].at(2) == 5.0
     assert text == profile_yaml(spec | {"moe_row_work": work}, "made by a test")
+
+
+def test_what_no_sample_depends_on_keeps_its_start() -> None:
+    """Rows of other ranks cost nothing to samples that have none."""
+    s = sample_points(
+        "moe", "bf16", [(2048, 768, 8, 2, "bf16", 3)] * 6, [8, 16, 64, 256, 1024, 4096], np.arange(1, 7) * 1e5
+    )
+    assert fit_physics(s, device())["nonlocal_hidden"] == PARAMETERS["moe"]["nonlocal_hidden"][0]

@@ -6,7 +6,7 @@ The formulas are those of `moesim.cost.physics`; sizes stand in as arrays. `PARA
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -181,7 +181,8 @@ def fit_physics(
     s: Samples, profile: DeviceProfile, most: int = 4000, given: Mapping[str, float] | None = None
 ) -> dict[str, float]:
     """Parameters by least squares on log time (soft L1), over at most `most` evenly spaced samples; `given` ones are
-    taken as they are. Raises ValueError for an operator without physics.
+    taken as they are. A parameter that no sample depends on (rows of other ranks where there are none) keeps its
+    start. Raises ValueError for an operator without physics.
     """
     name = "gemm@eager" if s.variant.endswith("@eager") and s.op == "gemm" else s.op
     if name not in PARAMETERS:
@@ -199,5 +200,7 @@ def fit_physics(
     found = least_squares(
         miss, start, bounds=(low, high), loss="soft_l1", f_scale=0.1, x_scale=np.maximum(start, 1e-3), max_nfev=60
     )
-    values = {n: float(f"{v:.5g}") if v > 1e-6 else 0.0 for n, v in zip(names, found.x.tolist(), strict=True)}
+    told = np.abs(cast(FloatArray, found.jac)).max(axis=0) > 0
+    best = np.where(told, found.x, start)
+    values = {n: float(f"{v:.5g}") if v > 1e-6 else 0.0 for n, v in zip(names, best.tolist(), strict=True)}
     return {**values, **fixed}
