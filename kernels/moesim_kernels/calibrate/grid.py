@@ -291,21 +291,33 @@ def stream_cases(device: str, dtypes: Iterable[str], ranks: int) -> Iterator[Cas
     if cuda:
         yield Case("launch", {"graph": True}, {}, "fp32", role="ceiling")
     yield from _copies(cuda)
-    for mode, depth in (("direct", 1), ("direct", 4), ("buffered", 1)):
-        shape: _Sizes = {"mode": mode, "block_bytes": 1 << 20, "depth": depth}
-        yield Case("storage", shape, {"bytes": (512 << 20) if cuda else (64 << 20)}, "fp32")
+    yield from _reads((512 << 20) if cuda else (64 << 20))
     if cuda and ranks < 2:
         return
-    shape = {"ranks": ranks if cuda else 2, "backend": "nccl" if cuda else "gloo"}
+    shape: _Sizes = {"ranks": ranks if cuda else 2, "backend": "nccl" if cuda else "gloo"}
     for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"):
-        for moved in (1 << 10, 1 << 16, 1 << 20, 1 << (28 if cuda else 24)):
+        for moved in _fours(8, 28 if cuda else 24):
             yield Case(op, shape, {"bytes": moved}, "fp32")
+
+
+def _fours(least: int, most: int) -> list[int]:
+    """2^least to 2^most in steps of 4, the last included."""
+    return sorted({*(1 << i for i in range(least, most + 1, 2)), 1 << most})
+
+
+def _reads(most: int) -> Iterator[Case]:
+    """Storage: blocks and queue depths past the page cache, and through it; a small load each to tell the start."""
+    ways = [("direct", block, depth) for block in (1 << 17, 1 << 20, 1 << 23) for depth in (1, 4, 16)]
+    for mode, block, depth in (*ways, ("buffered", 1 << 20, 1), ("buffered", 1 << 20, 4)):
+        shape: _Sizes = {"mode": mode, "block_bytes": block, "depth": depth}
+        for moved in (1 << 23, most):
+            yield Case("storage", shape, {"bytes": moved}, "fp32")
 
 
 def _copies(cuda: bool) -> Iterator[Case]:
     ways = [("h2d", "pinned"), ("h2d", "pageable"), ("d2h", "pinned"), ("d2h", "pageable")]
     for direction, memory in ways if cuda else [("host", "pageable")]:
-        for moved in (1 << 16, 1 << 20, 1 << 24, (1 << 30) if cuda else (1 << 27)):
+        for moved in _fours(16, 30 if cuda else 27):
             shape: _Sizes = {"direction": direction, "memory": memory, "streams": 1, "busy": False}
             yield Case("copy", shape, {"bytes": moved}, "fp32")
     if cuda:

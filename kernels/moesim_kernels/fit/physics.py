@@ -6,7 +6,7 @@ The formulas are those of `moesim.cost.physics`; sizes stand in as arrays. `PARA
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -200,7 +200,10 @@ def fit_physics(
     found = least_squares(
         miss, start, bounds=(low, high), loss="soft_l1", f_scale=0.1, x_scale=np.maximum(start, 1e-3), max_nfev=60
     )
-    told = np.abs(cast(FloatArray, found.jac)).max(axis=0) > 0
-    best = np.where(told, found.x, start)
+    best = found.x.copy()
+    for j in range(len(names)):
+        least, most = (miss(np.where(np.arange(len(names)) == j, end, found.x)) for end in (low, high))
+        if np.array_equal(least, most):
+            best[j] = start[j]
     values = {n: float(f"{v:.5g}") if v > 1e-6 else 0.0 for n, v in zip(names, best.tolist(), strict=True)}
     return {**values, **fixed}
