@@ -202,8 +202,8 @@ def fit_physics(
     )
     best = found.x.copy()
     for j in range(len(names)):
-        least, most = (miss(np.where(np.arange(len(names)) == j, end, found.x)) for end in (low, high))
-        if np.array_equal(least, most):
+        at = np.arange(len(names)) == j
+        if np.array_equal(miss(np.where(at, low, found.x)), miss(np.where(at, high, found.x))):
             best[j] = start[j]
     values = {n: float(f"{v:.5g}") if v > 1e-6 else 0.0 for n, v in zip(names, best.tolist(), strict=True)}
     return {**values, **fixed}
