@@ -1,6 +1,8 @@
 # Everything happens in .venv, made from Python 3.11 or later alone:
 #   make demo       environment, install, and the quickstart simulation on screen
 #   make test       the fast test suite          make test-slow   the tests marked slow
+#   make test-gpu   the tests that need a CUDA device, with that machine's torch
+#   make cpu-profile  measure this CPU again, then thirty fresh points of the layer (six quiet minutes)
 #   make check      style, types, import order   make lint        repair what ruff can repair
 #   make bench      the asv benchmarks of this checkout
 #   make clean      remove the environment and every cache (results/ stays)
@@ -12,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 PYTEST_ARGS ?= -n auto
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check lint bench clean
+.PHONY: help demo test test-slow test-gpu cpu-profile check lint bench clean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -39,6 +41,13 @@ test: $(VENV)/.stamp-dev
 
 test-slow: $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+test-gpu:
+	$(PYTHON) -m pytest -m gpu tests/kernels
+
+cpu-profile: $(VENV)/.stamp-dev
+	$(BIN)/moesim calibrate workloads/calibrate_cpu.yaml --fresh --budget 5m --out hw_profiles/cpu_epyc_1thread.yaml
+	$(BIN)/python benchmarks/kernels/cpu_holdout.py hw_profiles/cpu_epyc_1thread.yaml
 
 check: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
