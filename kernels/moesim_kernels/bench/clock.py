@@ -120,11 +120,13 @@ class CudaSampler:
         reads what another wrote."""
         torch = self._torch
         handle = pool.get("graph pool", 0, torch.cuda.graph_pool_handle)
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=handle):
                 self._eager(self.inner)
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a capture that cannot end leaves its own stream current
+            pool.drop("graph pool")  # torch before 2.12 takes it for in use, and refuses every later capture into it
             torch.cuda.synchronize()
             self.remark = f"cannot be captured into a CUDA graph, timed eagerly: {str(error).splitlines()[0][:200]}"
             return
