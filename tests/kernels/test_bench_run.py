@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from moesim_kernels.bench.harness import Run, Summary
+from moesim_kernels.bench.harness import BROKE, Run, Summary
 from moesim_kernels.bench.log import LogWriter, read_log
 from moesim_kernels.bench.plan import Case, Plan
 from moesim_kernels.bench.pool import PoolFull
@@ -30,11 +30,13 @@ class World:
     releases: int = 0
     most_open: int = 0
     fails: Callable[[int], None] = lambda m: None
+    works: Callable[[], bool] = lambda: True
+    full: type[Exception] = PoolFull
 
     def build(self, case: Case) -> Counted:
         m = int(case.size["m"])
         if len(self.open) >= self.room:
-            raise PoolFull(2, 1)
+            raise self.full(2, 1)
         self.now += self.build_s
         self.built.append(m)
         self.open.add(m)
@@ -70,12 +72,14 @@ def go(world: World, path: Path, budget_s: float = 1e6, target: int = 6, minimum
     schedule = Schedule(roles, {}, log.record.counts(), budget_s, target, minimum, 0)
     seen: list[float] = []
     run = Run(plan, schedule, log, world.build, lambda: 5.0, lambda: world.now, lambda s: seen.append(s.left_s))
+    run.works = world.works
+    run.leave_out(log.record.refused)
     try:
         summary = run.go(world.release)
     finally:
         log.close()
     assert all(left <= budget_s for left in seen)
-    assert not world.open
+    assert summary.stopped == "broken" or not world.open
     return summary
 
 
@@ -134,6 +138,32 @@ def test_case_that_fails_is_named_and_the_rest_goes_on(tmp_path: Path):
     assert counts(tmp_path / "log") == [6, 6, 0, 6, 6, 6]
     assert summary.refused == {CASES[2].id: "RuntimeError: no kernel for 3"}
     assert (summary.stopped, summary.finished) == ("complete", 5)
+
+
+def test_a_device_that_a_case_broke_ends_the_run_and_the_next_goes_on_without_that_case(tmp_path: Path):
+    left = iter(range(8))
+
+    def fails(m: int) -> None:
+        if next(left, None) is None:
+            raise RuntimeError("an illegal memory access")
+
+    world = World(fails=fails, works=lambda: False)
+    summary = go(world, tmp_path / "log")
+    assert (summary.stopped, summary.samples) == ("broken", 8)
+    assert len(world.open) == 6  # closing would ask a dead device
+    assert list(summary.refused.values()) == [f"{BROKE}: RuntimeError: an illegal memory access"]
+    again = go(World(), tmp_path / "log")
+    assert (again.stopped, again.refused) == ("complete", summary.refused)
+    assert sorted(counts(tmp_path / "log")) == [1, 6, 6, 6, 6, 6]
+
+
+def test_memory_of_the_device_that_runs_out_makes_groups_too(tmp_path: Path):
+    class OutOfMemoryError(RuntimeError):
+        """As torch names it."""
+
+    summary = go(World(room=4, full=OutOfMemoryError), tmp_path / "log")
+    assert (summary.stopped, summary.refused) == ("complete", {})
+    assert counts(tmp_path / "log") == [6] * 6
 
 
 def test_budget_ends_the_run_within_one_sample(tmp_path: Path):

@@ -81,6 +81,9 @@ def _go(options: argparse.Namespace) -> int:
     short = [key for key in summary.short if key not in summary.refused]
     _list([f"refused: {names[key]}: {reason}" for key, reason in summary.refused.items()])
     _list([f"fewer than {options.minimum} samples: {names[key]}" for key in short])
+    if summary.stopped == "broken":
+        print("error: a case broke the device; run this again to go on without it", file=sys.stderr)
+        return 1
     return 128 + summary.signal if summary.signal is not None else 0
 
 
@@ -93,7 +96,7 @@ def _list(lines: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run; the exit code: 0 measured, 2 bad input, 130 or 143 interrupted (what was measured is kept)."""
+    """Run; the exit code: 0 measured, 1 the device broke, 2 bad input, 130 or 143 interrupted (the log stays)."""
     options = _parser().parse_args(arguments)
     try:
         return _go(options)

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 from moesim_kernels.bench import cases, clock, floors, machine
 from moesim_kernels.bench.log import LogWriter, Samples
 from moesim_kernels.bench.plan import Case, Plan
-from moesim_kernels.bench.pool import Device, Pool, PoolFull
+from moesim_kernels.bench.pool import Device, Pool
 from moesim_kernels.bench.pressure import cpu_pressure
 from moesim_kernels.bench.progress import Status
 from moesim_kernels.bench.schedule import Schedule
@@ -34,11 +34,13 @@ TARGET = 30
 MINIMUM = 5
 REFERENCE_EVERY = 20
 VISITS = 3  # a run with several groups comes back to each so often
+BROKE = "broke the device"  # begins the reason of a case after which nothing runs in this process any more
 
 
 @dataclass
 class Summary:
-    """How a run ended. `stopped`: complete, budget or interrupted (then `signal` is its number).
+    """How a run ended. `stopped`: complete, budget, interrupted (then `signal` is its number), or broken: a case left
+    the device unusable to this process; another run goes on without it.
 
     `short`: ids below the minimum; `refused`: id to reason. `samples` were taken by this run, in `seconds`.
     """
@@ -55,7 +57,8 @@ class Summary:
 
 @dataclass
 class Run:
-    """One run of a plan: what is resident, what waits. `build` makes a sampler of a case, `now_s` is the time."""
+    """One run of a plan: what is resident, what waits. `build` makes a sampler of a case, `now_s` is the time, `works`
+    says whether the device still does after an error."""
 
     plan: Plan
     schedule: Schedule
@@ -67,6 +70,8 @@ class Run:
     resident: dict[str, clock.Sampler] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
+    works: Callable[[], bool] = lambda: True
+    broken: bool = False
     caught: int | None = None
     samples: int = 0
     rounds: int = 0
@@ -86,10 +91,17 @@ class Run:
         """Seconds of the budget that are left."""
         return self.schedule.budget_s - self.spent_s()
 
+    def leave_out(self, refused: Mapping[str, str]) -> None:
+        """Do not run again what broke the device in an earlier run."""
+        for key, reason in refused.items():
+            if reason.startswith(BROKE):
+                self.refused[key] = reason
+                self.schedule.refuse(key)
+
     def go(self, release: Callable[[], None]) -> Summary:
         """Measure until all targets are reached, the budget is used or a signal came. `release` empties the pool."""
         groups: list[list[str]] = []
-        while self.caught is None and self.left_s() > 0:
+        while self.caught is None and not self.broken and self.left_s() > 0:
             # first every case is visited once: what does not fit beside the others makes the next group
             known = {key for group in groups for key in group}
             fresh = [key for key in self.schedule.unfinished() if key not in known]
@@ -106,8 +118,9 @@ class Run:
                 self._visit(group, rounds, self.left_s() / (len(live) - at), release)
             if self.samples == before:
                 break
-        for sampler in self.resident.values():
-            sampler.close()
+        if not self.broken:
+            for sampler in self.resident.values():
+                sampler.close()
         return self._summary()
 
     def _visit(self, keys: list[str], rounds: int, left_s: float, release: Callable[[], None]) -> None:
@@ -135,7 +148,7 @@ class Run:
                 if self.spent_s() >= until_s:
                     break
                 self._turn(key)
-                if self.caught is not None:
+                if self.caught is not None or self.broken:
                     return
             self.rounds += 1
 
@@ -161,14 +174,11 @@ class Run:
         """Build and warm up; False where the case waits for room or is refused."""
         try:
             sampler = self.build(self._by_id[key])
-        except PoolFull as error:
-            if self.resident:
+        except Exception as error:  # noqa: BLE001  as above: what cannot be built is named, the rest goes on
+            if self.resident and _is_no_room(error):
                 self.waiting.add(key)
             else:
                 self._refuse(key, error)
-            return False
-        except Exception as error:  # noqa: BLE001  as above: what cannot be built is named, the rest goes on
-            self._refuse(key, error)
             return False
         self.resident[key] = sampler
         if sampler.remark:
@@ -177,11 +187,14 @@ class Run:
 
     def _refuse(self, key: str, error: Exception) -> None:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        self.broken = not self.works()
+        if self.broken:
+            reason = f"{BROKE}: {reason}"
         self.refused[key] = reason
         self.schedule.refuse(key)
         self.log.text("refused", key, reason)
         sampler = self.resident.pop(key, None)
-        if sampler is not None:
+        if sampler is not None and not self.broken:
             sampler.close()
 
     def _status(self, case: Case) -> Status:
@@ -198,7 +211,7 @@ class Run:
         )
 
     def _summary(self) -> Summary:
-        stopped = "complete" if not self.schedule.unfinished() else "budget"
+        stopped = "complete" if not self.schedule.unfinished() else "broken" if self.broken else "budget"
         return Summary(
             stopped="interrupted" if self.caught is not None else stopped,
             seconds=self.spent_s(),
@@ -209,6 +222,11 @@ class Run:
             refused=self.refused,
             signal=self.caught,
         )
+
+
+def _is_no_room(error: Exception) -> bool:
+    """Whether memory ran out: the pool's bound, the host's, or the device's (torch names it so since 2.0)."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 @contextmanager
@@ -254,6 +272,7 @@ def run(
     import torch
 
     torch.set_num_threads(plan.threads)
+    torch.set_float32_matmul_precision("highest")  # some images turn TF32 on, and fp32 would be measured as that
     device = device or Device.find(plan.device, plan.threads)
     log = LogWriter(log_path, plan, machine.facts(device))
     try:
@@ -272,6 +291,9 @@ def run(
                 raise
 
         bench = Run(plan, schedule, log, build, None, time.monotonic, progress)
+        if device.kind == "cuda":
+            bench.works = _cuda_works
+        bench.leave_out(log.record.refused)
         bench.rounds = max((line.round + 1 for line in log.record.lines), default=0)
         with _signals(bench), _steady():
             cases.reserve([case for case in plan.cases if done.get(case.id, 0) < target], pool)
@@ -281,6 +303,17 @@ def run(
         return summary
     finally:
         log.close()
+
+
+def _cuda_works() -> bool:
+    """Whether CUDA still answers: an illegal access or a failed assertion in a kernel ends it for the process."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 @contextmanager
