@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from moesim_kernels.bench import io_cases
 from moesim_kernels.bench.errors import BadPlan
 from moesim_kernels.bench.io_cases import IO_BUILDERS, exchange_call
 from moesim_kernels.bench.plan import Case
@@ -256,6 +257,25 @@ def test_cases_that_cannot_run_say_why(case: Case, says: str) -> None:
     pool = Pool(Device("cpu"))
     with pytest.raises(BadPlan, match=says):
         IO_BUILDERS[case.op](case, pool.device, pool)
+
+
+def test_groups_that_cannot_start_cost_their_start_once_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts = []
+
+    def start(ranks: int, backend: str, **_: object) -> Group:
+        starts.append(ranks)
+        raise WorkerFailed("no network")
+
+    monkeypatch.setattr(io_cases, "Group", start)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    pool = Pool(Device("cuda"))
+    with pytest.raises(BadPlan, match="4 ranks, and torch sees 2"):
+        IO_BUILDERS["all_reduce"](case_of("all_reduce", ranks=4, backend="nccl"), pool.device, pool)
+    assert starts == []
+    for op in ("all_reduce", "all_gather"):
+        with pytest.raises(WorkerFailed, match="no network"):
+            IO_BUILDERS[op](case_of(op, backend="nccl"), pool.device, pool)
+    assert starts == [2]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])

@@ -116,6 +116,8 @@ def _collective(case: Case, device: Device, pool: Pool) -> Prepared:
         raise BadPlan(f"ranks run from 2 to 64 on one machine; got {ranks}", where)
     if backend == "nccl" and device.kind != "cuda":
         raise BadPlan("backend nccl needs a plan for cuda; use gloo", where)
+    if backend == "nccl" and ranks > (gpus := _gpus()):  # said before processes are started that can only fail
+        raise BadPlan(f"nccl runs one process a GPU: {ranks} ranks, and torch sees {gpus}", where)
     elements = size // DTYPES[case.dtype]
     exchange = case.op == "all_to_all"
     call = exchange_call(elements, ranks, case.dtype) if exchange else Call(case.op, elements, case.dtype)
@@ -138,12 +140,27 @@ def _collective(case: Case, device: Device, pool: Pool) -> Prepared:
     return Prepared(timed, 1, port * size, 0.0, "wall", close=close, timed=timed, note=note)
 
 
+def _gpus() -> int:
+    import torch
+
+    return int(torch.cuda.device_count())
+
+
 def _group(ranks: int, backend: str, pool: Pool) -> Group:
-    """The worker group of these ranks, started where there is none or the last one failed."""
+    """The worker group of these ranks, started where there is none or the last one failed. One that could not start
+    is not tried again, which might take its whole timeout for every case.
+    """
     key = ("group", ranks, backend)
+    failed: list[str] = pool.get(("group failed", ranks, backend), 0, list)
 
     def start() -> Group:
-        return Group(ranks, backend, timeout_s=_TIMEOUT_S, buffers_bytes=pool.device.capacity_bytes)
+        if failed:
+            raise WorkerFailed(failed[0])
+        try:
+            return Group(ranks, backend, timeout_s=_TIMEOUT_S, buffers_bytes=pool.device.capacity_bytes)
+        except WorkerFailed as error:
+            failed.append(str(error))
+            raise
 
     group: Group = pool.get(key, 0, start)
     if not group.alive:
