@@ -152,6 +152,14 @@ class TestRefusals:
             product(x, fp8.quantise(x))
 
 
+@pytest.mark.parametrize(("version", "runs"), [("2.6.0+cu126", False), ("2.8.0", False), ("2.9.0a0+git", True)])
+def test_grouped_fp8_waits_for_a_torch_that_takes_groups_of_any_size(monkeypatch, version, runs):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch, "__version__", version)
+    assert fp8.why_no_fp8("cuda") is None
+    assert (fp8.why_no_fp8("cuda", grouped=True) is None) == runs
+
+
 @pytest.mark.parametrize("per", ["row", "tensor"])
 def test_fp8_product_of_torchs_cpu_kernel_is_within_the_bound(monkeypatch, per):
     """torch multiplies e4m3 on the CPU too, slowly: scales and layouts are as on CUDA, and so is the bound."""

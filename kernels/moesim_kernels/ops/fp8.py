@@ -48,11 +48,19 @@ def why_no_fp8(device: torch.device | str, grouped: bool = False) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 9):
         return f"fp8 products need compute capability 8.9 or later: this device has {capability}; use bf16 here"
-    if grouped and (capability[0] != 9 or not hasattr(torch, "_scaled_grouped_mm")):
+    if grouped and (capability[0] != 9 or not _takes_any_counts()):
         return (
-            f"grouped fp8 products need compute capability 9.0, torch >= 2.8: {capability}, torch {torch.__version__}"
+            f"grouped fp8 products need compute capability 9.0, torch >= 2.9: {capability}, torch {torch.__version__}"
         )
     return None
+
+
+def _takes_any_counts() -> bool:
+    """Whether `_scaled_grouped_mm` takes groups of any size. At first it asserted multiples of 16 in the kernel, which
+    ends CUDA for the process (pytorch/pytorch#148531, relaxed by #155466).
+    """
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    return hasattr(torch, "_scaled_grouped_mm") and release >= (2, 9)
 
 
 def gemm_fp8(x_MK: torch.Tensor, weight_NK: Quantised, per: Per = "row") -> torch.Tensor:
