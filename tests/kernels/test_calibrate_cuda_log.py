@@ -88,6 +88,7 @@ def test_links_are_measured_where_ranks_are_and_cases_that_could_not_run_are_tol
     storage = next(c for c in plan.cases if c.op == "storage")
     with (tmp_path / "l.jsonl").open("a") as file:
         file.write(json.dumps({"id": storage.id, "refused": "OSError: no direct reads here"}) + "\n")
+        file.write(json.dumps({"id": rings[0].id, "refused": "in an earlier run"}) + "\n")
     made = calibrate_log(plan, tmp_path / "l.jsonl", "gpu", "by hand")
     said = made.spec["provenance"]
     assert "node.nvlink_gb_per_s" not in said["assumed"]

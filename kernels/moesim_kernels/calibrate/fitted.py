@@ -99,9 +99,11 @@ def calibrate_log(plan: Plan, log: Path, name: str, command: str) -> Calibrated:
     parts = _fit_all(found.grid, base)
     profile = with_fits(base, parts)
     judged, errors, intervals = _judge(profile, found.held_out)
-    out = Calibrated(spec, dict[str, list[Curve]](), judged, found.refused, record.refused, record.machine, None, 1.0)
+    reached = {p.case.id for p in points}  # a case may fail in one run and be measured in another
+    failed = {key: why for key, why in record.refused.items() if key not in reached}
+    out = Calibrated(spec, dict[str, list[Curve]](), judged, found.refused, failed, record.machine, None, 1.0)
     out.psi, out.drift = _median([p.psi for p in points]), _drift(record)
-    out.counts = _counts(plan, points, found, record)
+    out.counts = _counts(plan, points, found, failed)
     out.curves = {op: list(found) for op, found in profile.curves.items() if found}
     out.spec |= {
         "kind": "measured",
@@ -196,15 +198,15 @@ def _drift(record: Record) -> float:
     return float(np.percentile(seen, 90) / np.percentile(seen, 10)) if seen else 1.0
 
 
-def _counts(plan: Plan, points: Sequence[Point], found: Sorted, record: Record) -> dict[str, int]:
+def _counts(plan: Plan, points: Sequence[Point], found: Sorted, failed: Mapping[str, str]) -> dict[str, int]:
     """How many points of each kind there are; they add up to the plan's."""
     return {
         "planned": len(plan.cases),
         "measured": len(points),
         "held_out": sum(p.case.role == "heldout" for p in points),
         "refused": len(found.refused),
-        "could_not_run": len(record.refused),
-        "not_reached": len(plan.cases) - len({p.case.id for p in points} | set(record.refused)),
+        "could_not_run": len(failed),
+        "not_reached": len(plan.cases) - len(points) - len(failed),
         "samples_least": min((p.samples for p in points), default=0),
     }
 
@@ -232,7 +234,7 @@ def _provenance(
         "points": made.counts,
         "held_out": {j.operator: j.to_json() for j in made.judged},
         "refused": [str(r) for r in made.refused[:20]],
-        "could_not_run": dict(list(record.refused.items())[:20]),
+        "could_not_run": dict(list(made.failed.items())[:20]),
         "assumed": machine.assumed,
         "sources": {
             "hbm_gb_per_s": "read_bandwidth of this run, raised to the best point that was fitted",
