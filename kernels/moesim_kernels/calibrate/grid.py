@@ -86,7 +86,7 @@ def _micro(d: Deployment, backend: str) -> Iterator[Case]:
     most = d.group_tokens(d.max_tokens)
     for n in sorted({*(2**i for i in range(most.bit_length())), most}):
         size: _Sizes = {"tokens": n, "rows": n * experts, "histogram": f"few:{experts}"}
-        yield Case("moe", shape, size, d.moe.dtype, backend)
+        yield Case("moe", shape, size, _name(d.moe.dtype), backend)
 
 
 def _moe_shape(d: Deployment) -> dict[str, Any]:
@@ -225,7 +225,8 @@ def _prefixes(d: Deployment) -> list[tuple[int, int]]:
     out = []
     for length in sorted({max(1, chunk // 8), chunk}):
         room = d.max_context - length
-        out += [(length, prefix) for prefix in ladder(room, 3, min(room, 64)) if room > 0]
+        if room > 0:
+            out += [(length, prefix) for prefix in ladder(room, 3, min(room, 64))]
     return out
 
 
