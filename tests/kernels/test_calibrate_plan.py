@@ -169,6 +169,14 @@ def test_the_default_grid_is_stable_and_goes_through_its_file(device: str, tmp_p
     assert {c.op for c in plan.cases} >= {"moe_dgrad", "moe_wgrad", "attention_backward", "router_backward"}
 
 
+def test_a_chunk_as_long_as_the_longest_sequence_leaves_no_room_for_a_prefix() -> None:
+    limits = ["engine.max_num_batched_tokens=8192", "engine.max_num_seqs=4"]
+    d = from_model("granite-powermoe-3b", {"tp": 2, "dp": 4, "ep": 8}, [*BF16, *limits])
+    assert d.max_tokens >= d.max_context
+    prefixes = {c.size["length"]: c.size["prefix"] for c in make_plan([d], "cpu").cases if c.op == "attention_prefill"}
+    assert max(int(length) for length in prefixes) >= d.max_context
+
+
 def test_held_out_points_are_many_enough_for_intervals_and_are_no_grid_points() -> None:
     plan = make_plan(default_deployments("cpu"), "cpu")
     by_op: dict[str, list[Case]] = {}
