@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -13,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 from moesim_kernels.bench import cases, clock, harness  # noqa: E402  after the check for torch
 from moesim_kernels.bench.errors import BadPlan  # noqa: E402
-from moesim_kernels.bench.floors import case_counts, floors  # noqa: E402
+from moesim_kernels.bench.floors import case_counts, floors, guess_ns  # noqa: E402
 from moesim_kernels.bench.plan import OPS, Case, Plan  # noqa: E402
 from moesim_kernels.bench.pool import Device, Pool, PoolFull, Prepared, cache_bytes  # noqa: E402
 from moesim_kernels.ops.moe import moe_local  # noqa: E402
@@ -133,6 +134,8 @@ def test_floors_by_hand():
     assert floors(few) == (4.0 * (2 * 3 * 32 * 16 + 2 * 6 * 32), 6.0 * 6 * 32 * 16)
     prefill = Case("attention_prefill", GQA, {"batch": 1, "length": 2, "prefix": 3}, "fp32")
     assert floors(prefill) == (4.0 * (4 * 2 * 16 * 2 + 2 * 2 * 5 * 16), 2.0 * 4 * (4 + 5) * 32)
+    chunk = Case("attention_prefill", GQA | {"window": 4}, {"batch": 1, "length": 4, "prefix": 2}, "fp32")
+    assert floors(chunk)[1] == 2.0 * 4 * (3 + 4 + 4 + 4) * 32
     window = Case("attention_decode", GQA | {"window": 4}, {"batch": 1, "context": 9}, "fp32")
     assert floors(window) == floors(Case("attention_decode", GQA, {"batch": 1, "context": 4}, "fp32"))
 
@@ -151,6 +154,33 @@ def test_floors_by_hand():
 def test_what_a_cpu_cannot_run_is_refused_with_the_reason(case: Case, pool: Pool):
     with pytest.raises((BadPlan, ValueError), match=r"use |need|leave"):
         cases.build(case, DEVICE, pool).run(0)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("attention_prefill", GQA, {"batch": 1, "length": 1 << 40, "prefix": 0}, "fp32"),
+        Case("moe", EXPERTS | {"slots": 1 << 29}, ROWS, "fp32"),
+        Case(
+            "permute",
+            SHARE | {"slots": 8, "top_k": 8},
+            {"tokens": 10**8, "rows": 8 * 10**8, "histogram": "balanced"},
+            "fp32",
+        ),
+        Case("router", ROUTER | {"hidden": 1, "experts": 1 << 17}, {"tokens": 1 << 19}, "fp32"),
+        Case("shared_expert", {"hidden": 1, "intermediate": 1 << 19}, {"tokens": 1 << 19}, "fp32"),
+    ],
+    ids=lambda case: case.op,
+)
+def test_what_memory_cannot_hold_is_refused_before_any_is_taken(case: Case, pool: Pool):
+    tracemalloc.start()
+    try:
+        guess_ns(case, "cpu")
+        with pytest.raises(PoolFull, match=r"where 0\.27 GB are to be used"):
+            cases.build(case, DEVICE, pool)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_pool_keeps_its_bound():

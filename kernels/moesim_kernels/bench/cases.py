@@ -18,6 +18,7 @@ from moesim_kernels.bench.floors import (
     activation_dtype,
     case_counts,
     floors,
+    held_bytes,
     input_elements,
     norm_shape,
     output_elements,
@@ -40,6 +41,8 @@ _BACKWARD = ("loop", "grouped")
 
 def build(case: Case, device: Device, pool: Pool) -> Prepared:
     """The case ready to run. Raises PoolFull, BadPlan where the device cannot run it, and what the operators raise."""
+    if case.op not in IO_BUILDERS and held_bytes(case) > device.capacity_bytes:  # before anything is made
+        raise PoolFull(held_bytes(case), device.capacity_bytes)
     return BUILDERS[case.op](case, device, pool)
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "element_bytes",
     "floors",
     "guess_ns",
+    "held_bytes",
     "input_elements",
     "norm_shape",
     "output_elements",
@@ -30,6 +31,7 @@ __all__ = [
 
 Shape = tuple[int, ...]
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+MAX_SLOTS = 1 << 20
 NORM_HIDDEN = 4096  # the width of the elementwise case
 
 
@@ -45,7 +47,10 @@ def _int(values: dict[str, Any], *keys: str) -> list[int]:
 def case_counts(case: Case) -> NDArray[np.int64]:
     """Rows of each slot of an expert case, [E]: drawn from its own seed. Raises ValueError where they cannot exist."""
     tokens, rows = _int(case.size, "tokens", "rows")
-    return histogram(str(case.size["histogram"]), rows, int(case.shape["slots"]), tokens, case.seed)
+    slots = int(case.shape["slots"])
+    if slots > MAX_SLOTS:
+        raise ValueError(f"a rank has at most {MAX_SLOTS:,} expert slots: slots={slots}. Use fewer")
+    return histogram(str(case.size["histogram"]), rows, slots, tokens, case.seed)
 
 
 def activation_dtype(case: Case) -> str:
@@ -195,11 +200,23 @@ def _attention_floors(case: Case) -> tuple[float, float]:
         moved = sum(math.prod(shape) for shape in kv)
         return float(width * (moved + math.prod(query) + out)), 2.0 * pairs * (query[-1] + value_dim)
     length, prefix = _int(z, "length", "prefix")
-    seen = np.arange(prefix + 1, prefix + length + 1, dtype=np.float64)
-    pairs = batch * heads * float((np.minimum(seen, window) if window else seen).sum())
+    whole = min(max(window - prefix, 0), length) if window else length  # new tokens whose window holds all before them
+    pairs = batch * heads * float(whole * (2 * prefix + whole + 1) // 2 + (length - whole) * window)
     elements = math.prod(query) + batch * heads * length * value_dim + sum(math.prod(shape) for shape in kv)
     forward = 2.0 * pairs * (query[-1] + value_dim)
     return (2.0 * width * elements, 2.5 * forward) if case.op == "attention_backward" else (width * elements, forward)
+
+
+def held_bytes(case: Case) -> int:
+    """Memory that one call holds at least: tensors of one rotation, inputs, outputs, and what follows from its rows."""
+    s, z, width = case.shape, case.size, element_bytes(activation_dtype(case))
+    held = element_bytes(case.dtype) * sum(math.prod(shape) for shape in weight_shapes(case))
+    held += width * (input_elements(case) + output_elements(case))
+    if "rows" in z:
+        held += 20 * int(z["rows"]) + 8 * int(s["slots"])  # token, slot and gate of each row; a count a slot
+    if "experts" in s:
+        held += 4 * int(z["tokens"]) * int(s["experts"])
+    return held + (2 * width * int(z["tokens"]) * int(s["intermediate"]) if case.op == "shared_expert" else 0)
 
 
 def guess_ns(case: Case, device: str) -> float:
