@@ -32,6 +32,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
             data = file.read(limit + 1)
     except OSError as error:
         raise BadPlan(f"cannot be read: {error.strerror or error}", where) from None
+    except BadPlan:
+        raise
     except ValueError as error:  # a path with a null byte
         raise BadPlan(f"cannot be read: {error}", repr(where)) from None
     if len(data) > limit:
