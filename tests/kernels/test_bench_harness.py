@@ -138,6 +138,32 @@ def test_signal_ends_a_run_cleanly(tmp_path: Path):
         assert log.read_bytes().endswith(b"}\n")
 
 
+def test_no_reader_no_room_and_no_parent(tmp_path: Path):
+    plan = tiny_plan(tmp_path / "plan.json")
+    options = ["--plan", str(tmp_path / "plan.json"), "--minimum", "2", "--log"]
+    full = ["bash", "-c", 'ulimit -f 2; exec "$@"', "bash"]
+    some, many = ["--target", "2"], ["--target", "1000000", "--budget", "5m"]
+    commands = {
+        "read": [*bench(*options, str(tmp_path / "read"), *some)],
+        "full": [*full, *bench(*options, str(tmp_path / "full"), *many)],
+        "left": [*bench(*options, str(tmp_path / "left"), *many, "--parent", "1")],
+    }
+    pipe = {"env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    children = {name: subprocess.Popen(command, **pipe) for name, command in commands.items()}  # type: ignore[call-overload]
+    children["read"].stdout.close()
+    assert children["read"].wait(60) == 0
+    assert children["read"].stderr.read() == ""
+    assert read_log(tmp_path / "read", plan).ends[-1]["stopped"] == "complete"
+    _, said = children["full"].communicate(timeout=60)
+    assert children["full"].returncode == 5
+    assert "make room" in said
+    assert said.count("\n") == 1
+    assert read_log(tmp_path / "full", plan).lines
+    children["left"].communicate(timeout=60)
+    assert children["left"].returncode == 128 + signal.SIGTERM
+    assert read_log(tmp_path / "left", plan).ends[-1]["stopped"] == "interrupted"
+
+
 def test_runs_with_torch_and_numpy_alone(tmp_path: Path):
     tiny_plan(tmp_path / "plan.json")
     script = """

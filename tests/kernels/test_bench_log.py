@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from moesim_kernels.bench.drift import drift_factors
 from moesim_kernels.bench.errors import BadPlan
-from moesim_kernels.bench.log import LogWriter, Samples, read_log, read_points, speed_error
+from moesim_kernels.bench.log import LogWriter, Samples, begun_for, forget, read_log, read_points, speed_error
 from moesim_kernels.bench.plan import Case, Plan
 
 PLAN = Plan("cpu", tuple(Case("gemm", {"n": 8, "k": 8}, {"m": m}, "fp32") for m in (1, 2, 3)))
@@ -163,6 +163,23 @@ def test_two_runs_do_not_write_one_log(tmp_path: Path):
     LogWriter(tmp_path / "log", PLAN, MACHINE).close()
     with pytest.raises(BadPlan, match="cannot be written"):
         LogWriter(tmp_path / "no" / "log", PLAN, MACHINE)
+
+
+def test_only_a_log_that_nobody_writes_is_forgotten(tmp_path: Path):
+    path, other = tmp_path / "log", tmp_path / "thesis.tex"
+    assert begun_for(path) is None
+    forget(path)
+    log = LogWriter(path, PLAN, MACHINE)
+    assert begun_for(path) == PLAN.plan_id
+    with pytest.raises(BadPlan, match="another run writes this log"):
+        forget(path)
+    log.close()
+    forget(path)
+    assert not path.exists()
+    other.write_text("two\nlines\n")
+    with pytest.raises(BadPlan, match="is no log"):
+        forget(other)
+    assert other.exists()
 
 
 def test_shared_drift_is_taken_out_and_levels_stay(tmp_path: Path):

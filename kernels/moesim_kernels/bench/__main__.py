@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import re
+import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moesim_kernels.bench.errors import BadPlan
 from moesim_kernels.bench.plan import DEVICES, Plan, load_plan, save_plan
-from moesim_kernels.bench.progress import Progress, span
+from moesim_kernels.bench.progress import Progress, Status, span
+
+if TYPE_CHECKING:
+    from moesim_kernels.bench.harness import Summary
 
 __all__ = ["budget_seconds", "main"]
 
 EXIT_BAD_INPUT = 2
+EXIT_RESOURCES = 5
 _MOST_LINES = 12
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -38,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=DEVICES, help="refuse a plan for another kind of device")
     parser.add_argument("--target", type=int, default=30, help="samples a case (default 30)")
     parser.add_argument("--minimum", type=int, default=5, help="samples that come first for every case (default 5)")
+    parser.add_argument("--parent", type=int, help="end, everything kept, once this process is no longer our parent")
     parser.add_argument("--seed", type=int, default=0, help="order of the rounds (default 0)")
     return parser
 
@@ -67,12 +76,30 @@ def _go(options: argparse.Namespace) -> int:
     from moesim_kernels.bench.harness import run
 
     progress = Progress()
+
+    def turn(status: Status) -> None:
+        if options.parent is not None and os.getppid() != options.parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+        progress(status)
+
     try:
         summary = run(
-            plan, options.log, budget_s, progress, target=options.target, minimum=options.minimum, seed=options.seed
+            plan, options.log, budget_s, turn, target=options.target, minimum=options.minimum, seed=options.seed
         )
     finally:
         progress.end()
+    try:
+        _tell(plan, summary, options)
+    except BrokenPipeError:  # what was measured counts, whether or not anybody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if summary.stopped == "broken":
+        print("error: a case broke the device; run this again to go on without it", file=sys.stderr)
+        return 1
+    return 128 + summary.signal if summary.signal is not None else 0
+
+
+def _tell(plan: Plan, summary: Summary, options: argparse.Namespace) -> None:
+    """How the run ended, and the cases that it could not run or has too few samples of."""
     print(
         f"{summary.stopped}: {summary.finished} of {summary.cases} cases have their {options.target} samples; "
         f"{summary.samples} samples in {span(summary.seconds)}"
@@ -80,11 +107,9 @@ def _go(options: argparse.Namespace) -> int:
     names = {case.id: f"{case.op} {case.shape | case.size} {case.dtype}" for case in plan.cases}
     short = [key for key in summary.short if key not in summary.refused]
     _list([f"refused: {names[key]}: {reason}" for key, reason in summary.refused.items()])
-    _list([f"fewer than {options.minimum} samples: {names[key]}" for key in short])
-    if summary.stopped == "broken":
-        print("error: a case broke the device; run this again to go on without it", file=sys.stderr)
-        return 1
-    return 128 + summary.signal if summary.signal is not None else 0
+    if summary.signal is None:
+        _list([f"fewer than {options.minimum} samples: {names[key]}" for key in short])
+    sys.stdout.flush()
 
 
 def _list(lines: list[str]) -> None:
@@ -108,8 +133,17 @@ def main(arguments: list[str] | None = None) -> int:
             f"error: {error.name} is not installed, and measuring needs it; pip install {error.name}", file=sys.stderr
         )
         return EXIT_BAD_INPUT
+    except MemoryError as error:
+        print(f"error: out of memory ({error or 'no more is told'}); what was measured is kept", file=sys.stderr)
+        return EXIT_RESOURCES
+    except KeyboardInterrupt:  # before the run catches signals itself
+        return 130
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}; name another file", file=sys.stderr)
+        where = error.filename or options.log
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            print(f"error: {where}: {error.strerror}; make room and start again, nothing is lost", file=sys.stderr)
+            return EXIT_RESOURCES
+        print(f"error: {where}: {error.strerror}; name another file", file=sys.stderr)
         return EXIT_BAD_INPUT
 
 

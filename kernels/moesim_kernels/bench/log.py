@@ -11,6 +11,7 @@ above is an error with its number. Reading needs numpy alone.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import math
 import os
@@ -26,7 +27,7 @@ from moesim_kernels.bench.machine import IDENTITY
 from moesim_kernels.bench.plan import Case, Plan
 from moesim_kernels.bench.strict import canonical, parse, read_bytes
 
-__all__ = ["LogWriter", "Point", "Record", "Samples", "read_log", "read_points", "speed_error"]
+__all__ = ["LogWriter", "Point", "Record", "Samples", "begun_for", "forget", "read_log", "read_points", "speed_error"]
 
 SCHEMA = 1
 MAX_LOG_BYTES = 256 << 20
@@ -258,6 +259,36 @@ def _factors(record: Record, plan: Plan, how: Normalise) -> list[float]:
     return [float(factor) for factor in factors]
 
 
+def begun_for(path: Path | str) -> str | None:
+    """The id of the plan that a log was begun for; None where there is no log yet. Raises BadPlan for another file."""
+    path = Path(path)
+    if not path.exists():
+        return None
+    data = read_bytes(path, MAX_LOG_BYTES)
+    first, newline, _ = data[: MAX_LINE_BYTES + 1].partition(b"\n")
+    if not newline:
+        _check_empty(first, str(path))
+        return None
+    try:
+        return _header(parse(first, f"{path}:1"), f"{path}:1").plan_id
+    except BadPlan:
+        raise BadPlan("is no log of a run and will not be overwritten; name another log", str(path)) from None
+
+
+def forget(path: Path | str) -> None:
+    """Remove a log, if there is one. Raises BadPlan for a file that is no log, or one that a run still writes."""
+    path = Path(path)
+    begun_for(path)
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadPlan("another run writes this log; wait for its end, or name another log", str(path)) from None
+        path.unlink()
+
+
 class LogWriter:
     """Appends to a log that nobody else may write meanwhile. `record` is what it held when it was opened."""
 
@@ -321,7 +352,7 @@ class LogWriter:
         data = (canonical(value) + "\n").encode()
         # a full disk writes a part: the line is torn and the next run cuts it off
         if os.write(self._file, data) != len(data):
-            raise BadPlan("the disk is full; make room and start again, nothing measured is lost", str(self.path))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         now = time.monotonic()
         if now - self._synced > _SYNC_S:
             os.fsync(self._file)

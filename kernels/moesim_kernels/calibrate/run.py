@@ -34,6 +34,7 @@ def require_torch() -> None:
 def bench_command(plan: Path, log: Path, budget_s: float, device: str) -> list[str]:
     """The command that measures `plan` into `log`; it needs torch, triton and numpy alone."""
     options = ["--plan", str(plan), "--log", str(log), "--budget", f"{budget_s:g}s", "--device", device]
+    options += ["--parent", str(os.getpid())]  # else it would go on, the log in its hands, where we are killed
     return [sys.executable, "-m", "moesim_kernels.bench", *options]
 
 
@@ -52,13 +53,14 @@ def measure(command: list[str], log: Path, quiet: bool) -> None:
         code = child.wait()
     except KeyboardInterrupt:
         _end(child)
-        again = f"nothing measured is lost: run the same command again to go on (log: {log})"
-        print(f"\n{again}", file=sys.stderr)
-        raise
+        code = 130
     finally:
         if child.poll() is None:
             child.terminate()
-    if code == 130:
+            _end(child)
+    if code in (130, 143):
+        again = f"nothing measured is lost: run the same command again to go on (log: {log})"
+        print(f"\n{again}", file=sys.stderr)
         raise KeyboardInterrupt
     if code in (2, 5):
         raise SystemExit(code)

@@ -27,7 +27,7 @@ def written(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from None
         reason = getattr(error, "strerror", None) or str(error)
         raise BadInput(Problem(str(path), f"cannot be written: {reason}. Name a file in a folder of yours")) from None
 
