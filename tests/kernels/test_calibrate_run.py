@@ -199,6 +199,7 @@ def _broken(folder: Path, tmp: Path) -> dict[str, tuple[list[str], str]]:
     (tmp / "file").write_text("")
     (tmp / "noise.json").write_bytes(b"\xff\x00{")
     lines = (folder / "l.jsonl").read_text().splitlines()
+    (tmp / "begun.jsonl").write_text(lines[0] + "\n")
     (tmp / "other.jsonl").write_text(lines[0].replace('"plan":"', '"plan":"ff') + "\n")
     (tmp / "wrong.jsonl").write_text("\n".join([*lines[:2], '{"id": 3}', *lines[2:]]) + "\n")
     case = json.loads(Path(plan).read_text())
@@ -228,6 +229,8 @@ def _broken(folder: Path, tmp: Path) -> dict[str, tuple[list[str], str]]:
         "from nowhere": (["--from", plan, str(tmp / "none"), *out], "No such file"),
         "a plan of noise": (["--from", str(tmp / "noise.json"), log, *out], "noise.json"),
         "an unknown operator": (["--from", str(tmp / "warp.json"), log, *out], "cases[0]"),
+        "a log of other options": ([scenario, "--log", str(tmp / "begun.jsonl"), *out], "--fresh"),
+        "fresh on no log": ([scenario, "--log", str(tmp / "foreign.yaml"), "--fresh", *out], "is no log"),
         "another plan's log": (["--from", plan, str(tmp / "other.jsonl"), *out], "belongs to plan"),
         "a wrong line": (["--from", plan, str(tmp / "wrong.jsonl"), *out], "wrong.jsonl:3"),
         "plan into nowhere": ([scenario, "--plan-only", str(tmp / "file" / "p.json")], "cannot be written"),

@@ -249,14 +249,17 @@ def _write_plan_only(plan: Plan, path: Path, seconds: float, quiet: bool) -> Non
 
 
 def _measure(plan: Plan, out: Path, log: Path, seconds: float, fresh: bool, quiet: bool) -> None:
+    from moesim_kernels.bench.log import begun_for, forget
     from moesim_kernels.bench.plan import save_plan
     from moesim_kernels.calibrate.run import bench_command, measure
     from moesim_kernels.calibrate.write import written
 
     plan_path = out.with_suffix(".plan.json")
     if fresh:
-        with written(log):
-            log.unlink(missing_ok=True)
+        forget(log)
+    elif begun_for(log) not in (None, plan.plan_id):
+        message = "this log was begun for another plan: other options, or another version of moesim"
+        raise _bad(str(log), f"{message}. Begin anew with --fresh, or name another --out or --log")
     with written(plan_path):
         save_plan(plan, plan_path)
     if not quiet:
