@@ -189,6 +189,9 @@ def test_selftest_prints_a_line_a_check_and_tells_failures(capsys, monkeypatch):
     assert selftest.main(["--only", "gemm"]) == 0
     assert capsys.readouterr().out.count("\nok   gemm") == 8
     assert selftest.main(["--only", "no such check"]) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert selftest.main(["--device", "cuda"]) == 2
+    assert capsys.readouterr().err.startswith("error: torch sees no CUDA device")
     monkeypatch.setattr(dense, "gemm", lambda x, w, out: out)
     assert selftest.main(["--only", "gemm-70"]) == 1
     assert "FAIL gemm-70-fp32: inf of the bound" in capsys.readouterr().out

@@ -1,7 +1,8 @@
 """Checks every operator against float64 on a bare machine: `python -m moesim_kernels.ops.selftest [--device cuda]`.
 
 Needs torch and numpy; on CUDA the fused Triton layer is checked too where Triton is installed. One line a check: the
-worst error as a part of its bound, the error and the bound there. Exit status 1 if any check fails.
+worst error as a part of its bound, the error and the bound there. Exit status 1 if any check fails, 2 without the
+device.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="run only checks whose name holds this")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("error: torch sees no CUDA device; use --device cpu, or see that the driver is loaded", file=sys.stderr)
+        return 2
     torch.set_num_threads(1)  # tiny products: more threads only wait for each other
     torch.set_float32_matmul_precision("highest")  # some images turn TF32 on
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
