@@ -1,8 +1,9 @@
 """Clocks: one sample of a prepared case, in nanoseconds a call. torch is imported only for CUDA.
 
 A sample of a tiny operation is several calls back to back, each on the next rotation, so that it lasts long against the
-clock's resolution. On CUDA it is one replay of a CUDA graph of several calls between two events, after a write larger
-than the L2 that empties the cache and keeps the device busy while the host enqueues.
+clock's resolution. On CUDA it is one replay of a CUDA graph of several calls between two events, after a read of more
+than the L2 holds, which empties the cache (a write would leave it full of lines that the sample has to write back) and
+keeps the device busy while the host enqueues.
 """
 
 from __future__ import annotations
@@ -98,10 +99,8 @@ class CudaSampler:
         self._prepared = prepared
         self._at = start
         self._graph: Any = None
-        flush_bytes = 5 * device.cache_bytes
-        self._flush = pool.get(
-            "flush", flush_bytes, lambda: torch.empty(flush_bytes, dtype=torch.uint8, device=device.torch_device)
-        )
+        flush = 5 * device.cache_bytes // 4
+        self._flush = pool.get("flush", 4 * flush, lambda: torch.zeros(flush, device=device.torch_device))
         self._first = torch.cuda.Event(enable_timing=True)
         self._last = torch.cuda.Event(enable_timing=True)
         for _ in range(2):
@@ -145,7 +144,7 @@ class CudaSampler:
             self._graph.replay()
 
     def _timed(self, what: Callable[[], None], count: int) -> tuple[float, float]:
-        self._flush.zero_()
+        self._flush.sum()
         wall = time.perf_counter_ns()
         self._first.record()
         what()
