@@ -3,8 +3,10 @@
 Suffixes: B sequences, Q query heads, G key-value heads, L new tokens, S tokens attended to (prefix + new), D head
 dimension, V value dimension, C latent dimension (lora rank + rope). Tensors lie [B, heads, tokens, dimension].
 
-What SDPA runs: on CUDA in bf16, flash attention for GQA and for MLA prefill; in fp32, the memory-efficient kernel or
-plain GEMMs. On the CPU its flash kernel, which needs equal query and value dimensions.
+What SDPA runs: on CUDA in bf16, flash attention for GQA and for MLA prefill, or cuDNN's where torch puts that first (a
+late torch with cuDNN past 9.15 on Hopper; TORCH_CUDNN_SDPA_DEPRIORITIZED=1 keeps to flash); a prefix takes flash
+always. In fp32, the memory-efficient kernel or plain GEMMs. On the CPU its flash kernel, which needs equal query and
+value dimensions.
 """
 
 from __future__ import annotations
