@@ -135,6 +135,17 @@ def test_wrong_value_is_named_with_its_line(change: dict[str, Any], said: str, t
     assert caught.value.where == f"{path}:3"
 
 
+def test_facts_that_a_fit_reads_are_checked(tmp_path: Path):
+    for key, value in (("cpus", "many"), ("gpus", -1), ("device", 3)):
+        write(tmp_path / key)
+        lines = (tmp_path / key).read_text().splitlines(keepends=True)
+        head = json.loads(lines[0])
+        head["machine"][key] = value
+        (tmp_path / key).write_text(json.dumps(head) + "\n" + "".join(lines[1:]))
+        with pytest.raises(BadPlan, match=f"{key}:1: machine.{key} must be"):
+            read_log(tmp_path / key)
+
+
 def test_log_of_another_plan_or_machine_is_refused_and_left_alone(tmp_path: Path):
     path = tmp_path / "log"
     before = write(path)

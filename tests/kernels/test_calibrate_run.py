@@ -131,6 +131,26 @@ def test_a_torn_log_fits_and_a_log_without_ceilings_says_what_to_do(folder: Path
         calibrate_log(plan, tmp_path / "empty.jsonl", "empty", "")
 
 
+def test_a_short_log_gives_what_it_can_or_says_what_is_missing(folder: Path, tmp_path: Path) -> None:
+    plan, lines = load_plan(folder / "p.json"), (folder / "l.jsonl").read_text().splitlines(keepends=True)
+    by_op: dict[str, list[str]] = {}
+    for case in plan.cases:
+        by_op.setdefault(f"{case.role} {case.op}", []).append(case.id)
+
+    def fitted(*left_out: str) -> dict[str, Any]:
+        (tmp_path / "l").write_text("".join(line for line in lines if not any(key in line for key in left_out)))
+        return calibrate_log(plan, tmp_path / "l", "short", "").spec
+
+    with pytest.raises(BadInput, match=r"no point of peak_gemm in bf16, fp32.*Raise --budget"):
+        fitted(*by_op["ceiling peak_gemm"])
+    few = [keys[2:] for role, keys in by_op.items() if role.startswith("grid")]
+    with pytest.raises(BadInput, match=r"no operator has 3 points.*Raise --budget"):
+        fitted(*(key for keys in few for key in keys), *by_op["heldout moe"])
+    spec = fitted(*by_op["grid moe"][3:], *by_op["heldout gemm"])
+    assert spec["provenance"]["priced_by_physics_alone"] == ["moe"]
+    assert set(spec["provenance"]["held_out"]) == {"attention_prefill", "attention_decode", "elementwise"}
+
+
 def test_nothing_is_left_half_written(folder: Path, profile: Path, tmp_path: Path, monkeypatch: Any) -> None:
     made = calibrate_log(load_plan(folder / "p.json"), folder / "l.jsonl", "x", "")
     target = tmp_path / "x.yaml"

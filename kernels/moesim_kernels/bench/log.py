@@ -35,6 +35,7 @@ MAX_LINE_BYTES = 1 << 20
 MAX_NS = 1e14  # a day and a bit: no call of a benchmark takes that long
 _SYNC_S = 1.0
 _QUARTERS = 4
+_COUNTS = ("cpus", "gpus", "sms", "threads", "cache_bytes", "host_memory_bytes", "memory_bytes")
 Normalise = Literal["level", "reference", "none"]
 _OWN_DRIFT = ("copy", "storage", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "launch")
 
@@ -130,6 +131,10 @@ def _header(value: Any, where: str) -> Record:
         raise BadPlan(f"schema must be {SCHEMA}; got {head['schema']!r:.80}. Begin a new log", where)
     if not isinstance(head["machine"], dict):
         raise BadPlan("machine must be an object. Begin a new log", where)
+    for key in _COUNTS:
+        _number(f"machine.{key}", head["machine"].get(key), 2.0**62, where)
+    for key in ("device", "cpu"):
+        _text(f"machine.{key}", head["machine"].get(key) or "", where)
     return Record(_text("plan", head["plan"], where), head["machine"])
 
 
@@ -139,6 +144,7 @@ def _add_line(record: Record, value: Any, known: Mapping[str, Any] | None, where
         end = _object(value, {"end"}, where)["end"]
         if not isinstance(end, dict):
             raise BadPlan(f"end must be an object. {_MEND}", where)
+        _number("end.seconds", end.get("seconds"), MAX_NS, where)
         record.ends.append(end)
         return
     kind = next((k for k in ("remark", "refused") if isinstance(value, dict) and k in value), None)

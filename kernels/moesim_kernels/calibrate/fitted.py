@@ -6,6 +6,7 @@ Needs no torch: a log may come from another machine.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from moesim.hardware import Curve, DeviceProfile
 from moesim_kernels.bench.log import Point, Record, read_log, read_points, speed_error
 from moesim_kernels.bench.plan import Plan
 from moesim_kernels.calibrate.machine import Machine, machine_of
-from moesim_kernels.calibrate.points import Refused, Sorted, ceilings, least_work, sort_points
+from moesim_kernels.calibrate.points import FLOP_OPS, Ceilings, Refused, Sorted, ceilings, least_work, sort_points
 from moesim_kernels.fit.conformal import interval, log_error
 from moesim_kernels.fit.curves import curves
 from moesim_kernels.fit.model import Fitted, fit_operator, predict, with_fits
@@ -31,6 +32,7 @@ from moesim_kernels.fit.samples import Samples
 __all__ = ["Calibrated", "Judged", "calibrate_log"]
 
 LEVEL = 0.9
+_WORST_ERROR = 3.0  # 1 sigma of log; the most that a profile may state
 _LEAST_POINTS = 3  # below it an operator keeps the default physics, and is not said to be measured
 _SIGMAS_AT_LEVEL = 1.645  # of a normal distribution, two-sided 90 %
 
@@ -86,6 +88,7 @@ def calibrate_log(plan: Plan, log: Path, name: str, command: str) -> Calibrated:
     points = read_points(plan, log)
     try:
         top = ceilings(points)
+        _check_rates(points, top)
     except ValueError as error:
         message = f"{error}; {len(points)} of {len(plan.cases)} points are measured. Raise --budget and run it again"
         raise BadInput(Problem(str(log), message)) from None
@@ -98,7 +101,14 @@ def calibrate_log(plan: Plan, log: Path, name: str, command: str) -> Calibrated:
     base = DeviceProfile.from_spec(spec, Path())
     parts = _fit_all(found.grid, base)
     profile = with_fits(base, parts)
+    if not any(profile.curves.values()):
+        message = f"no operator has {_LEAST_POINTS} points, {len(points)} of {len(plan.cases)} points are measured"
+        raise BadInput(Problem(str(log), f"{message}. Raise --budget and run the same command again"))
     judged, errors, intervals = _judge(profile, found.held_out)
+    for op, sigma in errors.items():
+        if sigma > _WORST_ERROR:
+            message = f"times of {op} miss their held-out points by a factor of {math.exp(sigma):,.0f} (1 sigma)"
+            raise BadInput(Problem(str(log), f"{message}: this log is of no use. Measure again with --fresh"))
     reached = {p.case.id for p in points}  # a case may fail in one run and be measured in another
     failed = {key: why for key, why in record.refused.items() if key not in reached}
     out = Calibrated(spec, dict[str, list[Curve]](), judged, found.refused, failed, record.machine, None, 1.0)
@@ -118,6 +128,14 @@ def calibrate_log(plan: Plan, log: Path, name: str, command: str) -> Calibrated:
         out.spec["moe_row_work"] = table
     out.spec["provenance"] = _provenance(plan, log, record, out, machine, command)
     return out
+
+
+def _check_rates(points: Sequence[Point], top: Ceilings) -> None:
+    """Raises ValueError where an operator was measured in a format that the reference product was not."""
+    needed = {"bf16", *(p.case.dtype for p in points if p.case.op in FLOP_OPS)}  # bf16: of elementwise passes
+    missing = sorted(needed - set(top.flop))
+    if missing:
+        raise ValueError(f"the log has no point of peak_gemm in {', '.join(missing)}, which says what is possible")
 
 
 def _raise_rates(machine: Machine, points: Sequence[Point], found: Sorted) -> None:
@@ -141,7 +159,8 @@ def _fit_all(grid: Sequence[Samples], base: DeviceProfile) -> list[Fitted]:
     parts: list[Fitted] = []
     profile = base
     for s in sorted(grid, key=lambda s: s.op in ("moe_dgrad", "moe_wgrad")):
-        if s.op in PARAMETERS and len(s.ns) >= _LEAST_POINTS:
+        least = _LEAST_POINTS + (s.op == "moe")  # the table of row work asks for one more
+        if s.op in PARAMETERS and len(s.ns) >= least:
             part = fit_operator(s, profile)
             whole = s.extra["kv"] <= s.size[:, 1] if "kv" in s.extra else np.ones(len(s.ns), bool)
             if not whole.all():  # chunks on a prefix shape the physics; residuals are those of whole prompts
@@ -228,12 +247,13 @@ def _provenance(
         "kernel": facts.get("kernel"),
         "threads": plan.threads,
         "budget_s": last.get("budget_s"),
-        "seconds": round(sum(float(e.get("seconds", 0.0)) for e in record.ends), 1),
+        "seconds": round(sum(float(e.get("seconds") or 0.0) for e in record.ends), 1),
         "psi_percent": None if made.psi is None else round(made.psi, 1),
         "reference_drift": round(made.drift, 3),
         "points": made.counts,
         "held_out": {j.operator: j.to_json() for j in made.judged},
         "refused": [str(r) for r in made.refused[:20]],
+        "priced_by_physics_alone": sorted({c.op for c in plan.cases if c.op in PARAMETERS} - set(made.curves)),
         "could_not_run": dict(list(made.failed.items())[:20]),
         "assumed": machine.assumed,
         "sources": {

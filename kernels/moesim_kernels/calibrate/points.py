@@ -21,6 +21,7 @@ from moesim_kernels.bench.plan import Case
 from moesim_kernels.fit.samples import Key, Samples, sample_points
 
 __all__ = [
+    "FLOP_OPS",
     "READ_MARGIN",
     "Ceilings",
     "Refused",
@@ -36,7 +37,7 @@ READ_MARGIN = 0.9  # of the least time that the measured ceiling allows; the cei
 FLOP_MARGIN = 0.8  # the reference product is square, and another shape may suit the library a little better
 _MATRICES = 3  # gate, up, down
 _MOE = ("moe", "moe_dgrad", "moe_wgrad")
-_READS = ("gemm", "router", "shared_expert", "attention_prefill", "attention_decode", *_MOE)
+FLOP_OPS = ("gemm", "router", "shared_expert", "attention_prefill", "attention_decode", *_MOE)
 _RINGS = ("all_reduce", "all_gather", "reduce_scatter")
 
 
@@ -111,7 +112,7 @@ def least_work(case: Case) -> tuple[float, float, str]:
     """Bytes that must come from memory (weights, keys and values: they are rotated, and caches may hold everything
     else), FLOP, and a name for the bytes.
     """
-    if case.op not in _READS:
+    if case.op not in FLOP_OPS:
         return 0.0, 0.0, ""
     moved = sum(math.prod(shape) for shape in weight_shapes(case)) * element_bytes(case.dtype)
     flop = floors(case)[1]

@@ -69,6 +69,10 @@ def _table(console: Console, held_out: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _speed(console: Console, error: float) -> None:
+    if not error:
+        console.print(Text("speed of the machine from run to run: not known, the run was too short to tell"))
+        console.print()
+        return
     text = f"speed of the machine from run to run: +-{math.expm1(1.645 * error):.1%} (90 %), from the drift in this run"
     console.print(Text(f"{text}; not in the table"))
     console.print()
@@ -93,6 +97,9 @@ def _notes(console: Console, found: Mapping[str, Any]) -> None:
     if counts["not_reached"]:
         text = f"{counts['not_reached']} points were not reached within the budget: the same command goes on from here"
         console.print(Text(text, style="yellow"))
+    if found["priced_by_physics_alone"]:
+        names = ", ".join(found["priced_by_physics_alone"])
+        console.print(Text(f"too few points, so typical efficiencies: {names}", style="yellow"))
     if found["assumed"]:
         names = ", ".join(name.removeprefix("node.") for name in found["assumed"])
         console.print(Text(f"assumed, not measured: {names}"))
