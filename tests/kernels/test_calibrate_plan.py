@@ -177,6 +177,12 @@ def test_a_chunk_as_long_as_the_longest_sequence_leaves_no_room_for_a_prefix() -
     assert max(int(length) for length in prefixes) >= d.max_context
 
 
+def test_gradients_run_by_torch_where_the_forward_kernel_has_none() -> None:
+    plan = make_plan(default_deployments("cuda"), "cuda", backend="triton", training=True)
+    assert {c.backend for c in plan.cases if c.op == "moe"} == {"triton"}
+    assert {c.backend for c in plan.cases if c.op in ("moe_dgrad", "moe_wgrad")} == {"torch"}
+
+
 def test_held_out_points_are_many_enough_for_intervals_and_are_no_grid_points() -> None:
     plan = make_plan(default_deployments("cpu"), "cpu")
     by_op: dict[str, list[Case]] = {}

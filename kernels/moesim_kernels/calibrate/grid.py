@@ -264,7 +264,11 @@ def _prefill(
 
 
 def training_cases(d: Deployment, backend: str, rng: np.random.Generator) -> Iterator[Case]:
-    """The backward operators of a training step: both gradients of the experts, attention, router."""
+    """The backward operators of a training step: both gradients of the experts, attention, router.
+
+    The fused Triton kernel has no backward: torch's stands in.
+    """
+    backend = "torch" if backend == "triton" else backend
     for tokens in ladder(d.max_tokens, 5):
         if d.moe is not None:
             yield _moe(d, "moe_dgrad", backend, tokens, "uniform")
