@@ -506,6 +506,8 @@ def _check_names(spec: ProfileSpec, where: str) -> list[Problem]:
         for key, value in parameters.items():
             if not (math.isfinite(value) and value >= 0):
                 problems.append(Problem(where, f"fits.{name}.{key} must be a finite number >= 0, got {value!r}."))
+            elif key.endswith("eff") and value == 0:
+                problems.append(Problem(where, f"fits.{name}.{key} is a share of a rate and must be above 0."))
     return problems
 
 

@@ -15,6 +15,7 @@ from moesim_kernels.profiles.terminal_plot import Line, duration, percent, plot,
 from moesim.cli import main
 from moesim.errors import BadInput
 from moesim.hardware import OPERATORS
+from moesim.scenario.files import home
 
 PROFILES = sorted(p.stem for p in (Path(__file__).parents[2] / "hw_profiles").glob("*.yaml"))
 KEYS = {"schema_version", "name", "kind", "device", "vendor", "ceilings", "links", "tiers", "operators", "provenance"}
@@ -128,6 +129,12 @@ def test_broken_input_is_one_line_with_the_mend(tmp_path: Path, capsys: pytest.C
     assert code == 2
     assert "scenario.yaml" in err
     assert "Traceback" not in err
+    none = tmp_path / "none.yaml"
+    text = (home() / "hw_profiles" / "cpu_2core.yaml").read_text()
+    none.write_text(text + "\nfits: {moe: {mem_eff: 0.0}}\n")
+    code, _, err = run(capsys, "show", str(none))
+    assert code == 2
+    assert "fits.moe.mem_eff is a share of a rate and must be above 0" in err
     code, _, err = run(capsys, "show", "h100_sxm", "--operator", "atention_decode")
     assert code == 2
     assert "Did you mean 'attention_decode'?" in err
