@@ -235,6 +235,8 @@ def _degrees(text: str | None) -> dict[str, int]:
 
 
 def _write_plan_only(plan: Plan, path: Path, seconds: float, quiet: bool) -> None:
+    import shlex
+
     from moesim_kernels.bench.plan import save_plan
     from moesim_kernels.calibrate.write import written
 
@@ -243,9 +245,9 @@ def _write_plan_only(plan: Plan, path: Path, seconds: float, quiet: bool) -> Non
     if not quiet:
         print(f"plan: {path} ({len(plan.cases)} points for {plan.device})")
         print("measure it on a machine with torch, triton and numpy, with kernels/ of this repository:")
-        run = f"python -m moesim_kernels.bench --plan {path.name} --log LOG --budget {seconds:g}s"
+        run = f"python -m moesim_kernels.bench --plan {shlex.quote(path.name)} --log LOG --budget {seconds:g}s"
         print(f"  PYTHONPATH=kernels {run}")
-        print(f"then fit here: moesim calibrate --from {path} LOG --out hw_profiles/NAME.yaml")
+        print(f"then fit here: moesim calibrate --from {shlex.quote(str(path))} LOG --out hw_profiles/NAME.yaml")
 
 
 def _measure(plan: Plan, out: Path, log: Path, seconds: float, fresh: bool, quiet: bool) -> None:
@@ -286,4 +288,4 @@ def _finish(plan: Plan, log: Path, out: Path, quiet: bool, as_json: bool) -> Non
         from moesim_kernels.calibrate.report import report
 
         report(made.spec)
-        print(f"profile: {out}   use it: moesim simulate SCENARIO --set cluster.device={out}")
+        print(f"profile: {out}   use it: moesim simulate SCENARIO --set cluster.device={shlex.quote(str(out))}")
