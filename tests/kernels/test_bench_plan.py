@@ -138,6 +138,14 @@ def test_wrong_plan_file_is_named(text: str, said: str, tmp_path: Path):
     assert str(caught.value).startswith(str(path))
 
 
+def test_note_that_nests_too_deeply_is_refused():
+    note: dict[str, Any] = {}
+    for _ in range(400):
+        note = {"of": note}
+    with pytest.raises(BadPlan, match="note may nest 16 levels"):
+        Plan.from_json(Plan("cpu", (GEMM,)).to_json() | {"note": note})
+
+
 def test_plan_that_is_no_file(tmp_path: Path):
     with pytest.raises(BadPlan, match="a regular file is needed"):
         load_plan(tmp_path)

@@ -25,6 +25,7 @@ __all__ = ["BACKENDS", "DEVICES", "DTYPES", "OPS", "ROLES", "SCHEMA", "Case", "P
 SCHEMA = 1
 MAX_PLAN_BYTES = 16 << 20
 MAX_CASES = 20_000
+MAX_NOTE_DEPTH = 16
 DEVICES = ("cpu", "cuda")
 DTYPES = ("fp32", "bf16", "fp16", "fp8")
 BACKENDS = ("torch", "loop", "grouped", "triton")  # torch: grouped_mm on CUDA where torch has it, else the loop
@@ -82,6 +83,12 @@ OPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 def _digest(value: Any) -> str:
     return hashlib.blake2b(canonical(value).encode(), digest_size=8).hexdigest()
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether a JSON value nests deeper than `levels`."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_deeper(x, levels - 1) for x in inner)
 
 
 def _check_value(key: str, value: Any, where: str) -> None:
@@ -240,6 +247,8 @@ class Plan:
             raise BadPlan(f"a plan has at most {MAX_CASES} cases; this one has {len(value['cases'])}", where)
         if not isinstance(value.get("note", {}), dict):
             raise BadPlan("note must be an object", where)
+        if _deeper(value.get("note", {}), MAX_NOTE_DEPTH):
+            raise BadPlan(f"note may nest {MAX_NOTE_DEPTH} levels deep, this one goes deeper; shorten it", where)
         at = f"{where}: " if where else ""
         cases = tuple(Case.from_json(case, f"{at}cases[{i}]") for i, case in enumerate(value["cases"]))
         try:
