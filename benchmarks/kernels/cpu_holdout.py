@@ -5,8 +5,9 @@ python benchmarks/kernels/cpu_holdout.py PROFILE.yaml [--points 30] [--rounds 15
 The shape is that of the profile's own MoE curve; nothing measured here was seen by the fit. Tokens are log-uniform up
 to the calibrated limit. A third of the points has a histogram of recorded routing (DeepSeek-V2-Lite, ../shared/data,
 its experts folded onto the slots of this layer) where the data is there; the others are drawn from the calibration's
-random family. Points take turns, each sample is thread CPU time of one call, experts change from call to call, the
-drift that all points share is taken out as in a calibration, and a reference product is timed in every round.
+random family. Points take turns among the other operators of the deployment, as in a calibration and in a step (alone,
+one after the other, the same calls take 4 to 5 % less); each sample is thread CPU time of one call, experts change from
+call to call, the drift that all share is taken out, and a reference product is timed in every round.
 Results go to results/validation/cpu_calibration.md and .json.
 """
 
@@ -21,11 +22,14 @@ from typing import Any
 
 import numpy as np
 from moesim_kernels.bench import clock
+from moesim_kernels.bench.cases import build
 from moesim_kernels.bench.drift import drift_factors
 from moesim_kernels.bench.machine import facts
 from moesim_kernels.bench.pool import Device, Pool, Prepared, torch_dtype
 from moesim_kernels.bench.pressure import cpu_pressure
+from moesim_kernels.calibrate.deployment import from_scenario
 from moesim_kernels.calibrate.grid import random_histogram
+from moesim_kernels.calibrate.plan import make_plan
 from moesim_kernels.fit.conformal import clopper_pearson
 from moesim_kernels.fit.model import predict
 from moesim_kernels.fit.samples import Samples, sample_points
@@ -102,12 +106,21 @@ def prepare(key: tuple[Any, ...], tokens: int, count_E: Counts, seed: int, devic
     return Prepared(run, 8 * len(sets), 0.0, 0.0, "thread")
 
 
-def measure(cases: list[Prepared], device: Device, pool: Pool, rounds: int, budget_s: float) -> dict[str, Any]:
-    """Samples of every case in ns, taken in turns, with PSI and the reference product of each round."""
+def company(scenario: Path, device: Device, pool: Pool) -> list[Prepared]:
+    """The other operators that a calibration of the scenario measures in the same rounds, moved bytes left out."""
+    apart = ("moe", "copy", "storage", "all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+    found = make_plan([from_scenario(scenario, [])], "cpu").cases
+    return [build(c, device, pool) for c in found if c.op not in apart and c.role == "grid"]
+
+
+def measure(
+    cases: list[Prepared], others: list[Prepared], device: Device, pool: Pool, rounds: int, budget_s: float
+) -> dict[str, Any]:
+    """Samples of `cases` in ns, taken in turns with `others`, with PSI and the reference product of each round."""
     import torch
 
     rng, began = np.random.default_rng(0), time.monotonic()
-    samplers = [clock.sampler(c, device, pool) for c in cases]
+    samplers = [clock.sampler(c, device, pool) for c in [*cases, *others]]
     a, b = torch.randn(384, 384), torch.randn(384, 384)
     reference = clock.sampler(Prepared(lambda i: a @ b, 1, 0.0, 0.0, "thread"), device, pool)
     out: dict[str, Any] = {"ns": [[] for _ in cases], "psi": [], "reference_ns": []}
@@ -116,9 +129,10 @@ def measure(cases: list[Prepared], device: Device, pool: Pool, rounds: int, budg
         if done >= 3 and time.monotonic() - began > budget_s:
             break
         out["reference_ns"].append(min(reference.sample()[0] for _ in range(3)))
-        for i in rng.permutation(len(cases)):
+        for i in rng.permutation(len(samplers)):
             taken.append((int(i), samplers[i].sample()[0]))
-            out["ns"][i].append(round(taken[-1][1]))
+            if i < len(cases):
+                out["ns"][i].append(round(taken[-1][1]))
         out["psi"].append(cpu_pressure())
     case, ns = np.array([i for i, _ in taken]), np.array([t for _, t in taken])
     level = ns / drift_factors(ns, case)  # as the calibration's own points are read
@@ -187,6 +201,7 @@ def main() -> None:
     """Measure, judge, write."""
     parser = argparse.ArgumentParser(description="Fresh points of the deployed layer against a calibrated CPU profile.")
     parser.add_argument("profile", type=Path)
+    parser.add_argument("--scenario", type=Path, default=ROOT / "workloads" / "calibrate_cpu.yaml")
     parser.add_argument("--points", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--budget", type=float, default=240.0, help="seconds; at least three rounds are run")
@@ -203,7 +218,8 @@ def main() -> None:
     pool = Pool(device)
     drawn = draw(options.points, most, int(key[2]), int(key[3]), options.seed)
     cases = [prepare(key, t, count, options.seed + i, device, pool) for i, (t, _, count) in enumerate(drawn)]
-    seen = measure(cases, device, pool, options.rounds, options.budget)
+    others = company(options.scenario, device, pool)
+    seen = measure(cases, others, device, pool, options.rounds, options.budget)
     ns = seen["median_ns"]
     s: Samples = sample_points(
         "moe", str(key[4]), [key] * len(ns), [[int(c.sum())] for _, _, c in drawn], ns, counts=[c for _, _, c in drawn],
