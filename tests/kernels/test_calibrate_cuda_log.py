@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from moesim_kernels.bench.floors import floors
-from moesim_kernels.bench.plan import Case, Plan
+from moesim_kernels.bench.plan import Case, Plan, load_plan, save_plan
 from moesim_kernels.calibrate.deployment import from_model
 from moesim_kernels.calibrate.fitted import calibrate_log
 from moesim_kernels.calibrate.plan import make_plan
@@ -97,3 +97,13 @@ def test_links_are_measured_where_ranks_are_and_cases_that_could_not_run_are_tol
     assert "OSError: no direct reads here" in said["could_not_run"].values()
     counts = said["points"]
     assert counts["measured"] + counts["could_not_run"] + counts["not_reached"] == counts["planned"]
+
+
+def test_a_plan_that_was_saved_gives_the_same_bytes_as_the_one_just_made(plan: Plan, tmp_path: Path) -> None:
+    write_log(plan, tmp_path / "l.jsonl", FACTS)
+    save_plan(plan, tmp_path / "p.json")
+    for folder, given in (("made", plan), ("read", load_plan(tmp_path / "p.json"))):
+        (tmp_path / folder).mkdir()
+        found = calibrate_log(given, tmp_path / "l.jsonl", "gpu", "by hand")
+        write_profile(tmp_path / folder / "gpu.yaml", found.spec, found.curves)
+    assert (tmp_path / "made" / "gpu.yaml").read_bytes() == (tmp_path / "read" / "gpu.yaml").read_bytes()

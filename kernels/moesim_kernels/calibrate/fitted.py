@@ -6,6 +6,7 @@ Needs no torch: a log may come from another machine.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from moesim.errors import BadInput, Problem
 from moesim.hardware import Curve, DeviceProfile
 from moesim_kernels.bench.log import Point, Record, read_log, read_points, speed_error
 from moesim_kernels.bench.plan import Plan
+from moesim_kernels.bench.strict import canonical
 from moesim_kernels.calibrate.machine import Machine, machine_of
 from moesim_kernels.calibrate.points import FLOP_OPS, Ceilings, Refused, Sorted, ceilings, least_work, sort_points
 from moesim_kernels.fit.conformal import interval, log_error
@@ -262,7 +264,7 @@ def _provenance(
             **{name: f"assumed: {origin}" for name, origin in machine.assumed.items()},
             "the rest": "measured by this run",
         },
-        "deployments": plan.note.get("deployments", []),
+        "deployments": json.loads(canonical(plan.note.get("deployments", []))),  # keys in the order of a saved plan
         "plan": plan.plan_id,
         "log_blake2b": hashlib.blake2b(log.read_bytes(), digest_size=16).hexdigest(),
         "curve_sources": [f"moesim calibrate, kernels {facts.get('kernel')}"],
