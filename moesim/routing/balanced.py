@@ -11,20 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.rng import generator
-from moesim.routing import Floats, Routed, RoutingContext
-from moesim.spec import Spec
+from moesim.routing import Floats, Routed, Router, RoutingContext
 from moesim.workload.pool import Ids, id_dtype
 from moesim.workload.synthetic import Groups
 
 __all__ = ["Policy"]
 
 
-class Policy(Spec):
+class Policy(Router):
     """No parameters."""
 
+    from_scores: ClassVar[bool] = False
     replaces_ids: ClassVar[bool] = True
     ideal: ClassVar[bool] = True
     normalised: ClassVar[bool] = True
+    couples: ClassVar[bool] = True
+    equivariant: ClassVar[bool] = False
 
     def route(self, score_TE: Floats, context: RoutingContext) -> Routed:
         """Token t takes places t*K .. t*K + K - 1 of a shuffled ring of the experts; gates 1 / K."""
@@ -34,10 +36,6 @@ class Policy(Spec):
         ring = context.generator("routing/balanced").permutation(experts)
         expert_TK = ring[_places(tokens, context.top_k, experts)].astype(np.int32)
         return Routed(expert_TK, np.full(expert_TK.shape, 1 / context.top_k, score_TE.dtype))
-
-    def groups(self, num_groups: int, top_groups: int) -> Groups:
-        """None."""
-        return Groups()
 
     def draw(self, weight_LE: NDArray[np.float64], tokens: int, top_k: int, groups: Groups, seed: int) -> Ids:
         """Tokens whose loads over any run of rows differ by at most one; `weight_LE` gives the shape only."""

@@ -13,24 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from moesim.routing import Floats, Routed, RoutingContext, sigmoid, softmax, top_ids
-from moesim.spec import Spec
+from moesim.routing import Floats, Routed, Router, RoutingContext, sigmoid, softmax, top_ids
 from moesim.workload.pool import Ids
 from moesim.workload.synthetic import Groups, SyntheticSpec, generate
 
 __all__ = ["Policy"]
 
 
-class Policy(Spec):
+class Policy(Router):
     """group_score: `max` or `top2_sum`; none: max for softmax scores, top2_sum for sigmoid ones.
 
     norm_topk_prob: divide the chosen gates by their sum; none: as the model does. scaling_factor: multiplies
     the gates.
     """
 
+    from_scores: ClassVar[bool] = False
     replaces_ids: ClassVar[bool] = False
-    ideal: ClassVar[bool] = False
-    normalised: ClassVar[bool] = False
 
     group_score: Literal["max", "top2_sum"] | None = None
     norm_topk_prob: bool | None = None

@@ -8,20 +8,20 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.routing import Floats, Routed, RoutingContext, top_ids
-from moesim.spec import Spec
+from moesim.routing import Floats, Routed, Router, RoutingContext, top_ids
 from moesim.workload.pool import Ids
 from moesim.workload.synthetic import Groups, SyntheticSpec, generate, uniform_weights
 
 __all__ = ["Policy"]
 
 
-class Policy(Spec):
+class Policy(Router):
     """No parameters. Scores count only for which experts may be taken (those above -inf)."""
 
+    from_scores: ClassVar[bool] = False
     replaces_ids: ClassVar[bool] = True
-    ideal: ClassVar[bool] = False
     normalised: ClassVar[bool] = True
+    equivariant: ClassVar[bool] = False
 
     def route(self, score_TE: Floats, context: RoutingContext) -> Routed:
         """Uniform over the sets of K experts; gates 1 / K."""
@@ -29,10 +29,6 @@ class Policy(Spec):
         draw_TE[np.isneginf(score_TE)] = -np.inf
         expert_TK = top_ids(draw_TE, context.top_k)
         return Routed(expert_TK, np.full(expert_TK.shape, 1 / context.top_k, score_TE.dtype))
-
-    def groups(self, num_groups: int, top_groups: int) -> Groups:
-        """None: every expert is as likely as every other."""
-        return Groups()
 
     def draw(self, weight_LE: NDArray[np.float64], tokens: int, top_k: int, groups: Groups, seed: int) -> Ids:
         """Independent tokens, every expert with chance K / E; `weight_LE` gives the shape only."""

@@ -13,24 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from moesim.routing import Floats, Routed, RoutingContext, sigmoid, softmax, top_ids
-from moesim.spec import Spec
+from moesim.routing import Floats, Routed, Router, RoutingContext, sigmoid, softmax, top_ids
 from moesim.workload.pool import Ids
 from moesim.workload.synthetic import Groups, SyntheticSpec, generate
 
 __all__ = ["Policy"]
 
 
-class Policy(Spec):
+class Policy(Router):
     """gates: `softmax_topk` (over all experts, then the choice) or `topk_softmax` (over the chosen K).
 
     norm_topk_prob: divide the chosen gates by their sum; none: as the model does. scaling_factor: multiplies
     the gates.
     """
 
+    from_scores: ClassVar[bool] = False
     replaces_ids: ClassVar[bool] = False
-    ideal: ClassVar[bool] = False
-    normalised: ClassVar[bool] = False
 
     gates: Literal["softmax_topk", "topk_softmax"] = "softmax_topk"
     norm_topk_prob: bool | None = None
@@ -51,10 +49,6 @@ class Policy(Spec):
             if context.norm_topk_prob if self.norm_topk_prob is None else self.norm_topk_prob:
                 gate_TK = gate_TK / np.maximum(gate_TK.sum(1, keepdims=True), 1e-20)
         return Routed(expert_TK, gate_TK * gate_TK.dtype.type(self.scaling_factor))
-
-    def groups(self, num_groups: int, top_groups: int) -> Groups:
-        """None: every expert competes with every other."""
-        return Groups()
 
     def draw(self, weight_LE: NDArray[np.float64], tokens: int, top_k: int, groups: Groups, seed: int) -> Ids:
         """Tokens whose experts have the popularity `weight_LE`, independent of each other."""
