@@ -6,6 +6,7 @@ Nothing heavy is imported before a verb needs it, so that `moesim --help` answer
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import os
@@ -230,6 +231,22 @@ def models() -> None:
     from moesim.terminal import model_table
 
     model_table()
+
+
+@app.command()
+def routers(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the presets as JSON, equations included.")] = False,
+) -> None:
+    """List the routers that a scenario can name: mechanisms, and presets that stand for papers."""
+    if as_json:
+        from moesim.results import json_text
+        from moesim.scenario.presets import presets
+
+        sys.stdout.write(json_text({name: dataclasses.asdict(p) for name, p in presets().items()}))
+        return
+    from moesim.terminal import router_table
+
+    router_table()
 
 
 @app.command()

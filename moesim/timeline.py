@@ -117,7 +117,7 @@ def _one_step(
         if layers is None or index >= len(layers.dispatch_L) or stage.last:
             continue
         dispatch, combine = int(layers.dispatch_L[index]), int(layers.combine_L[index])
-        layer = {"layer": result.scenario.model.moe_layers[index]}
+        layer = {"layer": result.scenario.model.moe_passes[index]}
         if dispatch:
             yield _slice(pid, exchange, "dispatch", at, dispatch, layer)
         at += dispatch

@@ -15,7 +15,7 @@ import numpy as np
 
 from moesim.arrays import FloatArray, IntArray
 from moesim.cost.bank import BankDetail, CountExperts
-from moesim.cost.experts import MoESums
+from moesim.cost.experts import STATS, MoESums
 from moesim.cost.pricer import Run
 from moesim.cost.step import StepPricer
 
@@ -26,7 +26,7 @@ _ENTRIES_AT_ONCE = 1 << 22
 
 @dataclass(slots=True)
 class Explanation:
-    """Sums over all steps of one group. `ns`, `operator`: by part; `grade_ns` [4]: ns by grade; `stats` [6] (see
+    """Sums over all steps of one group. `ns`, `operator`: by part; `grade_ns` [4]: ns by grade; `stats` [STATS] (see
     `MoESums`), summed over steps; `max_over_mean`: summed over steps; `bank_sigma`: relative standard error."""
 
     ns: dict[str, int]
@@ -65,7 +65,7 @@ def explain(runs: list[Run], pricer: StepPricer) -> Explanation:
         operator[part.name] = part.operator
         grade_ns += np.bincount(part.grade_N[at_R], weights=spent_R, minlength=4)
         rest_R = rest_R - spent_R
-    stats, sigma = np.zeros(6), 0.0
+    stats, sigma = np.zeros(STATS), 0.0
     experts = _experts(runs, steps_R, pricer)
     if experts is not None:
         by_part_R, stats, expert_grade_R, exchange_grade_R, sigma = experts
@@ -137,8 +137,8 @@ def _from_bank(
     part_YXE = np.array([[row.dispatch, row.experts, row.combine] for row in ordered], np.int64)
     stats_YXE = np.array([row.stats for row in ordered])
     by_part_R = np.empty((len(details), 3), np.int64)
-    stats = np.zeros(6)
-    chunk = max(1, _ENTRIES_AT_ONCE // (6 * entries))
+    stats = np.zeros(STATS)
+    chunk = max(1, _ENTRIES_AT_ONCE // (STATS * entries))
     for lo in range(0, len(details), chunk):
         part = slice(lo, lo + chunk)
         used_RE = (prefix[start_R[part] + steps_R[part]] - prefix[start_R[part]]).astype(np.int64)
