@@ -29,6 +29,7 @@ from moesim.layout import Layout
 from moesim.placement import Placement
 from moesim.rng import generator
 from moesim.routing.batch import BatchRouter
+from moesim.routing.capacity import Phase
 from moesim.workload.pool import RoutingSource
 
 __all__ = ["BankDetail", "CountExperts", "persistence"]
@@ -122,7 +123,7 @@ class CountExperts:
             return np.zeros((self._placement.num_layers, self._placement.num_slots))
         return np.asarray(np.mean(means, axis=0))
 
-    def row(self, phase: str, tokens: int, busiest: int) -> MoESums:
+    def row(self, phase: Phase, tokens: int, busiest: int) -> MoESums:
         """Prices of a batch of `tokens` tokens of which `busiest` sit on one data-parallel rank."""
         skew = 1.0
         if self._layout.meets:
@@ -138,14 +139,14 @@ class CountExperts:
             self._rows[phase, tokens, skew] = found
         return found
 
-    def layers(self, phase: str, tokens: int, busiest: int) -> LayerPrices:
+    def layers(self, phase: Phase, tokens: int, busiest: int) -> LayerPrices:
         """Layer by layer, the prices behind the next smaller size of the grid (for a timeline)."""
         low, _ = _grid(tokens)
         computed, ports, _ = self._cell(phase, low)
         return self._prices.price(computed, np.full(len(computed.grade), busiest * low / tokens), ports)
 
     # -- drawing ------------------------------------------------------------------------------------------------
-    def _price(self, phase: str, tokens: int, skew: float) -> MoESums:
+    def _price(self, phase: Phase, tokens: int, skew: float) -> MoESums:
         key = (phase, tokens, skew)
         found = self._priced.get(key)
         if found is None:
@@ -162,7 +163,7 @@ class CountExperts:
             self._priced[key] = found
         return found
 
-    def _cell(self, phase: str, tokens: int) -> tuple[Computed, Ports | None, Drawn]:
+    def _cell(self, phase: Phase, tokens: int) -> tuple[Computed, Ports | None, Drawn]:
         """Expert kernels and ports of the batches of one size of the grid, and what was routed."""
         key = (phase, tokens)
         found = self._cells.get(key)
@@ -171,7 +172,7 @@ class CountExperts:
             self._cells[key] = found
         return found
 
-    def _plain_cell(self, phase: str, tokens: int) -> tuple[Computed, Ports | None, Drawn]:
+    def _plain_cell(self, phase: Phase, tokens: int) -> tuple[Computed, Ports | None, Drawn]:
         count_BLS, ports = self._blocks[phase].draw(tokens, self._entries, self._seed, phase)
         if self._source.ideal:
             count_BLS = np.full_like(count_BLS, tokens * self._source.top_k / count_BLS.shape[-1])
@@ -179,7 +180,7 @@ class CountExperts:
         passes = np.full(len(kept_B), float(tokens * self._placement.num_layers))
         return self._prices.compute(count_BLS), ports, Drawn(passes, kept_B, np.zeros(len(kept_B)))
 
-    def _routed_cell(self, phase: str, tokens: int) -> tuple[Computed, Ports | None, Drawn]:
+    def _routed_cell(self, phase: Phase, tokens: int) -> tuple[Computed, Ports | None, Drawn]:
         """Batches whose tokens are routed together. Fewer than `entries` of them stand for all, in turns."""
         assert self._router is not None
         assert self._pool is not None
@@ -203,7 +204,7 @@ class CountExperts:
         return computed, ports, Drawn(passes, kept_B + refused_B, refused_B)
 
     def _routed_entry(
-        self, phase: str, tokens: int, few: int, entry: int
+        self, phase: Phase, tokens: int, few: int, entry: int
     ) -> tuple[FloatArray, Ports, FloatArray, float]:
         """Tokens per slot [L, S], ports, rows that experts have room for [L] and pairs refused, of one batch."""
         assert self._router is not None
@@ -217,8 +218,7 @@ class CountExperts:
         # tokens stand rank by rank, as many on each; a sample of a large batch is that of some of its ranks
         per_rank = max(1, tokens // layout.dp)
         scope = np.minimum(np.arange(few) // per_rank, max(0, few // per_rank - 1))
-        by_rank = router.capacity is not None and router.capacity.scope == "rank"
-        batch = router.route(rows, phase, entry, scope if by_rank else None)
+        batch = router.route(rows, phase, entry, scope)
         scale = tokens / few
         source_T = generator(self._seed, "bank/source", entry).permutation(few) % layout.ranks
         part_T = source_T if layout.exchanges else source_T // layout.expert_tp
@@ -230,7 +230,7 @@ class CountExperts:
             copies = touch(slot_TLK, source_T, np.zeros(1, np.int64), placement.slots_per_rank, node_G)
             ports = _busiest(copies.in_BLG * scale, copies.node_in_BLN * scale, layout)
             ports = Ports(*(x[0] for x in ports))
-        room_L = batch.capacity_L * (batch.scopes * scale)
+        room_L = batch.room_L * scale
         return (
             np.asarray(count, np.float64),
             ports,

@@ -12,6 +12,7 @@ from moesim.dispatch import DispatchPolicy, assign_ragged
 from moesim.layout import Layout
 from moesim.placement import Placement
 from moesim.routing.batch import BatchRouter
+from moesim.routing.capacity import Phase
 from moesim.workload.pool import RoutingSource, count_steps
 from moesim.workload.replay import Replay
 
@@ -84,7 +85,7 @@ class TokenExperts:
 
     def _price(
         self, request_N: IntArray, position_N: IntArray, offsets: IntArray, rank_N: IntArray, busiest_S: IntArray,
-        tick: int, phase: str,
+        tick: int, phase: Phase,
     ) -> tuple[IntArray, MoESums]:  # fmt: skip
         rows = self._replay.rows(request_N, position_N)
         tokens_S = np.diff(offsets) * float(self._source.num_layers)
@@ -111,15 +112,14 @@ class TokenExperts:
         return sums.total, sums
 
     def _routed(
-        self, rows: IntArray, request_N: IntArray, offsets: IntArray, rank_N: IntArray, tick: int, phase: str
+        self, rows: IntArray, request_N: IntArray, offsets: IntArray, rank_N: IntArray, tick: int, phase: Phase
     ) -> tuple[AnyArray, FloatArray, IntArray]:
         """Ids [N, L, W] of steps routed one by one, pairs refused [S], rows that experts have room for [S, L]."""
         assert self._router is not None
-        by_rank = self._router.capacity is not None and self._router.capacity.scope == "rank"
         batches = []
         for step, (lo, hi) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
-            scope = rank_N[lo:hi] if by_rank else None
-            batches.append(self._router.route(rows[lo:hi], phase, tick + step, scope, request_N[lo:hi]))
+            part = slice(lo, hi)
+            batches.append(self._router.route(rows[part], phase, tick + step, rank_N[part], request_N[part]))
         wide = max(b.expert_NLW.shape[2] for b in batches)
         none = self._source.num_experts
         ids = np.concatenate(
@@ -129,7 +129,7 @@ class TokenExperts:
             ]
         )
         refused = np.array([b.dropped_L.sum() for b in batches], np.float64)
-        return ids, refused, np.array([b.capacity_L * b.scopes for b in batches])
+        return ids, refused, np.array([b.room_L for b in batches])
 
     def _padding(self, room_SL: IntArray) -> FloatArray | None:
         """Rows of each slot [S, L, slots] where kernels pad to the capacity; None where they do not."""

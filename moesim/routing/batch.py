@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from moesim.rng import generator
 from moesim.routing import NONE, Arrays, Routed, Router, RoutingContext
-from moesim.routing.capacity import CapacitySpec, capacity_of, limit
+from moesim.routing.capacity import CapacitySpec, Phase, capacity_of, limit
 from moesim.workload.pool import Ids, RoutingSource, id_dtype
 
 __all__ = ["BatchRouter", "ModelFacts", "RoutedBatch", "Scores"]
@@ -54,13 +54,12 @@ class ModelFacts:
 
 class RoutedBatch(NamedTuple):
     """expert_NLW: ids, E where there is none. wanted_L, dropped_L: (token, expert) pairs chosen, and refused by the
-    capacity. capacity_L: rows an expert has room for in one scope (0: no limit). scopes: batches limited apart."""
+    capacity. room_L: rows an expert has room for in all scopes together (0: no limit)."""
 
     expert_NLW: Ids
     wanted_L: NDArray[np.int64]
     dropped_L: NDArray[np.int64]
-    capacity_L: NDArray[np.int64]
-    scopes: int
+    room_L: NDArray[np.int64]
 
 
 class BatchRouter:
@@ -102,7 +101,7 @@ class BatchRouter:
     def route(
         self,
         rows_N: NDArray[np.int64],
-        phase: str,
+        phase: Phase,
         step: int,
         scope_N: NDArray[np.int64] | None = None,
         request_N: NDArray[np.int64] | None = None,
@@ -116,24 +115,33 @@ class BatchRouter:
         sequence_N = self._runs(rows_N, request_N)
         chosen: list[NDArray[np.int32]] = []
         wanted, dropped, room = (np.zeros(facts.layers, np.int64) for _ in range(3))
-        scopes = 1 if scope_N is None or not tokens else int(scope_N.max()) + 1
+        if self.capacity is not None and self.capacity.scope != "rank":
+            scope_N = sequence_N if self.capacity.scope == "sequence" else None
+        tokens_S = np.bincount(np.zeros(tokens, np.int64) if scope_N is None else scope_N)
         carry: Arrays = {}
         for layer in range(facts.layers):
             routed, score = self._layer(rows_N, sequence_N, layer, step, carry)
             carry = routed.carry
             expert_NW = routed.expert_TK
             wanted[layer] = int((expert_NW != NONE).sum())
-            if self.capacity is not None and tokens:
-                factor = self.capacity.factor_of(layer, phase)
-                # of the fullest scope; the others have no more room than their own tokens give them
-                per_scope = -(-tokens // scopes)
-                room[layer] = capacity_of(per_scope, facts.top_k, facts.experts, factor, self.capacity.min_capacity)
-                limited = limit(expert_NW, routed.gate_TK, score, int(room[layer]), self.capacity, scope_N)
+            factor = None if self.capacity is None else self.capacity.factor_of(layer, phase)
+            if self.capacity is not None and factor is not None and tokens:
+                room_S = self._rooms(tokens_S, factor)
+                room[layer] = room_S.sum()
+                limited = limit(expert_NW, routed.gate_TK, score, room_S, self.capacity, scope_N)
                 dropped[layer] = int(limited.dropped_TW.sum())
                 self._note(rows_N, expert_NW, limited.dropped_TW)
                 expert_NW = limited.expert_TW
             chosen.append(expert_NW)
-        return RoutedBatch(self._stacked(chosen), wanted, dropped, room, scopes)
+        return RoutedBatch(self._stacked(chosen), wanted, dropped, room)
+
+    def _rooms(self, tokens_S: NDArray[np.int64], factor: float) -> NDArray[np.int64]:
+        """Rows an expert has room for in each scope."""
+        assert self.capacity is not None
+        facts, least = self.facts, self.capacity.min_capacity
+        sizes, which_S = np.unique(tokens_S, return_inverse=True)
+        rooms = [capacity_of(int(n), facts.top_k, facts.experts, factor, least) if n else 0 for n in sizes]
+        return np.array(rooms, np.int64)[which_S]
 
     def _stacked(self, chosen_L: list[NDArray[np.int32]]) -> Ids:
         """The layers' choices side by side, as wide as the widest token needs."""
