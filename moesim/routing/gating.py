@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from moesim.routing import Floats, Routed, RoutingContext
 from moesim.routing.select import NONE, sigmoid, top_ids
 
-__all__ = ["compact", "descending", "known", "needs", "open_ids", "plain", "probabilities", "softmax_rows", "weigh"]
+__all__ = ["compact", "descending", "known", "open_ids", "plain", "probabilities", "softmax_rows", "weigh"]
 
 
 def softmax_rows(score_TE: Floats) -> Floats:
@@ -82,12 +82,6 @@ def plain(score_TE: Floats, context: RoutingContext, top_k: int | None = None, n
         choice_TE = np.where(np.isneginf(score_TE), -np.inf, gate_TE + context.bias_E)
     expert_TK = top_ids(choice_TE, context.top_k if top_k is None else top_k)
     return Routed(expert_TK, weigh(gate_TE, expert_TK, context.norm_topk_prob if normalise is None else normalise))
-
-
-def needs(k: int, experts: int) -> None:
-    """Raises ValueError unless between 1 and E experts a token are asked for."""
-    if not 1 <= k <= experts:
-        raise ValueError(f"between 1 and {experts} experts a token can be chosen, got {k}")
 
 
 def known(fact_T: NDArray[Any] | None, tokens: int, who: str, what: str) -> NDArray[Any]:

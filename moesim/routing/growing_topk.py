@@ -1,7 +1,8 @@
 """A frozen random router whose K grows over training.
 
 Source: Chen et al. 2023, SMoE-Dropout (arXiv:2303.01610), section 3: router weights are drawn once and never trained,
-the number of experts a token rises linearly over training from few to all, and at inference any number may be used.
+the number of experts a token rises linearly over training, and at inference any number may be used. The authors'
+scripts go from 8 to all 16; gates are the softmax over the chosen.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from pydantic import Field
 
 from moesim.rng import generator
 from moesim.routing import Floats, Routed, Router, RoutingContext
-from moesim.routing.gating import needs, plain
+from moesim.routing.gating import plain
+from moesim.routing.select import check_top_k
 
 __all__ = ["Policy"]
 
@@ -25,20 +27,20 @@ class Policy(Router):
 
     ragged: ClassVar[bool] = True
     equivariant: ClassVar[bool] = False
+    normalised: ClassVar[bool] = True
 
     first: int = Field(default=1, ge=1)
     last: int | None = Field(default=None, ge=1)
     inference: int | None = Field(default=None, ge=1)
     router: Literal["frozen", "scores"] = "frozen"
-    norm_topk_prob: bool | None = None
 
     def route(self, score_TE: Floats, context: RoutingContext) -> Routed:
         """The k best of the frozen router's logits, k = round(first + (last - first) * progress) in training."""
         experts = score_TE.shape[1]
-        needs(context.top_k, experts)
+        check_top_k(context.top_k, experts)
         k = self.number(context, experts)
         logit_TE = self._frozen(score_TE, context) if self.router == "frozen" else score_TE
-        return plain(logit_TE, context, k, self.norm_topk_prob)
+        return plain(logit_TE, context, k, normalise=True)
 
     def number(self, context: RoutingContext, num_experts: int) -> int:
         """Experts a token takes now, at most E."""

@@ -1,7 +1,8 @@
 """Relative-norm halting: a token takes no experts any more once its hidden state has nearly stopped to change.
 
-Source: Ternovtsii and Bilak 2026, Equifinality in MoE (arXiv:2604.14419): zero-shot halting where the update's norm
-relative to the state's falls under a threshold. Hidden states are not simulated, so the change is a stated stand-in
+Source: Ternovtsii and Bilak 2026, Equifinality in MoE (arXiv:2604.14419): zero-shot halting by relative norm. Read in
+its abstract, which gives neither the formula nor the threshold; there a token may stop between the hops of one layer,
+here it stops from layer to layer. Hidden states are not simulated, so the change is a stated stand-in
 (reconstruction): |p_t| / (1 + layer)^power, where |p_t| is the 2-norm of the token's gates over all experts (updates of
 equal norm that point apart add up like that) and the residual stream grows by one such update a layer.
 """
@@ -14,7 +15,8 @@ import numpy as np
 from pydantic import Field
 
 from moesim.routing import NONE, Floats, Routed, Router, RoutingContext
-from moesim.routing.gating import needs, plain, softmax_rows
+from moesim.routing.gating import plain, softmax_rows
+from moesim.routing.select import check_top_k
 
 __all__ = ["Policy"]
 
@@ -34,7 +36,7 @@ class Policy(Router):
         """Top-k for tokens that still run, NONE for the rest; `carry` hands up who has stopped, `stopped_T`. Raises
         ValueError for a carry of other tokens."""
         tokens = len(score_TE)
-        needs(context.top_k, score_TE.shape[1])
+        check_top_k(context.top_k, score_TE.shape[1])
         stopped_T = context.carry.get("stopped_T", np.zeros(tokens, bool))
         if len(stopped_T) != tokens:
             raise ValueError(f"who has stopped must be known of the same tokens: {len(stopped_T)}, scores of {tokens}")

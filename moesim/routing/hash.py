@@ -16,8 +16,8 @@ from pydantic import Field
 
 from moesim.rng import generator
 from moesim.routing import Floats, Routed, Router, RoutingContext
-from moesim.routing.gating import known, needs
-from moesim.routing.select import top_ids
+from moesim.routing.gating import known
+from moesim.routing.select import check_top_k, top_ids
 
 __all__ = ["Policy"]
 
@@ -36,7 +36,7 @@ class Policy(Router):
         """The table's K experts, gates 1 / K. Scores count only for which experts may be taken: where the table names
         one at -inf, the next higher id that is allowed steps in. Raises ValueError without token ids."""
         tokens, experts = score_TE.shape
-        needs(context.top_k, experts)
+        check_top_k(context.top_k, experts)
         token_T = known(context.token_T, tokens, "hash routing", "the vocabulary id")
         expert_TK = self._look_up(token_T, context, experts)
         if np.isneginf(score_TE).any():

@@ -15,7 +15,8 @@ import numpy as np
 from pydantic import Field
 
 from moesim.routing import Floats, Routed, Router, RoutingContext
-from moesim.routing.gating import compact, needs, open_ids, softmax_rows, weigh
+from moesim.routing.gating import compact, open_ids, softmax_rows, weigh
+from moesim.routing.select import check_top_k
 
 __all__ = ["Policy"]
 
@@ -34,13 +35,13 @@ class Policy(Router):
     null_spread: float = Field(default=1.0, ge=0)
 
     def route(self, score_TE: Floats, context: RoutingContext) -> Routed:
-        """The K best of true and null columns, nulls left out (arXiv:2406.13233, eq. 4-5); of equals the true one."""
+        """The K best of true and null columns, less the nulls (arXiv:2406.13233, section 3.3); of equals the true."""
         columns = score_TE.shape[1]
         true = columns - self.null_experts if self.given else columns
         if true < 1:
             raise ValueError(f"{columns} columns of scores hold no true expert beside {self.null_experts} null experts")
         k = self.top_k or context.top_k
-        needs(k, true + self.null_experts)
+        check_top_k(k, true + self.null_experts)
         all_TE = score_TE if self.given else np.concatenate([score_TE, self._null(score_TE, context)], axis=1)
         picked_TK = open_ids(all_TE, k)
         expert_TW = compact(picked_TK, (picked_TK >= 0) & (picked_TK < true))[:, : self.width(context.top_k, true)]

@@ -1,8 +1,9 @@
 """Pools of experts by class: a token takes experts of its own class's pool and of a shared one.
 
 Source: Wang et al. 2025, MoIIE (arXiv:2508.09779), section 3: intra-modality experts for each modality beside
-inter-modality ones; a router chooses among a token's own and the shared. Language families take the place of
-modalities in multilingual models: experts for one group of similar languages each (Li et al. 2025, Group then Scale,
+inter-modality ones; a router chooses among a token's own and the shared. The authors' code has 4 experts, one of each
+modality and two shared, top-2, renormalised: `shared` is half the experts by default. Language families take the place
+of modalities in multilingual models: experts for one group of similar languages each (Li et al. 2025, Group then Scale,
 arXiv:2506.12388), and families' own experts beside shared ones (arXiv:2601.14050). Sizes of the pools are the model's.
 """
 
@@ -15,15 +16,16 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from moesim.routing import NONE, Floats, Routed, Router, RoutingContext
-from moesim.routing.gating import compact, known, needs, open_ids, probabilities, weigh
+from moesim.routing.gating import compact, known, open_ids, probabilities, weigh
+from moesim.routing.select import check_top_k
 
 __all__ = ["Policy"]
 
 
 class Policy(Router):
-    """pools: classes with experts of their own, ids 0 .. pools - 1. shared: experts of all; none: as many as a pool,
-    and what does not divide. from_own, from_shared: so many of either (both or neither); none: the model's K of both
-    together. The pools stand first, in the order of the classes, then the shared experts."""
+    """pools: classes with experts of their own, ids 0 .. pools - 1. shared: experts of all; none: half of them,
+    and what the pools leave over. from_own, from_shared: so many of either (both or neither); none: the model's K
+    of both together. The pools stand first, in the order of the classes, then the shared experts."""
 
     ragged: ClassVar[bool] = True
     equivariant: ClassVar[bool] = False
@@ -45,9 +47,9 @@ class Policy(Router):
 
     def sizes(self, num_experts: int) -> tuple[int, int]:
         """Experts of each class's pool, and shared ones."""
-        shared = num_experts // (self.pools + 1) if self.shared is None else self.shared
-        own = (num_experts - shared) // self.pools
-        if shared > num_experts or own + shared < 1:
+        shared = num_experts // 2 if self.shared is None else self.shared
+        own = max(num_experts - shared, 0) // self.pools
+        if shared > num_experts:
             raise ValueError(
                 f"{self.pools} pools and {shared} shared experts cannot be cut from {num_experts} experts."
             )
@@ -57,7 +59,7 @@ class Policy(Router):
         """The best of what a token's class may take, fewer where its pools hold fewer. Raises ValueError without
         classes, or for a class without a pool."""
         tokens, experts = score_TE.shape
-        needs(context.top_k, experts)
+        check_top_k(context.top_k, experts)
         class_T = known(context.class_T, tokens, "routing by pools", "the class (modality, language)")
         if tokens and (class_T.min() < 0 or class_T.max() >= self.pools):
             raise ValueError(

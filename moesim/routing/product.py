@@ -1,7 +1,7 @@
 """Product keys: experts stand in a grid, an expert's score is the sum of its row's and its column's.
 
 Source: Lample et al. 2019 (arXiv:1907.05242), section 3.1: the K best sums lie among the K best rows x the K best
-columns, so K + K candidates replace all n * n. PEER (arXiv:2407.04153), eq. 2-4: softmax over the K chosen sums;
+columns, so K + K candidates replace all n * n. PEER (arXiv:2407.04153), section 2: softmax over the K chosen sums;
 OmniMoE (arXiv:2602.05711), section 2.2: log softmax of rows plus log softmax of columns, which ranks the same.
 One head; scores of all experts, where they are given instead of rows and columns, are reduced to the best of each row
 and of each column (reconstruction).
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from moesim.routing import Floats, Routed, Router, RoutingContext
-from moesim.routing.gating import descending, needs, softmax_rows, weigh
-from moesim.routing.select import top_ids
+from moesim.routing.gating import descending, softmax_rows, weigh
+from moesim.routing.select import check_top_k, top_ids
 
 __all__ = ["Policy"]
 
@@ -39,7 +39,7 @@ class Policy(Router):
         row_TR, column_TC = self._factors(score_TE)
         rows, columns = row_TR.shape[1], column_TC.shape[1]
         k = self.top_k or context.top_k
-        needs(k, rows * columns)
+        check_top_k(k, rows * columns)
         if self.columns == "experts" and np.isneginf(score_TE).any():
             sum_TE = (row_TR[:, :, None] + column_TC[:, None, :]).reshape(score_TE.shape)
             expert_TK = top_ids(np.where(np.isneginf(score_TE), -np.inf, sum_TE), k)

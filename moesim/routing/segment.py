@@ -13,7 +13,8 @@ import numpy as np
 from pydantic import Field
 
 from moesim.routing import Floats, Routed, Router, RoutingContext
-from moesim.routing.gating import known, needs, plain
+from moesim.routing.gating import known, plain
+from moesim.routing.select import check_top_k
 
 __all__ = ["Policy"]
 
@@ -34,7 +35,7 @@ class Policy(Router):
         `tokens`; without sequences the batch is one, without positions they count from its first token. An expert
         that is at -inf for one token of a segment is so for the segment."""
         rows = len(score_TE)
-        needs(context.top_k, score_TE.shape[1])
+        check_top_k(context.top_k, score_TE.shape[1])
         if rows == 0:
             return plain(score_TE, context)
         length = self.tokens if isinstance(self.tokens, int) else self.tokens[context.layer % len(self.tokens)]

@@ -1,12 +1,12 @@
 """Test-time re-mixing: a shift of the scores before the choice, nothing learnt anew.
 
 One rule, score + delta, then top-k; the papers differ in delta.
-RICE (arXiv:2505.14681) and other steering: named experts `boost`ed by a constant (the paper's multiplier of a gate is
-a constant on its logit). Expert silencing (L3, arXiv:2602.08741): named experts at -inf.
-C3PO (arXiv:2504.07964), kernel regression: a pathway moves towards the kernel-weighted mean of its nearest
+Steering: named experts `boost`ed by a constant. RICE (arXiv:2505.14681) multiplies the gates of two experts where they
+are chosen anyway: `chosen_only`, e^by times the gate. Expert silencing (L3, arXiv:2602.08741): named experts at -inf.
+C3PO (arXiv:2504.07964), kernel regression: a pathway moves towards the similarity-weighted mean of its nearest
 neighbours', w <- (1 - mix) w + mix w^, for the last token in the last five layers. Its neighbours are successful
 reference samples; ours are the other rows of the batch (reconstruction), near by cosine of the hidden states, or of
-the scores' rows where there are none, weighted by a Gaussian kernel of the distance of the unit vectors.
+the scores' rows where there are none, and mix is a constant where the paper searches for it.
 Rewiring (arXiv:2510.14853): a delta per layer and context, found by gradient steps on the context's own loss, every
 128 tokens. There is no loss here (reconstruction): the step goes towards the experts whose mean gate in the latest
 tokens is above the running mean of the whole context.
@@ -14,6 +14,8 @@ tokens is above the running mean of the whole context.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Annotated
 
 import numpy as np
@@ -21,7 +23,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from moesim.routing import Arrays, Floats, Routed, Router, RoutingContext
-from moesim.routing.gating import needs, plain, probabilities
+from moesim.routing.gating import plain, probabilities
+from moesim.routing.select import check_top_k
 from moesim.spec import Spec
 
 __all__ = ["Boost", "Policy"]
@@ -33,10 +36,14 @@ _CELLS = 1 << 24
 
 
 class Boost(Spec):
-    """`by` is added to the scores of the experts `ids` (logits: the odds of each are multiplied by e^by)."""
+    """`by` is added to the scores of the experts `ids` (logits: the odds of each are multiplied by e^by).
+
+    chosen_only: their gates are multiplied by e^by where they are chosen, and the choice stays as it is.
+    """
 
     ids: Experts
-    by: float
+    by: float = Field(ge=-80, le=80)
+    chosen_only: bool = False
 
 
 class Policy(Router):
@@ -73,13 +80,14 @@ class Policy(Router):
     def route(self, score_TE: Floats, context: RoutingContext) -> Routed:
         """Top-k of the shifted scores; gates of the shifted scores too. Raises ValueError for ids beyond the experts,
         and where too few experts are left."""
-        needs(context.top_k, score_TE.shape[1])
+        check_top_k(context.top_k, score_TE.shape[1])
         state = self._learn(score_TE, context) if self.step > 0 else context.state
         if self.last_layers is not None and context.layer < context.num_layers - self.last_layers:
             routed = plain(score_TE, context, normalise=self.norm_topk_prob)
         else:
             shifted_TE = self._towards_neighbours(score_TE, context) + self._delta(score_TE, context)
             routed = plain(shifted_TE.astype(score_TE.dtype), context, normalise=self.norm_topk_prob)
+            routed = replace(routed, gate_TK=self._reinforced(routed, context))
         return Routed(routed.expert_TK, routed.gate_TK, state)
 
     def _delta(self, score_TE: Floats, context: RoutingContext) -> Floats:
@@ -91,10 +99,20 @@ class Policy(Router):
         delta_E = (
             np.array(context.state["delta_E"]) if self.step > 0 and "delta_E" in context.state else np.zeros(experts)
         )
-        if self.boost is not None:
+        if self.boost is not None and not self.boost.chosen_only:
             delta_E[list(self.boost.ids)] += self.boost.by
         delta_E[list(self.silence)] = -np.inf
         return delta_E
+
+    def _reinforced(self, routed: Routed, context: RoutingContext) -> Floats:
+        """Gates with those of reinforced experts multiplied (arXiv:2505.14681)."""
+        if self.boost is None or not self.boost.chosen_only:
+            return routed.gate_TK
+        times_TK = np.where(np.isin(routed.expert_TK, self.boost.ids), math.exp(self.boost.by), 1)
+        gate_TK = (routed.gate_TK * times_TK).astype(routed.gate_TK.dtype)
+        if context.norm_topk_prob if self.norm_topk_prob is None else self.norm_topk_prob:
+            gate_TK = gate_TK / gate_TK.sum(1, keepdims=True)
+        return gate_TK
 
     def _towards_neighbours(self, score_TE: Floats, context: RoutingContext) -> Floats:
         tokens = len(score_TE)
@@ -142,9 +160,8 @@ def _unit(feature_TD: Floats) -> Floats:
 
 
 def _nearest(unit_TD: Floats, rows: NDArray[np.int64], count: int) -> tuple[NDArray[np.int64], Floats]:
-    """The `count` nearest other rows of each of `rows` and their kernel weights, of equals the earliest row."""
+    """The `count` nearest other rows of each of `rows` and their cosines, 0 at least, of equals the earliest row."""
     cosine_RT = unit_TD[rows] @ unit_TD.T
     cosine_RT[np.arange(len(rows)), rows] = -np.inf
     near_RN = np.argsort(-cosine_RT, axis=1, kind="stable")[:, :count]
-    distance2_RN = 2 - 2 * np.take_along_axis(cosine_RT, near_RN, 1)
-    return near_RN, np.exp(-np.maximum(distance2_RN, 0))
+    return near_RN, np.maximum(np.take_along_axis(cosine_RT, near_RN, 1), 0)

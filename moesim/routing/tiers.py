@@ -5,7 +5,8 @@ Source: Alizadeh et al. 2024, Duo-LLM (arXiv:2410.10846): each token takes the b
 layer; the paper's oracles search 2^n or 3^n paths, its routers are learnt. Reconstruction: importance is the entropy of
 the token's gates over log E (a token the router is unsure of profits from more work), and stated shares or thresholds
 cut it. Han et al. 2025, Informed Routing (arXiv:2510.13831): execute or approximate instead of execute or skip;
-reconstruction: a chosen expert whose gate is below `approximate_below` runs as its twin, id + E / 2.
+reconstruction: a chosen expert whose gate is below `approximate_below` runs as its twin, id + E / 2 (the paper learns
+which unit to run under a stated share).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from moesim.routing import Floats, Routed, Router, RoutingContext
-from moesim.routing.gating import needs, open_ids, plain, probabilities, softmax_rows, weigh
+from moesim.routing.gating import open_ids, plain, probabilities, softmax_rows, weigh
+from moesim.routing.select import check_top_k
 
 __all__ = ["Policy"]
 
@@ -55,7 +57,7 @@ class Policy(Router):
 
     def route(self, score_TE: Floats, context: RoutingContext) -> Routed:
         """K experts of the token's tier (all of them where it has fewer), or none; or K with some as twins."""
-        needs(context.top_k, score_TE.shape[1])
+        check_top_k(context.top_k, score_TE.shape[1])
         if self.approximate_below is not None:
             return self._approximate(score_TE, context, self.approximate_below)
         tier_T = self._tier(score_TE)
@@ -84,7 +86,7 @@ class Policy(Router):
         if experts % 2:
             raise ValueError(f"every expert needs a twin, so their number is even: {experts} experts")
         half = experts // 2
-        needs(context.top_k, half)
+        check_top_k(context.top_k, half)
         routed = plain(score_TE[:, :half], context, normalise=self.norm_topk_prob)
         twin_TK = np.take_along_axis(score_TE, routed.expert_TK.astype(np.int64) + half, 1)
         swap_TK = (routed.gate_TK < below) & ~np.isneginf(twin_TK)
