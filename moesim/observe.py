@@ -13,6 +13,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -146,7 +147,7 @@ def observe(result: RunResult) -> Observation:
     )
 
 
-def _at(summary: object, key: tuple[str, ...]) -> object:
+def _at(summary: Any, key: tuple[str, ...]) -> Any:
     found = summary
     for part in key:
         found = found.get(part) if isinstance(found, Mapping) else None
@@ -191,9 +192,7 @@ def latency_figures() -> dict[str, Callable[[FloatArray], float]]:
     return {"mean": lambda ordered: float(ordered.mean()), **{name: at(q) for name, q in _QUANTILES.items()}}
 
 
-def leave_out(
-    values: FloatArray, part: IntArray, parts: int, figure: Callable[[FloatArray], float]
-) -> FloatArray:
+def leave_out(values: FloatArray, part: IntArray, parts: int, figure: Callable[[FloatArray], float]) -> FloatArray:
     """`figure` of the sorted values without each part [G]; empty where fewer than two parts have values."""
     if parts < 2 or len(np.unique(part)) < 2:
         return np.zeros(0)

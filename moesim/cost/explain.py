@@ -186,4 +186,4 @@ def load_by_draw(runs: list[Run], pricer: StepPricer) -> tuple[FloatArray, IntAr
         ratio_RE = np.array([d.row.stats[_LOAD_RATIO] for d in used])
         ratio_S, draws = ratio_RE[row_S, draw_S], ratio_RE.shape[1]
     steps_X = np.bincount(draw_S, minlength=draws)
-    return np.bincount(draw_S, weights=ratio_S, minlength=draws), steps_X.astype(np.int64)
+    return np.bincount(draw_S, weights=ratio_S, minlength=draws).astype(np.float64), steps_X.astype(np.int64)
