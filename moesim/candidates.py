@@ -88,8 +88,8 @@ def split_values(text: str) -> list[str]:
     while i < len(text):
         char = text[i]
         if quote:
-            if char == "\\" and quote == '"':
-                i += 1
+            if (char == "\\" and quote == '"') or (quote == "'" and text[i : i + 2] == "''"):
+                i += 1  # an escaped quote does not end it
             elif char == quote:
                 quote = ""
         elif char in "'\"" and (not text[:i].rstrip() or text[:i].rstrip()[-1] in ",:[{("):
@@ -236,7 +236,7 @@ def run_candidates(
             scenario = candidate.scenario if j == 0 else candidate.seeded(seed)
             if scenario.hash not in known:
                 before = (i * len(seeds) + j) / total
-                result = _simulate(scenario, candidate.label, _part(progress, before, 1 / total))
+                result = _simulate(scenario, candidate, _part(progress, before, 1 / total))
                 known[scenario.hash] = (observe(result) if result.feasible else None, result.reasons, result.warnings)
                 if result.feasible and done is not None:
                     done(result, scenario)
@@ -257,13 +257,13 @@ def run_candidates(
     return entries
 
 
-def _simulate(scenario: Scenario, label: str, progress: Callable[[float], None] | None) -> RunResult:
+def _simulate(scenario: Scenario, candidate: Candidate, progress: Callable[[float], None] | None) -> RunResult:
     try:
         return simulate(scenario, progress=progress)
     except BadInput as error:
-        raise BadInput(
-            [Problem(f"{label}: {p.where}" if p.where else label, p.message) for p in error.problems]
-        ) from None
+        named = ", ".join([str(candidate.file), *(f"{key}={value}" for key, value in candidate.varied.items())])
+        problems = [Problem(f"{named}: {p.where}" if p.where else named, p.message) for p in error.problems]
+        raise BadInput(problems) from None
 
 
 def _part(progress: Callable[[float], None] | None, before: float, share: float) -> Callable[[float], None] | None:

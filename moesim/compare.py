@@ -33,6 +33,8 @@ SCHEMA_VERSION = 1
 _LEVEL = 0.9
 _SAME = 1e-9
 """logarithms of figures nearer than this are equal: what is left is rounding"""
+_UNKNOWN = 50.0
+"""half of an interval of a logarithm beyond which it says nothing: a run of a few requests"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,8 @@ class Entry:
 class Verdict:
     """One figure of one candidate. mark: `best` alone, `tie` where several cannot be told from the best, else None.
 
-    ratio: to the best; its interval is judged at `Comparison.tie_level`. None where figures are compared by difference.
+    ratio: to the best; its interval is at `Row.tie_level`. None where the figure is compared by difference, the interval
+    also where there are too few requests to say.
     """
 
     value: float
@@ -169,8 +172,9 @@ def _ratio(found: Difference, figure: Figure, best: bool) -> tuple[float | None,
         return None, None
     if best:
         return 1.0, (1.0, 1.0)
-    half = min(found.half, 300.0)  # exp stays finite
-    return math.exp(found.centre), (math.exp(found.centre - half), math.exp(found.centre + half))
+    if found.half > _UNKNOWN:
+        return math.exp(found.centre), None
+    return math.exp(found.centre), (math.exp(found.centre - found.half), math.exp(found.centre + found.half))
 
 
 def chosen_figures(names: Sequence[str]) -> list[str]:
@@ -218,8 +222,8 @@ def _interval(runs: Sequence[Observation], figure: Figure) -> tuple[float, float
     half = math.hypot(chance, float(_normal(_LEVEL)) * _alone(runs, figure))
     if figure.absolute:
         return max(0.0, value - half), value + half
-    if half > 300.0:
-        return None  # too few requests to say
+    if half > _UNKNOWN:
+        return None
     return value * math.exp(-half), value * math.exp(half)
 
 

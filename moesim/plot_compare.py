@@ -70,9 +70,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def _wrapped(label: str) -> str:
-    """A label in at most three lines of 30 characters."""
-    lines = textwrap.wrap(label, 30, break_on_hyphens=False)
-    return "\n".join(lines if len(lines) <= 3 else [*lines[:2], f"{lines[2][:27]}..."])
+    """A label in at most three lines of 36 characters."""
+    lines = textwrap.wrap(label, 36, break_on_hyphens=False)
+    return "\n".join(lines if len(lines) <= 3 else [*lines[:2], f"{lines[2][:33]}..."])
 
 
 def _panel(panel: Any, name: str, fits: list[dict[str, Any]], labels: list[str]) -> None:

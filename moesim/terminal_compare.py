@@ -5,6 +5,8 @@ Drawn from the JSON report (`Comparison.to_json()`), as `terminal` draws a run; 
 
 from __future__ import annotations
 
+import re
+import textwrap
 from typing import IO, Any
 
 from rich.console import Console
@@ -42,7 +44,9 @@ def render(report: dict[str, Any], file: IO[str] | None = None, width: int | Non
 def _head(console: Console, report: dict[str, Any]) -> None:
     seeds = report["seeds"]
     told = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}"
-    console.print(Text(f"{len(report['candidates'])} candidates", style="bold"), Text(told, style="dim"))
+    total, fits = len(report["candidates"]), sum(c["feasible"] for c in report["candidates"])
+    count = f"{total} candidates" + (f", {fits} of them fit" if fits < total else "")
+    console.print(Text(count, style="bold"), Text(told, style="dim"))
     keys = dict.fromkeys(key for c in report["candidates"] for key in c["varied"])
     if keys:
         _say(console, f"varied: {', '.join(keys)}", "dim")
@@ -55,7 +59,9 @@ def _letters(fits: list[dict[str, Any]]) -> list[str]:
 def _legend(console: Console, fits: list[dict[str, Any]], names: list[str]) -> None:
     console.print()
     for name, candidate in zip(names, fits, strict=True):
-        console.print(Text(f"  {name}  {candidate['label']}"))
+        lines = textwrap.wrap(candidate["label"], console.width - 4 - len(name), break_on_hyphens=False)
+        for i, line in enumerate(lines):
+            console.print(Text(f"  {name if i == 0 else ' ' * len(name)}  {line}"))
 
 
 # ---- figures down, candidates across
@@ -154,7 +160,9 @@ def _unfit(console: Console, report: dict[str, Any]) -> None:
         return
     _section(console, "Does not fit")
     for candidate in unfit:
-        _say(console, f"{candidate['label']}: {candidate['reasons'][0]}")
+        # the bytes by use, in brackets at the end, are in the JSON
+        reason = re.sub(r" \([^()]*\)\.?$", ".", candidate["reasons"][0])
+        _say(console, f"{candidate['label']}: {reason}")
 
 
 # ---- figures
