@@ -55,8 +55,8 @@ class Entry:
 class Verdict:
     """One figure of one candidate. mark: `best` alone, `tie` where several cannot be told from the best, else None.
 
-    ratio: to the best; its interval is at `Row.tie_level`. None where the figure is compared by difference, the interval
-    also where there are too few requests to say.
+    ratio: to the best; its interval is at `Row.tie_level`. None where the figure is compared by difference, the
+    interval also where there are too few requests to say.
     """
 
     value: float
