@@ -215,15 +215,15 @@ def _interval(runs: Sequence[Observation], figure: Figure) -> tuple[float, float
     held = runs[0].figures[figure.name].interval90
     if len(runs) == 1 and held is not None:
         return held
-    if len(runs) == 1 and figure.absolute:
+    if len(runs) == 1 and figure.counted:
         return None
     value = _value(runs, figure)
     chance = _chance(runs, None, figure, _LEVEL)
     half = math.hypot(chance, float(_normal(_LEVEL)) * _alone(runs, figure))
+    if not math.isfinite(half) or (half > _UNKNOWN and not figure.absolute):
+        return None
     if figure.absolute:
         return max(0.0, value - half), value + half
-    if half > _UNKNOWN:
-        return None
     return value * math.exp(-half), value * math.exp(half)
 
 

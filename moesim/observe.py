@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from moesim.arrays import FloatArray, IntArray
-from moesim.cost.explain import load_by_draw
+from moesim.cost.explain import stats_by_draw
 from moesim.metrics import pacing, request_latencies
 from moesim.record import RequestRecords
 from moesim.simulate import RunResult
@@ -26,6 +26,7 @@ from moesim.simulate import RunResult
 __all__ = ["DEFAULT_FIGURES", "FIGURES", "Figure", "Observation", "Seen", "observe"]
 
 _PARTS = 20
+_LOAD_RATIO, _WANTED, _DROPPED = 2, 7, 8  # rows of `cost.experts.MoESums.stats`
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 _LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "e2e": "whole request"}
 
@@ -34,8 +35,8 @@ _LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "e2e": "whole request"}
 class Figure:
     """A figure that can be compared. `key`: where it stands in a result's `summary`.
 
-    absolute: counted without an error of its own, or zero at times, so runs are compared by their difference, and
-    differences up to `resolution` are none.
+    absolute: compared by difference instead of ratio; differences up to `resolution` are none. counted: without an
+    error of its own.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Figure:
     key: tuple[str, ...]
     more_is_better: bool = False
     absolute: bool = False
+    counted: bool = False
     resolution: float = 0.0
 
 
@@ -60,8 +62,10 @@ def _figures() -> dict[str, Figure]:
         ]
     out += [
         Figure("max_over_mean_load", "max/mean load", "", ("balance", "max_over_mean_load")),
-        Figure("hbm_used_bytes", "HBM at peak, GiB", "bytes", ("memory", "hbm", "used"), False, True, 0.1 * 2**30),
-        Figure("dropped_share", "dropped share", "", ("drops", "share"), False, True, 5e-4),
+        Figure(
+            "hbm_used_bytes", "HBM at peak, GiB", "bytes", ("memory", "hbm", "used"), False, True, True, 0.1 * 2**30
+        ),
+        Figure("dropped_share", "dropped share", "", ("drops", "share"), False, True, False, 5e-4),
     ]
     return {figure.name: figure for figure in out}
 
@@ -125,12 +129,12 @@ def observe(result: RunResult) -> Observation:
         if value is None:
             continue
         held = _at(summary, (*figure.key[:-1], "interval90", figure.key[-1]))
-        slope = {"throughput": -paced, "balance": 0.0}.get(figure.key[0], 1.0)
+        slope = {"throughput": -paced, "balance": 0.0, "memory": 0.0, "drops": 0.0}.get(figure.key[0], 1.0)
         figures[name] = Seen(
             float(value),
             None if held is None else (float(held[0]), float(held[1])),
-            None if figure.absolute else left_out.get(name, np.zeros(0)),
-            0.0 if figure.absolute else slope,
+            None if figure.counted else left_out.get(name, np.zeros(0)),
+            slope,
         )
     digest = hashlib.blake2b(digest_size=8)
     for column in (stream.arrival_ns, stream.prompt_tokens, stream.output_tokens):
@@ -167,16 +171,21 @@ def _without(result: RunResult) -> dict[str, FloatArray]:
         part = row * (parts := _parts(total)) // total
         for at, figure in latency_figures().items():
             out[f"{short}_{at}_ms"] = leave_out(values, part, parts, figure)
-    if result.pricers:
-        sums = load_by_draw(result.outcome.runs, result.pricers[0])
-        if sums is not None:
-            ratio_X, steps_X = sums
-            rest_X = steps_X.sum() - steps_X
-            if len(rest_X) == 1:  # balanced routing: one draw stands for all, without error
-                out["max_over_mean_load"] = np.repeat(ratio_X / steps_X, 2)
-            elif rest_X.all():
-                out["max_over_mean_load"] = (ratio_X.sum() - ratio_X) / rest_X
+    sums = stats_by_draw(result.outcome.runs, result.pricers[0]) if result.pricers else None
+    if sums is not None:
+        stats_XD, steps_D = sums
+        out["max_over_mean_load"] = _left_ratio(stats_XD[_LOAD_RATIO], steps_D)
+        out["dropped_share"] = _left_ratio(stats_XD[_DROPPED], stats_XD[_WANTED])
     return out
+
+
+def _left_ratio(above_D: FloatArray, below_D: FloatArray | IntArray) -> FloatArray:
+    """sum(above) / sum(below) without each draw; empty where one draw alone counts. Balanced routing has a single
+    draw, which stands for all and has no error."""
+    if len(below_D) == 1:
+        return np.repeat(above_D / np.maximum(below_D, 1e-300), 2)
+    rest_D = below_D.sum() - below_D
+    return (above_D.sum() - above_D) / rest_D if rest_D.all() else np.zeros(0)
 
 
 def _parts(requests: int) -> int:

@@ -128,9 +128,7 @@ def test_shapes_ids_and_gates(kind, shape, scoring, dtype):
 def test_each_case_in_training_and_inference(name, normalise, training):
     policy, (columns, experts, top_k) = POLICY[name], sizes(name)
     for tokens, progress in ((0, 0.5), (1, 0.0), (40, 0.3), (40, 1.0)):
-        ctx = context(
-            tokens, columns, top_k, norm_topk_prob=normalise, training=training, progress=progress, layer=1
-        )
+        ctx = context(tokens, columns, top_k, norm_topk_prob=normalise, training=training, progress=progress, layer=1)
         held(policy, policy.route(scores(tokens, columns), ctx), tokens, experts, ctx)
 
 

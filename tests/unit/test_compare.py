@@ -16,7 +16,7 @@ import pytest
 from moesim import cli
 from moesim.candidates import load_candidates, parse_axes, split_values
 from moesim.compare import Entry, Verdict, chosen_figures, compare, difference
-from moesim.cost.explain import load_by_draw
+from moesim.cost.explain import stats_by_draw
 from moesim.errors import BadInput
 from moesim.metrics import Z90
 from moesim.observe import FIGURES, Observation, Seen, latency_figures, leave_out, observe, without_rates
@@ -271,14 +271,16 @@ def test_an_observation_is_the_runs_own_figures(fidelity: str, tmp_path: Path) -
     summary, got = result.to_json()["summary"], observe(result)
     assert got.figures["ttft_p99_ms"].value == summary["ttft_ms"]["p99"]
     assert got.figures["hbm_used_bytes"].value == summary["memory"]["hbm"]["used"]
-    assert "dropped_share" not in got.figures
+    assert "dropped_share" not in got.figures  # no capacity, so no share
     for seen_ in got.figures.values():
         if seen_.without_G is not None:
             assert 0.5 < seen_.without_G.mean() / seen_.value < 2.0
     assert result.outcome is not None
-    sums = load_by_draw(result.outcome.runs, result.pricers[0])
+    sums = stats_by_draw(result.outcome.runs, result.pricers[0])
     assert sums is not None
-    assert sums[0].sum() / sums[1].sum() == pytest.approx(summary["balance"]["max_over_mean_load"])
+    assert result.explanation is not None
+    assert sums[0].sum(axis=1) == pytest.approx(result.explanation.stats)
+    assert sums[0][2].sum() / sums[1].sum() == pytest.approx(summary["balance"]["max_over_mean_load"])
     assert int(sums[1].sum()) == summary["steps"]
 
 
