@@ -118,17 +118,25 @@ class RunResult:
         return p.tp * p.dp * p.replicas
 
     @property
+    def operator_share(self) -> dict[str, float]:
+        """Share of the steps' time by the operator that priced it; empty where nothing ran."""
+        e = self.explanation
+        share: dict[str, float] = {}
+        if e is not None:
+            total = max(sum(e.ns.values()), 1)
+            for name, spent in e.ns.items():
+                share[e.operator[name]] = share.get(e.operator[name], 0.0) + spent / total
+        return share
+
+    @property
     def errors(self) -> Errors:
         """Relative error of step time: profile by operator shares, and bank by the experts' share."""
         e = self.explanation
         if e is None:
             return Errors(0.0, 0.0)
         total = max(sum(e.ns.values()), 1)
-        share: dict[str, float] = {}
-        for name, spent in e.ns.items():
-            share[e.operator[name]] = share.get(e.operator[name], 0.0) + spent / total
         profile = self.scenario.cluster.profile
-        device = {operator: part for operator, part in share.items() if operator != "host"}
+        device = {operator: part for operator, part in self.operator_share.items() if operator != "host"}
         variance = sum((part * profile.error(operator)) ** 2 for operator, part in device.items())
         variance += (sum(device.values()) * profile.speed_error) ** 2
         expert_share = sum(e.ns.get(name, 0) for name in ("dispatch", "experts", "combine")) / total
