@@ -13,6 +13,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from moesim.engine_spec import EngineSpec
 from moesim.hardware import ClusterSpec
 from moesim.model import Dtype
+from moesim.model_changes import ModelChanges
+from moesim.routing.capacity import CapacitySpec
 from moesim.spec import Spec
 from moesim.units import Ms
 from moesim.workload.requests import RequestsSpec
@@ -60,12 +62,11 @@ NOT_YET = {
 """Keys of `parallel`, `engine` and the top level that ask for what is not simulated; off is allowed."""
 
 
-class ModelRef(Spec):
-    """`model: NAME`, or a mapping with dtypes to change. NAME: a file of workloads/models or a path."""
+class ModelRef(ModelChanges):
+    """`model: NAME`, or a mapping with dtypes and dimensions to change. NAME: a file of workloads/models or a path."""
 
     name: Annotated[str, Field(min_length=1, max_length=500)]
     weight_dtype: Dtype | None = None
-    expert_dtype: Dtype | None = None
     kv_dtype: Dtype | None = None
     activation_dtype: Dtype | None = None
 
@@ -137,5 +138,6 @@ class ScenarioSpec(Spec):
     requests: RequestsSpec
     routing: RoutingSpec = Field(default_factory=RoutingSpec)
     policies: PoliciesSpec = Field(default_factory=PoliciesSpec)
+    capacity: CapacitySpec | None = None
     engine: EngineSpec = Field(default_factory=EngineSpec)
     slo: SloSpec | None = None
