@@ -40,6 +40,7 @@ METHODS: Final = {
     "bip": Method("bip", iterations=4),
     "bip_cold": Method("bip", iterations=14, warm=False),
     "sinkhorn": Method("sinkhorn", iterations=8),
+    "sinkhorn_sharp": Method("sinkhorn", iterations=16, temperature=0.2),
     "expert_choice": Method("expert_choice"),
     "hash": Method("hash"),
 }

@@ -22,13 +22,13 @@ __all__ = ["Course", "Evaluation", "Run", "evaluate", "max_violations", "train"]
 class Course:
     """How to train: `steps` of `sequences` windows of `length` bytes; AdamW, warm-up, cosine down to a tenth."""
 
-    steps: int = 600
-    sequences: int = 16
-    length: int = 128
+    steps: int = 500
+    sequences: int = 12
+    length: int = 192
     peak_rate: float = 3e-3
     warm_up_steps: int = 20
     seed: int = 1
-    held_out_sequences: int = 128
+    held_out_sequences: int = 120
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
