@@ -76,8 +76,7 @@ class Router:
         if method.kind == "hash":
             if self.token_T is None:
                 raise ValueError("hash routing needs the tokens' ids")
-            expert_TK = torch.from_numpy(hash_table(self.sizes, layer))[self.token_T]
-            return Choice(expert_TK, torch.full(expert_TK.shape, 1.0 / k))
+            return routers.table(self.token_T, torch.from_numpy(hash_table(self.sizes, layer)))
         if self.token_local or method.kind in ("topk", "auxiliary_loss"):
             return routers.softmax_topk(score_TE, k)
         if method.kind == "bip":

@@ -22,7 +22,7 @@ __all__ = ["Course", "Evaluation", "Run", "evaluate", "max_violations", "train"]
 class Course:
     """How to train: `steps` of `sequences` windows of `length` bytes; AdamW, warm-up, cosine down to a tenth."""
 
-    steps: int = 500
+    steps: int = 300
     sequences: int = 12
     length: int = 192
     peak_rate: float = 3e-3
