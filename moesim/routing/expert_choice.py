@@ -1,0 +1,103 @@
+"""Expert choice: each expert takes its C best tokens; a token gets none, one or many experts.
+
+Source: Zhou et al. 2022 (arXiv:2202.09368), section 3.2: s = softmax over experts, C = T k / E, gates are s. EC-DLM
+lets k follow the denoising step r of a diffusion language model: k(r) = round(kmin + (kmax - kmin) * f(r)). The shapes
+`linear_reverse` (1 - r) and the width 0.22 of `gaussian` are EC-DLM's; `cosine` is taken as (1 - cos(pi r)) / 2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from moesim.routing import Floats, Routed, Router, RoutingContext, softmax
+from moesim.routing.select import check_top_k, gates_of, kth_highest, ranked
+
+__all__ = ["Policy"]
+
+_GAUSSIAN_WIDTH = 0.22
+
+
+class Policy(Router):
+    """experts_per_token: k, the mean number of experts of a token; none: the model's top_k. scope: whose tokens
+    compete, the `batch`'s or each `sequence`'s. schedule: how k goes from k_min to k_max with `context.progress`.
+    """
+
+    couples: ClassVar[bool] = True
+    free_gates: ClassVar[bool] = True
+    ragged: ClassVar[bool] = True
+
+    experts_per_token: float | None = Field(default=None, gt=0)
+    scope: Literal["batch", "sequence"] = "batch"
+    schedule: Literal["linear_reverse", "linear", "cosine", "gaussian"] | None = None
+    k_min: float | None = Field(default=None, gt=0)
+    k_max: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        low, high = self.k_min, self.k_max
+        if self.schedule is None and (low is not None or high is not None):
+            raise ValueError("k_min and k_max are ends of a schedule, but there is none. Name one, or leave them out.")
+        if self.schedule is not None and (low is None or high is None or low > high or self.experts_per_token):
+            raise ValueError(
+                "a schedule goes from k_min to k_max and leaves experts_per_token out, got"
+                f" k_min {low}, k_max {high}, experts_per_token {self.experts_per_token}"
+            )
+        return self
+
+    def width(self, top_k: int, num_experts: int) -> int:
+        """A token can be taken by every expert."""
+        return num_experts
+
+    def route(self, score_TE: Floats, context: RoutingContext) -> Routed:
+        """Each expert's C highest tokens of a scope (of equals the first); W: the most a token got, at least 1."""
+        tokens, experts = score_TE.shape
+        check_top_k(context.top_k, experts)
+        share_TE = softmax(score_TE)
+        per_token = self._per_token(context)
+        choice_ET = np.ascontiguousarray(np.where(np.isneginf(score_TE), -np.inf, share_TE).T)
+        taken_ET = np.zeros((experts, tokens), bool)
+        for start_N, length in _scopes(context.sequence_T if self.scope == "sequence" else None, tokens):
+            room = min(length, max(1, math.floor(length * per_token / experts)))
+            at_NS = start_N[:, None] + np.arange(length)
+            taken_ET[:, at_NS] = _best(choice_ET[:, at_NS].reshape(-1, length), room).reshape(experts, -1, length)
+        taken_TE = np.ascontiguousarray(taken_ET.T)
+        expert_TW = ranked(share_TE, taken_TE, max(1, int(taken_TE.sum(1).max(initial=0))))
+        return Routed(expert_TW, gates_of(share_TE, expert_TW, False))
+
+    def _per_token(self, context: RoutingContext) -> float:
+        if self.schedule is None or self.k_min is None or self.k_max is None:
+            return context.top_k if self.experts_per_token is None else self.experts_per_token
+        r = context.progress
+        share = {
+            "linear_reverse": 1 - r,
+            "linear": r,
+            "cosine": (1 - math.cos(math.pi * r)) / 2,
+            "gaussian": math.exp(-((r - 0.5) ** 2) / (2 * _GAUSSIAN_WIDTH**2)),
+        }[self.schedule]
+        return round(self.k_min + (self.k_max - self.k_min) * share)
+
+
+def _scopes(sequence_T: NDArray[np.int64] | None, tokens: int) -> list[tuple[NDArray[np.int64], int]]:
+    """First tokens of the scopes of each length: the whole batch, or runs of one sequence."""
+    if not tokens:
+        return []
+    if sequence_T is None:
+        return [(np.zeros(1, np.int64), tokens)]
+    start_N = np.flatnonzero(np.r_[True, sequence_T[1:] != sequence_T[:-1]])
+    length_N = np.diff(np.r_[start_N, tokens])
+    return [(start_N[length_N == length], int(length)) for length in np.unique(length_N)]
+
+
+def _best(choice_NS: Floats, room: int) -> NDArray[np.bool_]:
+    """Mask of the `room` highest of each row, the first of equals; -inf is never taken."""
+    edge_N1 = kth_highest(choice_NS, room)[:, None]
+    above_NS = choice_NS > edge_N1
+    level_NS = (choice_NS == edge_N1) & ~np.isneginf(choice_NS)
+    left_N1 = room - above_NS.sum(1, keepdims=True)
+    best_NS: NDArray[np.bool_] = above_NS | (level_NS & (np.cumsum(level_NS, 1) <= left_N1))
+    return best_NS
