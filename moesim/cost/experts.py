@@ -119,8 +119,9 @@ class ExpertPrices:
         self.combine_bytes = model.hidden_size * act
         self._spans = layout.nodes > 1
 
-    def compute(self, slot_count: AnyArray) -> Computed:
-        """The expert kernels of every part. slot_count [..., L, S]: (token, choice) pairs per slot."""
+    def sizes(self, slot_count: AnyArray) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray | float]:
+        """Rows, active experts, rows of work and rows of other parts that every part's kernel sees, [..., L, P].
+        slot_count [..., L, S]: (token, choice) pairs per slot."""
         parts = slot_count.reshape(*slot_count.shape[:-1], self._layout.ep, -1)
         rows_LP = _over_slots(parts)
         active_LP = _over_slots(parts > 0)
@@ -131,6 +132,11 @@ class ExpertPrices:
         elsewhere_LP: FloatArray | float = 0.0
         if not self._layout.exchanges:
             elsewhere_LP = rows_LP.sum(axis=-1, keepdims=True) - rows_LP
+        return rows_LP, active_LP, work_LP, elsewhere_LP
+
+    def compute(self, slot_count: AnyArray) -> Computed:
+        """The expert kernels of every part. slot_count: as of `sizes`."""
+        rows_LP, active_LP, work_LP, elsewhere_LP = self.sizes(slot_count)
         priced = self._ops.moe(rows_LP, active_LP, work_LP, elsewhere_LP, self.shape)
         return Computed(np.rint(priced.ns).astype(np.int64), rows_LP, priced.grade.max(axis=-1))
 
