@@ -20,7 +20,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from moesim.scenario.load import Scenario
 
-__all__ = ["bound_by", "model_table", "profile_table", "progress_bar", "summary"]
+__all__ = ["bound_by", "model_table", "profile_table", "progress_bar", "router_table", "summary"]
 
 _GIB = 2**30
 _LATENCIES = {
@@ -78,6 +78,7 @@ def summary(report: dict[str, Any], scenario: Scenario, file: IO[str] | None = N
             _training_links(console, found)
         else:
             _balance(console, found)
+            _routing(console, found)
             _links(console, found)
         _honesty(console, report)
     _write(console, captured.get())
@@ -219,6 +220,34 @@ def _balance(console: Console, found: dict[str, Any]) -> None:
         )
     for line in lines:
         _say(console, line)
+
+
+def _routing(console: Console, found: dict[str, Any]) -> None:
+    """Only where routers ran on scores: experts a token, drops, and what another model of the scores would give."""
+    routing, drops = found.get("routing") or {}, found.get("drops")
+    scores = routing.get("scores")
+    if not scores and not drops:
+        return
+    _section(console, "Routing")
+    _say(console, f"experts a token: {_number(routing['experts_per_token'])}")
+    if drops:
+        text = f"dropped by the capacity: {_percent(drops['share'])} of the chosen"
+        tenths = [share for share in drops["by_position"] if share is not None]
+        if drops["share"] and tenths:
+            text += f"; {_percent(tenths[0])} in a sequence's first tenth, {_percent(tenths[-1])} in its last"
+        _say(console, text)
+    if scores and scores.get("other"):
+        one, other = scores["figures"], scores["other"]
+        _say(
+            console,
+            "scores are partly assumed; 2,048 tokens routed at once under two models of them: "
+            + "; ".join(
+                f"{f['score_model']}: {_number(f['experts_per_token'])} experts a token, "
+                f"{_percent(f['dropped_share'])} dropped, busiest rank {_number(f['max_over_mean_rank'])} and expert "
+                f"{_number(f['max_over_mean_expert'])} of the mean"
+                for f in (one, other)
+            ),
+        )
 
 
 def _memory(console: Console, found: dict[str, Any]) -> None:
@@ -419,6 +448,27 @@ def model_table(file: IO[str] | None = None, width: int | None = None) -> None:
         )
     console = _console(file, width)
     with console.capture() as captured:
+        console.print(table)
+    _write(console, captured.get())
+
+
+def router_table(file: IO[str] | None = None, width: int | None = None) -> None:
+    """Mechanisms and the presets that stand for papers: what each is, its source, and what of it is ours."""
+    from moesim.policy import policy_class, policy_kinds
+    from moesim.scenario.presets import presets
+
+    console = _console(file, width)
+    with console.capture() as captured:
+        kinds = _table("mechanism", "parameters")
+        for kind in policy_kinds("routing"):
+            kinds.add_row(kind, ", ".join(policy_class("routing", kind).model_fields) or "-")
+        console.print(kinds)
+        console.print()
+        table = _table("preset", "mechanism", "also changes", "source")
+        for preset in presets().values():
+            changes = [f"model.{key}" for key in preset.model] + [f"capacity.{key}" for key in preset.capacity]
+            source = preset.source + (" (reconstruction)" if preset.reconstruction else "")
+            table.add_row(preset.name, preset.kind, ", ".join(changes) or "-", source)
         console.print(table)
     _write(console, captured.get())
 

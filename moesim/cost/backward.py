@@ -146,9 +146,11 @@ class Passes:
         ]
         if m.shared_intermediate_size:
             wide = m.shared_intermediate_size // self._layout.tp
-            shared = [g for g in self._gemms("moe") if g.name != "router"]
+            shared = self._gemms("moe", "shared")
             backward.append(_op("activation_backward", "elementwise", self._rows(5 * wide)))
             backward.append(self._products("shared_expert_backward", shared))
+        if m.expert_hidden_size:
+            backward.append(self._products("latent_projections_backward", self._gemms("moe", "latent")))
         return self._block(ahead, tuple(backward))
 
     def _first(self) -> Block:
@@ -179,9 +181,10 @@ class Passes:
         return Block(tuple(forward), tuple(backward))
 
     # -- operations ---------------------------------------------------------------------------------------------
-    def _gemms(self, where: str) -> list[Gemm]:
-        """The products of the forward pass."""
-        return [g for g in self._model.gemms(self._layout.tp) if g.where == where and g.phase != "prefill"]
+    def _gemms(self, where: str, name: str = "") -> list[Gemm]:
+        """The products of the forward pass whose names begin so."""
+        gemms = self._model.gemms(self._layout.tp)
+        return [g for g in gemms if g.where == where and g.phase != "prefill" and g.name.startswith(name)]
 
     def _products(self, name: str, gemms: list[Gemm]) -> Op:
         """Both gradients of each product."""

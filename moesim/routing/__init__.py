@@ -117,6 +117,10 @@ class Router(Spec):
     """tokens may take fewer experts than `context.top_k` (or more, up to `width`)"""
     stateful: ClassVar[bool] = False
     """`route` reads `context.state` and returns a state"""
+    asks_for: ClassVar[tuple[str, ...]] = ()
+    """fields of the context over tokens that it reads: `token_T`, `class_T`, ..."""
+    denoises: ClassVar[bool] = False
+    """a diffusion model's router: `context.progress` is the share of denoising steps done"""
 
     def route(self, score_TE: Floats, context: RoutingContext) -> Routed:
         """Experts and gates of T tokens, distinct experts for each. T may be 0.

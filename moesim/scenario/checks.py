@@ -90,6 +90,16 @@ def training_checks(
                 f"training in {dtype} is not simulated yet: model.{key} must be one of {', '.join(FLOAT_DTYPES)}. "
                 f"Set model.{key} to bf16",
             )
+    reshaped = {
+        "iterations": model.moe_iterations > 1,
+        "pool_layers": model.pool_layers > 1,
+        "expert_widths": bool(model.expert_widths),
+        "router_columns": model.num_scores != model.num_experts,
+        "execution": model.expert_execution != "expert_centric",
+    }
+    for key in [key for key, asked in reshaped.items() if asked]:
+        refuse(("model",), f"model.{key}: training with it is not simulated yet; remove model.{key} or choose a router "
+               "that needs none")  # fmt: skip
     for phase in ("prefill", "decode"):
         if getattr(capacity, phase, None) is not None:
             refuse(("capacity", phase), f"capacity.{phase}: training has no {phase}; set capacity.factor")

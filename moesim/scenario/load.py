@@ -17,11 +17,13 @@ from moesim.engine_spec import EngineSpec
 from moesim.errors import BadInput, Problem
 from moesim.hardware import Cluster, ClusterSpec, DeviceProfile, ProfileSpec
 from moesim.model import ModelSpec, MoEModel, read_hf_config
+from moesim.model_changes import ModelChanges, change_model
 from moesim.placement import PlacementPolicy
 from moesim.policy import load_policy, policy_class, policy_kinds, spec_problems
 from moesim.routing.capacity import CapacitySpec
 from moesim.scenario.checks import cross_checks, training_checks
 from moesim.scenario.files import NAME, content_hash, find_named, shown
+from moesim.scenario.presets import Preset, apply_preset, presets
 from moesim.scenario.source import Source, rebase
 from moesim.scenario.spec import (
     NOT_YET,
@@ -139,6 +141,7 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
     training = _one_mode(source, problems)
     for key in [k for k, v in source.data.items() if v is None]:
         del source.data[key]  # `engine:` with nothing under it says nothing
+    preset = apply_preset(source, problems)
     spec = _validate(source, problems)
     policies = _policies(source, spec.policies, problems) if spec.policies is not None else None
     model, model_file = _find_model(source, spec.model, base, problems)
@@ -165,6 +168,8 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
         policies = dataclasses.replace(
             policies, routing=load_policy("routing", kind), kinds={**policies.kinds, "routing": kind}
         )
+    elif preset is not None:
+        policies = dataclasses.replace(policies, kinds={**policies.kinds, "routing": preset.name})
     if training:
         kinds = {key: kind for key, kind in policies.kinds.items() if key not in SERVING_POLICIES}
         policies = dataclasses.replace(policies, kinds=kinds)
@@ -188,9 +193,15 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
         raw=raw,
         resolved=resolved,
         hash=hashlib.blake2b(canonical.encode(), digest_size=8).hexdigest(),
-        warnings=model.warnings,
+        warnings=(*model.warnings, *_reconstructed(preset)),
         capacity=spec.full.capacity,
     )
+
+
+def _reconstructed(preset: Preset | None) -> tuple[str, ...]:
+    if preset is None or not preset.reconstruction:
+        return ()
+    return (f"routing {preset.name} is a reconstruction: {preset.reconstruction}",)
 
 
 # ---- the mapping
@@ -353,11 +364,11 @@ def _find_model(
     except BadInput as error:
         problems += error.problems
         return None, None
-    dtypes = ref.model_dump(exclude={"name"}, exclude_none=True)
-    if not dtypes:
-        return model, path
+    dtypes = {"weight_dtype", "expert_dtype", "kv_dtype", "activation_dtype"}
+    given = ref.model_dump(include=dtypes, exclude_none=True)
+    changes = ModelChanges(**ref.model_dump(exclude={"name"} | dtypes, exclude_none=True))
     try:
-        return model.with_dtypes(**dtypes), path
+        return change_model(model.with_dtypes(**given) if given else model, changes), path
     except BadInput as error:
         problems += [Problem(source.where(("model",)), f"model: {p.message}") for p in error.problems]
         return None, None
@@ -468,7 +479,8 @@ def scenario_schema() -> dict[str, Any]:
     properties = schema["$defs"]["PoliciesSpec"]["properties"]
     for family, key in FAMILY_KEYS.items():
         kinds = policy_kinds(family)
-        options: list[dict[str, Any]] = [{"enum": kinds}] if kinds else []
+        named = [*kinds, *presets()] if family == "routing" else kinds
+        options: list[dict[str, Any]] = [{"enum": named}] if named else []
         for kind in kinds:
             option = policy_class(family, kind).model_json_schema(ref_template=f"#/$defs/{family}.{kind}.{{model}}")
             for name, definition in option.pop("$defs", {}).items():

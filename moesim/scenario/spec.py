@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from moesim.engine_spec import EngineSpec
 from moesim.hardware import ClusterSpec
 from moesim.model import Dtype
+from moesim.model_changes import ModelChanges
 from moesim.routing.capacity import CapacitySpec
 from moesim.spec import Spec
 from moesim.training_spec import TrainingSpec
@@ -74,12 +75,11 @@ SERVING_POLICIES = ("dispatch", "offload", "batching", "balancer")
 """Keys of `policies` that only serving has."""
 
 
-class ModelRef(Spec):
-    """`model: NAME`, or a mapping with dtypes to change. NAME: a file of workloads/models or a path."""
+class ModelRef(ModelChanges):
+    """`model: NAME`, or a mapping with dtypes and dimensions to change. NAME: a file of workloads/models or a path."""
 
     name: Annotated[str, Field(min_length=1, max_length=500)]
     weight_dtype: Dtype | None = None
-    expert_dtype: Dtype | None = None
     kv_dtype: Dtype | None = None
     activation_dtype: Dtype | None = None
 

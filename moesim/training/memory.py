@@ -102,7 +102,7 @@ def layer_params(model: MoEModel, layout: Layout) -> list[int]:
     counts = {part.name: part.params for part in model.dense_parts_rank(layout.tp)}
     per_attention = (counts.get("attention", 0) + counts.get("attention_small", 0)) // model.num_layers
     per_dense = counts.get("dense_ffn", 0) // max(1, len(model.dense_layers))
-    shared = sum(counts.get(name, 0) for name in ("router", "shared_experts", "shared_gate"))
+    shared = sum(counts.get(name, 0) for name in ("router", "latent", "shared_experts", "shared_gate"))
     per_moe = (shared + expert_params_rank(model, layout)) // max(1, model.num_moe_layers) if model.is_moe else 0
     sparse = set(model.moe_layers)
     return [per_attention + (per_moe if i in sparse else per_dense) for i in range(model.num_layers)]
@@ -160,16 +160,17 @@ def _moe_kept(model: MoEModel, layout: Layout, lean: bool) -> tuple[float, float
         return 0.0, 0.0
     own = (hidden * (1 if lean else 2) + _ffn_kept(model, -(-model.shared_intermediate_size // layout.tp), lean)) * act
     own += 4 * model.num_experts  # the router's float32 scores
-    own += model.top_k * hidden * act  # the K outputs that a token's gates weigh: for the gates' gradient
+    own += model.expert_hidden_size * act  # what the projection into the experts' width put out
+    own += model.top_k * model.expert_hidden * act  # the K outputs that a token's gates weigh: for the gates' gradient
     wide = -(-model.moe_intermediate_size // layout.expert_tp)
-    return own, (hidden + _ffn_kept(model, wide, lean)) * act
+    return own, (model.expert_hidden + _ffn_kept(model, wide, lean)) * act
 
 
 def _buffers(model: MoEModel, layout: Layout, tokens: int, rows_L: FloatArray) -> int:
     """Of the largest exchange: what is sent and what is received; or all ranks' gathered tokens, and their sums."""
     if not layout.meets:
         return 0
-    row = model.hidden_size * dtype_bytes(model.activation_dtype)
+    row = model.expert_hidden * dtype_bytes(model.activation_dtype)
     if not layout.exchanges:
         return math.ceil(2 * tokens * layout.dp * row)
     sent = tokens * min(model.top_k, layout.ep) / layout.tp

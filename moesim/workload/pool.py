@@ -37,7 +37,8 @@ def id_dtype(num_experts: int) -> np.dtype[Any]:
 class RoutingSource:
     """A pool of T whole tokens in Q sequences.
 
-    `expert_TLK`: expert ids, K distinct ones a token and layer; an array or a read-only memory map.
+    `expert_TLK`: expert ids, K distinct ones a token and layer; an array or a read-only memory map. Where `ragged`, a
+    token may take fewer: the places left hold `num_experts`, which is no expert.
     `weight_TLK`: gate weights, float16, or None. `sequence_start`: int64 [Q + 1]; sequence q is rows
     start[q]:start[q+1]. `recorded`: a trace of a real model (else a model's draw). `ideal`: every step's load
     counts as equal over experts. `domain_Q`, `window_Q`: request domain and drift window of each sequence,
@@ -55,6 +56,7 @@ class RoutingSource:
     domain_Q: NDArray[np.int16] | None = None
     window_Q: NDArray[np.int16] | None = None
     ideal: bool = False
+    ragged: bool = False
     warnings: tuple[str, ...] = field(default=())
 
     @property
@@ -76,11 +78,27 @@ class RoutingSource:
 
     def count_LE(self) -> NDArray[np.int64]:
         """How often each expert of each layer was taken over the whole pool."""
-        return count_ids(self.expert_TLK, self.num_experts)
+        return self.counted(self.expert_TLK)
 
-    def with_ids(self, expert_TLK: Ids, source: str, *, ideal: bool = False) -> RoutingSource:
+    def counted(self, expert_TLK: Ids) -> NDArray[np.int64]:
+        """Tokens per layer and expert of ids that read as this pool's do, int64 [L, E]."""
+        return count_ids(expert_TLK, self.num_experts + self.ragged)[:, : self.num_experts]
+
+    def with_ids(
+        self, expert_TLK: Ids, source: str, *, ideal: bool = False, ragged: bool = False, num_experts: int = 0
+    ) -> RoutingSource:
         """The same tokens and sequences with other experts, which no longer count as recorded."""
-        return replace(self, expert_TLK=expert_TLK, weight_TLK=None, recorded=False, source=source, ideal=ideal)
+        return replace(
+            self,
+            expert_TLK=expert_TLK,
+            num_experts=num_experts or self.num_experts,
+            top_k=expert_TLK.shape[2],
+            weight_TLK=None,
+            recorded=False,
+            source=source,
+            ideal=ideal,
+            ragged=ragged,
+        )
 
     def take_sequences(self, sequence_N: NDArray[np.int64]) -> RoutingSource:
         """A pool of the given sequences, in the given order (rows are copied)."""
@@ -133,7 +151,7 @@ def count_steps(source: RoutingSource, rows_N: Rows, step_offsets: Rows) -> NDAr
     holds rows_N[step_offsets[s]:step_offsets[s + 1]]. Exact: equal to counting each step by itself.
     """
     steps = len(step_offsets) - 1
-    layers, experts = source.num_layers, source.num_experts
+    layers, experts = source.num_layers, source.num_experts + source.ragged
     count = np.zeros((steps, layers, experts), np.int32)
     flat_TC = source.expert_TLK.reshape(source.num_tokens, layers * source.top_k)
     narrow = _layer_key(layers, experts, source.top_k)
@@ -142,7 +160,7 @@ def count_steps(source: RoutingSource, rows_N: Rows, step_offsets: Rows) -> NDAr
         for step in range(steps):
             rows = rows_N[step_offsets[step] : step_offsets[step + 1]]
             count[step] = count_ids(source.expert_TLK[rows], experts)
-        return count
+        return count[..., : source.num_experts]
     key = narrow.astype(np.int64)
     widest = max(1, _CHUNK_CELLS // cells)
     first = 0
@@ -158,7 +176,7 @@ def count_steps(source: RoutingSource, rows_N: Rows, step_offsets: Rows) -> NDAr
         block = np.bincount(keys.ravel(), minlength=(last - first) * cells)
         count[first:last] = block.reshape(last - first, layers, experts)
         first = last
-    return count
+    return count[..., : source.num_experts]
 
 
 def ideal_counts(tokens_S: NDArray[np.int64], num_layers: int, num_experts: int, top_k: int) -> NDArray[np.int32]:
