@@ -40,9 +40,7 @@ class Result(Protocol):
 
     def to_json(self) -> dict[str, Any]: ...
 
-    def requests_table(self) -> Mapping[str, AnyArray]: ...
-
-    def steps_table(self) -> Mapping[str, AnyArray]: ...
+    def tables(self) -> Mapping[str, Mapping[str, AnyArray]]: ...
 
 
 def json_text(data: Any) -> str:
@@ -56,7 +54,7 @@ def results_folder(scenario: Scenario, out: Path) -> Path:
 
 
 def write_results(result: Result, scenario: Scenario, out: Path, command: list[str] | None = None) -> Path:
-    """Write scenario.yaml, result.json, two tables and provenance.json; returns the folder.
+    """Write scenario.yaml, result.json, the tables and provenance.json; returns the folder.
 
     An earlier result of the same name is replaced at once. Raises BadInput when the folder cannot be written
     or something that is no result lies in its place.
@@ -69,8 +67,8 @@ def write_results(result: Result, scenario: Scenario, out: Path, command: list[s
     def fill(folder: Path) -> None:
         (folder / "scenario.yaml").write_text(dump_yaml(_rebased(scenario, target)), encoding="utf-8")
         (folder / "result.json").write_text(json_text(report), encoding="utf-8")
-        _write_parquet(folder / "requests.parquet", result.requests_table())
-        _write_parquet(folder / "steps.parquet", result.steps_table())
+        for name, table in result.tables().items():
+            _write_parquet(folder / f"{name}.parquet", table)
         (folder / "provenance.json").write_text(json_text(_provenance(report, scenario, command)), encoding="utf-8")
 
     with _write_errors(out):
