@@ -171,7 +171,7 @@ class WholeScores(_Pool):
         self._score_TLE = source.score_TLE
 
     def _make(self, rows_N: Ints, layer: int) -> Floats32:
-        return self._score_TLE[rows_N, layer].astype(np.float32)
+        return np.asarray(self._score_TLE[rows_N, layer], np.float32)
 
 
 class RecordedScores(_Pool):
