@@ -148,6 +148,10 @@ def _read_inputs(candidates: Sequence[Candidate]) -> None:
     read: set[str] = set()
     for candidate in candidates:
         s = candidate.scenario
+        if s.requests is None:
+            message = "training steps cannot be compared yet; give scenarios in mode serving"
+            problems[Problem(str(candidate.file), message)] = None
+            continue
         key = f"{s.base} {s.requests!r} {s.routing!r} {s.model.name}"
         if key in read:
             continue
@@ -259,11 +263,13 @@ def run_candidates(
 
 def _simulate(scenario: Scenario, candidate: Candidate, progress: Callable[[float], None] | None) -> RunResult:
     try:
-        return simulate(scenario, progress=progress)
+        result = simulate(scenario, progress=progress)
     except BadInput as error:
         named = ", ".join([str(candidate.file), *(f"{key}={value}" for key, value in candidate.varied.items())])
         problems = [Problem(f"{named}: {p.where}" if p.where else named, p.message) for p in error.problems]
         raise BadInput(problems) from None
+    assert isinstance(result, RunResult)
+    return result
 
 
 def _part(progress: Callable[[float], None] | None, before: float, share: float) -> Callable[[float], None] | None:

@@ -141,8 +141,12 @@ def simulate(
     """Run a scenario: does it fit, how fast is it, what bounds it."""
     scenario = _load(file, overrides, seed, plugin)
     from moesim.results import json_text, replacing_file, write_results
+    from moesim.simulate import RunResult
     from moesim.simulate import simulate as run
     from moesim.terminal import progress_bar, summary
+
+    if timeline is not None and scenario.training is not None:
+        raise BadInput(Problem("--timeline", "a timeline of training steps is not made yet; leave --timeline out"))
 
     with progress_bar(enabled=not quiet) as advance:
         result = run(scenario, progress=advance)
@@ -152,7 +156,7 @@ def simulate(
             sys.stdout.write(json_text(report))
         raise Infeasible(list(result.reasons))
     folder = write_results(result, scenario, out, sys.argv)
-    if timeline is not None:
+    if timeline is not None and isinstance(result, RunResult):
         from moesim.timeline import write_timeline
 
         with replacing_file(timeline) as path:
@@ -259,23 +263,42 @@ def compare(
 def check(file: _File, overrides: _Set = None, plugin: _Plugin = None) -> None:
     """Check a scenario and the files it names without running it."""
     scenario = _load(file, overrides, None, plugin)
-    from moesim.workload.requests import build_requests
-    from moesim.workload.routing import load_routing
-
-    stream = build_requests(scenario.requests, scenario.base, scenario.seed)
-    notes = list(stream.warnings)
-    if scenario.model.is_moe:
-        notes += load_routing(
-            scenario.routing, scenario.model, scenario.base, scenario.seed, scenario.policies.routing
-        ).warnings
+    notes, size = _check_training(scenario) if scenario.requests is None else _check_serving(scenario)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     p = scenario.parallel
     print(
         f"ok: {scenario.name} ({scenario.hash}): {scenario.model.name} on {scenario.cluster.nodes} x "
         f"{scenario.cluster.gpus_per_node} {scenario.cluster.profile.name}, tp {p.tp}, dp {p.dp}, ep {p.ep}, "
-        f"replicas {p.replicas}; {len(stream.prompt_tokens):,} requests"
+        f"replicas {p.replicas}; {size}"
     )
+
+
+def _check_serving(scenario: Scenario) -> tuple[list[str], str]:
+    """Notes about traffic and routing, and how many requests there are."""
+    from moesim.workload.requests import build_requests
+    from moesim.workload.routing import load_routing
+
+    assert scenario.requests is not None
+    stream = build_requests(scenario.requests, scenario.base, scenario.seed)
+    notes = list(stream.warnings)
+    if scenario.model.is_moe:
+        notes += load_routing(
+            scenario.routing, scenario.model, scenario.base, scenario.seed, scenario.policies.routing
+        ).warnings
+    return notes, f"{len(stream.prompt_tokens):,} requests"
+
+
+def _check_training(scenario: Scenario) -> tuple[list[str], str]:
+    """How many steps of how many tokens there are; the routing's files are read."""
+    from moesim.training.scores import training_scores
+
+    training = scenario.training
+    assert training is not None
+    if scenario.model.is_moe:
+        training_scores(scenario, scenario.seed)
+    tokens = training.global_batch_sequences * training.sequence_tokens
+    return [], f"{training.steps:,} training steps of {tokens:,} tokens"
 
 
 @app.command()

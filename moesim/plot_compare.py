@@ -56,7 +56,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     seeds = report["seeds"]
     told = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
-    figure.suptitle(f"{len(fits)} candidates, {told}: dots with 90 % intervals", x=0.01, ha="left", fontsize=11)
+    varied = ", ".join(dict.fromkeys(key for c in report["candidates"] for key in c["varied"]))
+    title = f"{len(fits)} candidates{f' ({varied})' if varied else ''}, {told}: dots with 90 % intervals"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     for i, name in enumerate(names):
         panel = figure.add_subplot(rows, columns, i + 1)
         _panel(panel, name, fits, labels if i % columns == 0 else [""] * len(fits))

@@ -35,10 +35,12 @@ from moesim.placement import Placement, PlacementContext, PlacementPolicy
 from moesim.record import REJECTED
 from moesim.routing.batch import BatchRouter
 from moesim.scenario.load import Scenario
+from moesim.training.result import TrainingResult
+from moesim.training.run import simulate_training
 from moesim.units import s_to_ns
 from moesim.workload.pool import RoutingSource
 from moesim.workload.replay import Replay
-from moesim.workload.requests import RequestStream, build_requests
+from moesim.workload.requests import RequestsSpec, RequestStream, build_requests
 
 __all__ = ["SCHEMA_VERSION", "RunResult", "simulate"]
 
@@ -316,6 +318,10 @@ class RunResult:
             "elapsed": {"event_loop_s": self.loop_s},
         }
 
+    def tables(self) -> dict[str, dict[str, AnyArray]]:
+        """The tables of a results folder by name."""
+        return {"requests": self.requests_table(), "steps": self.steps_table()}
+
     def requests_table(self) -> dict[str, AnyArray]:
         """One row a request; times in ns, -1 where rejected or unfinished."""
         assert self.outcome is not None
@@ -342,18 +348,25 @@ class RunResult:
 
 def simulate(
     scenario: Scenario, seed: int | None = None, *, progress: Callable[[float], None] | None = None
-) -> RunResult:
-    """Run a scenario. `progress` is told the share of requests that have ended.
+) -> RunResult | TrainingResult:
+    """Run a scenario: requests that are served, or steps of training. `progress` is told the share that is done.
 
     Returns a result that is not feasible, with reasons, where the deployment does not fit. Raises BadInput for
     traffic or routing that cannot be used.
     """
-    seed = scenario.seed if seed is None else seed
+    if scenario.requests is None:
+        return simulate_training(scenario, seed, progress=progress)
+    return _serve(scenario, scenario.requests, scenario.seed if seed is None else seed, progress)
+
+
+def _serve(
+    scenario: Scenario, requests: RequestsSpec, seed: int, progress: Callable[[float], None] | None
+) -> RunResult:
     layout = Layout.of(
         scenario.model, scenario.cluster, scenario.parallel.tp, scenario.parallel.dp, scenario.parallel.ep
     )
     result = RunResult(scenario, seed, layout=layout)
-    stream = build_requests(scenario.requests, scenario.base, seed)
+    stream = build_requests(requests, scenario.base, seed)
     result.stream = stream
     ops = Operators(scenario.cluster.profile, scenario.engine.cuda_graph)
     try:

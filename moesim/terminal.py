@@ -35,6 +35,8 @@ _MEMORY_NAMES = {
     "activations": "activations",
     "exchange_buffers": "exchange buffers",
     "runtime": "runtime",
+    "optimizer_states": "optimizer states",
+    "zero_buffers": "buffers of shared weights",
     "kv_peak": "KV cache at its peak",
 }
 _GRADES = ("measured", "interpolated", "extrapolated", "assumed")
@@ -58,18 +60,26 @@ def _console(file: IO[str] | None = None, width: int | None = None) -> Console:
 
 
 def summary(report: dict[str, Any], scenario: Scenario, file: IO[str] | None = None, width: int | None = None) -> None:
-    """Print the summary of a feasible run."""
+    """Print the summary of a feasible run, of requests or of training steps."""
     console = _console(file, width)
     found = report["summary"]
+    training = found.get("mode") == "training"
     with console.capture() as captured:
         _head(console, report, scenario)
         _memory(console, found)
-        _speed(console, found)
-        _latency(console, found)
+        if training:
+            _training_speed(console, found)
+        else:
+            _speed(console, found)
+            _latency(console, found)
         _time(console, found)
-        _balance(console, found)
-        _routing(console, found)
-        _links(console, found)
+        if training:
+            _training_balance(console, found)
+            _training_links(console, found)
+        else:
+            _balance(console, found)
+            _routing(console, found)
+            _links(console, found)
         _honesty(console, report)
     _write(console, captured.get())
 
@@ -163,7 +173,11 @@ def _time(console: Console, found: dict[str, Any]) -> None:
     for name, share in shown:
         table.add_row(name.replace("_", " "), _percent(share), _bar(share / most, max(10, console.width // 3)))
     console.print(Padding(table, (0, 0, 0, 2), expand=False))
-    _say(console, bound_by(found))
+    if found.get("mode") == "training":
+        phases = sorted(found["phase_share"].items(), key=lambda kv: (-kv[1], kv[0]))
+        _say(console, ", ".join(f"{name.replace('_', ' ')} {_percent(share)}" for name, share in phases if share))
+    else:
+        _say(console, bound_by(found))
 
 
 def bound_by(found: dict[str, Any]) -> str:
@@ -263,6 +277,59 @@ def _links(console: Console, found: dict[str, Any]) -> None:
         if link.get("busy_share") is not None:
             text += f", tokens on their way {_percent(link['busy_share'])} of the time"
         _say(console, text)
+
+
+def _training_speed(console: Console, found: dict[str, Any]) -> None:
+    _section(console, "Speed")
+    step, rates = found["step_ms"], found["throughput"]
+    table = _table("", ">", "", ">")
+    table.add_row("a step, ms", _number(step["mean"]), _range(step["interval90"]["mean"]), "")
+    for name in ("p50", "p99"):
+        table.add_row(f"  {name}", _number(step[name]), _range(step["interval90"][name]), "")
+    for name, label in (("tok_per_s", "tokens/s"), ("tok_per_s_per_device", "  of each device")):
+        table.add_row(label, _number(rates[name]), _range(rates["interval90"][name]), "")
+    table.add_row("model FLOP utilisation", _percent(found["mfu"]), "", "")
+    console.print(Padding(table, (0, 0, 0, 2), expand=False))
+    steps = found["steps"]
+    text = f"{steps['simulated']:,} steps simulated, {steps['measured']:,} measured, of {found['tokens_per_step']:,} "
+    text += f"tokens in {steps['micro_batches']:,} micro-batches"
+    overlap = found["overlap"]
+    if overlap["gradient_reduction_ms"]:
+        text += f"; gradients are summed in {_number(overlap['gradient_reduction_ms'])} ms a step, of which "
+        text += f"{_number(overlap['gradient_reduction_exposed_ms'])} ms are waited for"
+    _say(console, text, "dim")
+
+
+def _training_balance(console: Console, found: dict[str, Any]) -> None:
+    balance, drops = found.get("balance"), found.get("drops")
+    if not balance:
+        return
+    _section(console, "Balance of the experts")
+    lines = [
+        f"busiest expert over the mean, less 1 (MaxVio): {_number(balance['maxvio'])} of a step's batch, "
+        f"{_number(balance['maxvio_micro_batch'])} of a micro-batch; {_number(balance['maxvio_first_step'])} in the "
+        f"first step, {_number(balance['maxvio_last_step'])} in the last",
+        f"busiest rank / mean: {_number(balance['max_over_mean_load'])} in load; ranks wait "
+        f"{_percent(balance['expert_idle_share'])} of the experts' time for the slowest one",
+        f"{_number(balance['experts_per_token'])} experts a token chosen",
+    ]
+    if drops:
+        lines[-1] += f", {_percent(drops['share'])} of the choices dropped"
+        if drops["run_over_kept"] > 1.0005:
+            lines[-1] += f"; kernels run {_number(drops['run_over_kept'])} rows for each that is kept"
+    for line in lines:
+        _say(console, line)
+
+
+def _training_links(console: Console, found: dict[str, Any]) -> None:
+    links = found.get("links")
+    if not links:
+        return
+    _section(console, "Links")
+    for name, link in links.items():
+        parts = [("exchange_bytes", "tokens and their gradients"), ("reduction_bytes", "gradients and weights")]
+        told = ", ".join(f"{_size(link[key])} {label}" for key, label in parts if link[key])
+        _say(console, f"{name}: {told}")
 
 
 def _honesty(console: Console, report: dict[str, Any]) -> None:

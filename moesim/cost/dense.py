@@ -58,15 +58,25 @@ def attention_shape(model: MoEModel, tp: int, window: bool) -> AttentionShape:
 
 
 class DenseTables:
-    """Tables of one replica's ranks. `total_N`: all stages together, for groups of one rank (nobody to wait for)."""
+    """Tables of one replica's ranks. `total_N`: all stages together, for groups of one rank (nobody to wait for).
+    `blocks`: the parts of one layer's attention, dense and MoE block, and of a pass's beginning and end. tokens_N: the
+    only numbers of tokens that are wanted."""
 
-    def __init__(self, model: MoEModel, layout: Layout, engine: EngineSpec, ops: Operators, meet: bool) -> None:
+    def __init__(
+        self,
+        model: MoEModel,
+        layout: Layout,
+        engine: EngineSpec,
+        ops: Operators,
+        meet: bool,
+        tokens_N: IntArray | None = None,
+    ) -> None:
         self._model = model
         self._layout = layout
         self._ops = ops
         self.engine = engine
         most = max(engine.max_num_batched_tokens, engine.max_num_seqs) + max(engine.graph_batch_sizes, default=0)
-        self._n = np.arange(most + 1, dtype=np.int64)
+        self._n = np.arange(most + 1, dtype=np.int64) if tokens_N is None else tokens_N
         self.program = stages(model, meet)
         blocks = {
             "attention": self._attention(),
@@ -76,6 +86,7 @@ class DenseTables:
             "first": self._first(),
             "last": self._last(),
         }
+        self.blocks: dict[str, list[Part]] = blocks
         sums = {name: sum((p.ns_N for p in parts), np.zeros_like(self._n)) for name, parts in blocks.items()}
         self.stages = [
             StageTable(

@@ -145,8 +145,9 @@ class ExpertPrices:
             self._size_LPS = size_LS.reshape(len(size_LS), layout.ep, -1)
         self._spans = layout.nodes > 1
 
-    def compute(self, slot_count: AnyArray) -> Computed:
-        """The expert kernels of every part. slot_count [..., L, S]: (token, choice) pairs per slot.
+    def sizes(self, slot_count: AnyArray) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray | float]:
+        """Rows, active experts, rows of work and rows of other parts that every part's kernel sees, [..., L, P].
+        slot_count [..., L, S]: (token, choice) pairs per slot.
 
         Experts of another size count as so much of one of size 1, in work and in weights read. Token by token, every
         pair reads its expert's weights.
@@ -162,6 +163,11 @@ class ExpertPrices:
         elsewhere_LP: FloatArray | float = 0.0
         if not self._layout.exchanges:
             elsewhere_LP = rows_LP.sum(axis=-1, keepdims=True) - rows_LP
+        return rows_LP, active_LP, work_LP, elsewhere_LP
+
+    def compute(self, slot_count: AnyArray) -> Computed:
+        """The expert kernels of every part. slot_count: as of `sizes`."""
+        rows_LP, active_LP, work_LP, elsewhere_LP = self.sizes(slot_count)
         priced = self._ops.moe(rows_LP, active_LP, work_LP, elsewhere_LP, self.shape)
         return Computed(np.rint(priced.ns).astype(np.int64), rows_LP, priced.grade.max(axis=-1))
 

@@ -33,10 +33,9 @@ def route_source(scenario: Scenario, seed: int) -> tuple[RoutingSource, BatchRou
     """
     model, policy = scenario.model, scenario.policies.routing
     needs_scores = policy.from_scores or scenario.capacity is not None
-    base = load_routing(
-        scenario.routing, _scored(model) if needs_scores else model, scenario.base, seed,
-        None if policy.from_scores else policy,
-    )  # fmt: skip
+    pool_model = _scored(model, policy.score_columns(model.num_experts)) if needs_scores else model
+    pool_policy = None if policy.from_scores else policy
+    base = load_routing(scenario.routing, pool_model, scenario.base, seed, pool_policy)
     if not needs_scores:
         return base, None, None
     facts = ModelFacts(
@@ -66,9 +65,8 @@ def route_source(scenario: Scenario, seed: int) -> tuple[RoutingSource, BatchRou
     return replace(source, warnings=base.warnings), first, other
 
 
-def _scored(model: MoEModel) -> MoEModel:
-    """The model as its scores see it: one expert for each column of the router."""
-    columns = model.num_scores
+def _scored(model: MoEModel, columns: int) -> MoEModel:
+    """The model as its scores see it: one expert for each column of them."""
     if columns == model.num_experts:
         return model
     return replace(

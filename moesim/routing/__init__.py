@@ -134,6 +134,10 @@ class Router(Spec):
         """W: the most experts any token can take, at most `num_experts`."""
         return min(top_k, num_experts)
 
+    def score_columns(self, num_experts: int) -> int:
+        """Columns of scores that `route` wants for a layer of so many experts: one each."""
+        return num_experts
+
     def groups(self, num_groups: int, top_groups: int) -> Groups:
         """The groups it limits a token to, given the model's: none."""
         return Groups()

@@ -26,6 +26,8 @@ class Policy(Router):
     """table: `balanced` (drawn, another one in each layer) or `modulo` (id modulo E). vocab_size: rows of the drawn
     table; ids beyond it start again at its top."""
 
+    asks_for: ClassVar[tuple[str, ...]] = ("token_T",)
+
     normalised: ClassVar[bool] = True
     equivariant: ClassVar[bool] = False
     asks_for: ClassVar[tuple[str, ...]] = ("token_T",)

@@ -58,6 +58,10 @@ class Policy(Router):
         null: Floats = (mean_T1 + self.null_logit + self.null_spread * spread_T1 * noise_TE).astype(score_TE.dtype)
         return null
 
+    def score_columns(self, num_experts: int) -> int:
+        """The null experts have columns where they are given."""
+        return num_experts + (self.null_experts if self.given else 0)
+
     def width(self, top_k: int, num_experts: int) -> int:
         """All K choices may be true."""
         return min(self.top_k or top_k, num_experts)

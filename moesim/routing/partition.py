@@ -27,6 +27,8 @@ class Policy(Router):
     and what the pools leave over. from_own, from_shared: so many of either (both or neither); none: the model's K
     of both together. The pools stand first, in the order of the classes, then the shared experts."""
 
+    asks_for: ClassVar[tuple[str, ...]] = ("class_T",)
+
     ragged: ClassVar[bool] = True
     equivariant: ClassVar[bool] = False
     asks_for: ClassVar[tuple[str, ...]] = ("class_T",)

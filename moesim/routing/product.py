@@ -69,6 +69,10 @@ class Policy(Router):
         grid = wide_TE.reshape(len(score_TE), rows, width // rows)
         return grid.max(2), grid.max(1)
 
+    def score_columns(self, num_experts: int) -> int:
+        """Rows and columns of the grid where those are what is scored."""
+        return 2 * math.isqrt(num_experts) if self.columns == "factors" else num_experts
+
     def width(self, top_k: int, num_experts: int) -> int:
         """K."""
         return min(self.top_k or top_k, num_experts)
