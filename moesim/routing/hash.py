@@ -30,7 +30,6 @@ class Policy(Router):
 
     normalised: ClassVar[bool] = True
     equivariant: ClassVar[bool] = False
-    asks_for: ClassVar[tuple[str, ...]] = ("token_T",)
 
     table: Literal["balanced", "modulo"] = "balanced"
     vocab_size: int = Field(default=65536, ge=1, le=1 << 22)

@@ -31,7 +31,6 @@ class Policy(Router):
 
     ragged: ClassVar[bool] = True
     equivariant: ClassVar[bool] = False
-    asks_for: ClassVar[tuple[str, ...]] = ("class_T",)
 
     pools: int = Field(default=2, ge=1, le=65536)
     shared: int | None = Field(default=None, ge=0)
