@@ -10,6 +10,8 @@ import pytest
 from moesim.errors import BadInput
 from moesim.policy import load_policy
 from moesim.routing import NONE, RoutingContext
+from moesim.simulate import simulate
+from tests.build import scenario
 
 
 def scores(tokens, experts, seed=0):
@@ -239,3 +241,9 @@ def test_none_is_nowhere_but_behind():
     ids = policy("partition", shared=0).route(np.zeros((2, 4)), RoutingContext(4, class_T=np.array([0, 1]))).expert_TK
     assert ids.shape[1] == 2
     assert NONE not in ids
+
+
+def test_a_router_that_cannot_serve_the_model_is_the_users_to_mend(tmp_path):
+    silent = {"kind": "shift", "silence": [9999]}
+    with pytest.raises(BadInput, match="does not exist: 9999, 64 experts"):
+        simulate(scenario(tmp_path, policies={"routing": silent}, routing={"pool_tokens": 64}))
