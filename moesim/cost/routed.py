@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from moesim.dispatch import split
-from moesim.errors import BadInput, Problem
 from moesim.model import MoEModel
 from moesim.placement import Placement
 from moesim.rng import generator
@@ -51,12 +50,9 @@ def route_source(scenario: Scenario, seed: int) -> tuple[RoutingSource, BatchRou
         scores = score_model(base, chosen, seed, model.norm_topk_prob, model.scoring)
         return BatchRouter(policy, scores, base, facts, scenario.capacity, seed)
 
-    try:
-        first = router(spec.model)
-        other = router("spaced" if spec.model == "gumbel" else "gumbel") if first.scores.assumed else None
-        source = first.route_pool()
-    except ValueError as error:  # parameters that this model's experts or these tokens cannot serve
-        raise BadInput(Problem("policies.routing", f"the router cannot serve this model's tokens: {error}")) from error
+    first = router(spec.model)
+    other = router("spaced" if spec.model == "gumbel" else "gumbel") if first.scores.assumed else None
+    source = first.route_pool()
     if not policy.from_scores and base.recorded:
         source = replace(source, recorded=True, source=base.source)
     return replace(source, warnings=base.warnings), first, other
