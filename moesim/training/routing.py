@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from moesim.arrays import FloatArray, IntArray
 from moesim.cost.experts import Ports
 from moesim.cost.touch import touch
+from moesim.errors import BadInput, Problem
 from moesim.layout import Layout
 from moesim.model import MoEModel
 from moesim.placement import Placement
@@ -35,12 +36,23 @@ from moesim.training_spec import TrainingSpec
 __all__ = ["POSITION_BINS", "Sampling", "ScoreSource", "StepRouter", "StepRouting"]
 
 POSITION_BINS = 10
+_DENOISING = 16
 _CELLS = 1 << 26
 """scores of one layer and step held at once (256 MiB)"""
 
 
 class ScoreSource(Protocol):
     """Router logits (see `moesim.workload.scores.ScoreModel`)."""
+
+    @property
+    def name(self) -> str:
+        """For reports."""
+        ...
+
+    @property
+    def assumed(self) -> str:
+        """What part of the scores is assumed; "" where none is."""
+        ...
 
     def scores(self, rows_N: NDArray[np.int64], layer: int, progress: float = 1.0) -> NDArray[np.float32]:
         """Logits [N, E] of the tokens with the numbers `rows_N`, at this share of the training run."""
@@ -91,6 +103,15 @@ class StepRouter:
         seed: int,
     ) -> None:
         self._capacity = capacity
+        self._scores_are_experts = policy.score_columns(model.num_experts) == model.num_experts
+        if capacity is not None and capacity.drop == "reroute" and not self._scores_are_experts:
+            raise BadInput(
+                Problem(
+                    "capacity.drop",
+                    "reroute needs a score of every expert, and this router scores something else; drop by position "
+                    "or by score",
+                )
+            )
         self._model, self._layout, self._training = model, layout, training
         self._policy, self._placement, self._scores = policy, placement, scores
         self._seed = seed
@@ -127,7 +148,11 @@ class StepRouter:
         rows_T, sequence_T = self._rows(step)
         progress = self._training.progress(step)
         layers = self._model.num_moe_layers
-        token_T = _vocabulary_ids(self._seed, step, len(rows_T), self._model.vocab_size)
+        if self._policy.denoises:
+            progress = step % _DENOISING / (_DENOISING - 1)  # diffusion models train on all steps of denoising alike
+        token_T = None
+        if "token_T" in self._policy.asks_for:
+            token_T = _vocabulary_ids(self._seed, step, len(rows_T), self._model.vocab_size)
         made: list[_Counted] = []
         carry: dict[int, Arrays] = {}
         for layer in range(layers):
@@ -197,7 +222,8 @@ class StepRouter:
         elif capacity is not None and factor is not None:
             scope_T, tokens, scopes = self._capacity_scopes(capacity)
             room = capacity_of(tokens, self._model.top_k, self._model.num_experts, factor, capacity.min_capacity)
-            limited = limit(expert_TW.astype(np.int32), gate_TW, score_TE, room, capacity, scope_T)
+            by_expert_TE = score_TE if self._scores_are_experts else None
+            limited = limit(expert_TW.astype(np.int32), gate_TW, by_expert_TE, room, capacity, scope_T)
             expert_TW = limited.expert_TW.astype(np.int64)
             dropped_N = self._by_position(limited.dropped_TW)
             kept = run = self._by_expert(expert_TW)
