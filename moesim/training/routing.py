@@ -7,7 +7,7 @@ to micro-batch.
 
 A step may have millions of tokens. Of each rank's micro-batch at most `routing_tokens` over the number of
 data-parallel ranks are routed, evenly spaced over its sequences, and stand for all: counts are scaled up. Fewer tokens
-have more uneven loads than all would have; `Sampling` says how much was left out.
+have more uneven loads than all would have; the result says what chance alone would give.
 
 Legend: M micro-batches, R replicas, D data-parallel ranks of one, L MoE layers, E experts, S slots, P parts, W places
 of an assignment, T tokens routed in a step in the order (micro-batch, replica, rank, position), N bins of position.
@@ -39,6 +39,8 @@ POSITION_BINS = 10
 _DENOISING = 16
 _CELLS = 1 << 26
 """scores of one layer and step held at once (256 MiB)"""
+_TOKENS, _STEP_CELLS = 8192, 1 << 29
+"""tokens of a micro-batch, and scores of a step's layers, unless a scenario says how many tokens"""
 
 
 class ScoreSource(Protocol):
@@ -119,8 +121,9 @@ class StepRouter:
         ranks = layout.dp * replicas
         self.micro_batches = training.global_batch_sequences // (training.micro_batch_sequences * ranks)
         real = training.micro_batch_sequences * training.sequence_tokens
-        most = min(training.routing_tokens, max(ranks, _CELLS // (model.num_experts * self.micro_batches))) // ranks
-        self.sampling = Sampling(min(real, max(1, most)), real)
+        cells = model.num_experts * self.micro_batches  # of one token a micro-batch and layer
+        wished = training.routing_tokens or min(_TOKENS, _STEP_CELLS // (cells * model.num_moe_layers))
+        self.sampling = Sampling(min(real, max(1, min(wished, _CELLS // cells) // ranks)), real)
         self._states: dict[tuple[int, int], Arrays] = {}
         # evenly spaced, in the middle of each stretch, so that all sequences and positions are met alike
         routed = self.sampling.routed
@@ -217,7 +220,7 @@ class StepRouter:
         dropped_N = np.zeros(POSITION_BINS)
         kept, run, capacity = wanted, wanted, self._capacity
         factor = None if capacity is None else capacity.factor_of(layer, "training")
-        if self._policy.ideal:
+        if self._policy.ideal and capacity is None:
             wanted = kept = run = np.broadcast_to(wanted.mean(axis=1, keepdims=True), wanted.shape)
         elif capacity is not None and factor is not None:
             scope_T, tokens, scopes = self._capacity_scopes(capacity)
