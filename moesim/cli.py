@@ -276,16 +276,14 @@ def check(file: _File, overrides: _Set = None, plugin: _Plugin = None) -> None:
 
 def _check_serving(scenario: Scenario) -> tuple[list[str], str]:
     """Notes about traffic and routing, and how many requests there are."""
+    from moesim.cost.routed import pool_source
     from moesim.workload.requests import build_requests
-    from moesim.workload.routing import load_routing
 
     assert scenario.requests is not None
     stream = build_requests(scenario.requests, scenario.base, scenario.seed)
     notes = list(stream.warnings)
     if scenario.model.is_moe:
-        notes += load_routing(
-            scenario.routing, scenario.model, scenario.base, scenario.seed, scenario.policies.routing
-        ).warnings
+        notes += pool_source(scenario, scenario.seed).warnings
     return notes, f"{len(stream.prompt_tokens):,} requests"
 
 

@@ -144,11 +144,21 @@ def _write_errors(path: Path) -> Iterator[None]:
 
 
 def _write_parquet(path: Path, table: Mapping[str, AnyArray]) -> None:
+    import numpy as np
     import pyarrow as pa
     from pyarrow import parquet
 
     schema_version = {"moesim.schema_version": str(SCHEMA_VERSION)}
-    arrow = pa.table({name: pa.array(column) for name, column in table.items()})
+    # from buffers: `pa.array` of NumPy columns imports pandas, where it is installed, to ask whether they are its own
+    columns = {name: np.ascontiguousarray(column) for name, column in table.items()}
+    assert all(column.dtype.kind in "iuf" for column in columns.values())  # Arrow packs truth values into bits
+    arrow = pa.Table.from_arrays(
+        [
+            pa.Array.from_buffers(pa.from_numpy_dtype(column.dtype), len(column), [None, pa.py_buffer(column)])
+            for column in columns.values()
+        ],
+        names=list(columns),
+    )
     parquet.write_table(arrow.replace_schema_metadata(schema_version), path, compression="zstd")
 
 

@@ -38,8 +38,8 @@ _BLOCK = 32
 _POOL_BLOCKS = 256
 _PERIOD = 1 << 16
 _ROUTED_TOKENS = 2048
-_ROUTED_ENTRIES = (2, 8192)
-"""entries of one size that are routed: at least so many, and as many as this number of tokens allows"""
+_ROUTED_ENTRIES = (2, 8, 4096)
+"""entries of one size that are routed: at least, at most, and as many as this number of tokens allows between"""
 _SKEWS = tuple(2 ** (i / 8) for i in range(129))
 """busiest rank's tokens over the mean, rounded up to one of these: at most 9 % above"""
 
@@ -185,8 +185,8 @@ class CountExperts:
         assert self._router is not None
         assert self._pool is not None
         few = min(tokens, _ROUTED_TOKENS)
-        least, budget = _ROUTED_ENTRIES
-        number = min(self._entries, max(least, budget // few))
+        least, most, budget = _ROUTED_ENTRIES
+        number = min(self._entries, most, max(least, budget // few))
         parts = [self._routed_entry(phase, tokens, few, entry) for entry in range(number)]
         turn = np.arange(self._entries) % number
         count_BLS = np.stack([p[0] for p in parts])[turn]

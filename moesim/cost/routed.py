@@ -21,7 +21,7 @@ from moesim.workload.pool import RoutingSource
 from moesim.workload.routing import load_routing
 from moesim.workload.scores import score_model
 
-__all__ = ["figures", "route_source"]
+__all__ = ["figures", "pool_source", "route_source"]
 
 _SAMPLE = 2048
 
@@ -31,11 +31,8 @@ def route_source(scenario: Scenario, seed: int) -> tuple[RoutingSource, BatchRou
     capacity every policy does); and where scores are assumed the same router on another model of them.
     """
     model, policy = scenario.model, scenario.policies.routing
-    needs_scores = policy.from_scores or scenario.capacity is not None
-    pool_model = _scored(model, policy.score_columns(model.num_experts)) if needs_scores else model
-    pool_policy = None if policy.from_scores else policy
-    base = load_routing(scenario.routing, pool_model, scenario.base, seed, pool_policy)
-    if not needs_scores:
+    base = pool_source(scenario, seed)
+    if not _needs_scores(scenario):
         return base, None, None
     facts = ModelFacts(
         model.top_k,
@@ -59,6 +56,17 @@ def route_source(scenario: Scenario, seed: int) -> tuple[RoutingSource, BatchRou
     if not policy.from_scores and base.recorded:
         source = replace(source, recorded=True, source=base.source)
     return replace(source, warnings=base.warnings), first, other
+
+
+def pool_source(scenario: Scenario, seed: int) -> RoutingSource:
+    """The pool before any router has run: what the trace or the synthetic model says. Raises BadInput."""
+    model, policy = scenario.model, scenario.policies.routing
+    seen = _scored(model, policy.score_columns(model.num_experts)) if _needs_scores(scenario) else model
+    return load_routing(scenario.routing, seen, scenario.base, seed, None if policy.from_scores else policy)
+
+
+def _needs_scores(scenario: Scenario) -> bool:
+    return bool(scenario.policies.routing.from_scores or scenario.capacity is not None)
 
 
 def _scored(model: MoEModel, columns: int) -> MoEModel:

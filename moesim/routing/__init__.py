@@ -126,7 +126,8 @@ class Router(Spec):
         """Experts and gates of T tokens, distinct experts for each. T may be 0.
 
         Scores are finite or -inf (an expert that must not be taken). Raises ValueError when a token has too few for
-        a mechanism that gives each token a fixed number.
+        a mechanism that gives each token a fixed number, and where parameters and context do not go together; a
+        simulation turns it into bad input.
         """
         raise NotImplementedError
 

@@ -19,6 +19,9 @@ from moesim.routing.select import gates_of, load_of
 
 __all__ = ["Policy"]
 
+_ROWS = 512
+"""Summed in the scores' dtype, before sums go on in float64."""
+
 
 class Policy(Router):
     """alpha: weight of the loss. rate: how far a step moves the logits, against E dL/db (with E, a mean probability's
@@ -54,7 +57,11 @@ def _slope(share_TE: Floats, load_E: NDArray[np.int64]) -> NDArray[np.float64]:
     """d/db of E sum_e f_e P_e, f fixed: E / T sum_t p_te (f_e - sum_j f_j p_tj), [E]."""
     tokens, experts = share_TE.shape
     share_E = load_E / load_E.sum()
-    over_T = share_TE @ share_E
-    mean_E = share_TE.mean(0, dtype=np.float64)
-    slope_E: NDArray[np.float64] = experts * (share_E * mean_E - (over_T @ share_TE) / tokens)
+    narrow_E = share_E.astype(share_TE.dtype)
+    total_2E = np.zeros((2, experts))
+    for at in range(0, tokens, _ROWS):
+        block = share_TE[at : at + _ROWS]
+        total_2E[0] += block.sum(0)
+        total_2E[1] += np.einsum("t,te->e", np.einsum("te,e->t", block, narrow_E), block)
+    slope_E: NDArray[np.float64] = experts * (share_E * total_2E[0] - total_2E[1]) / tokens
     return slope_E

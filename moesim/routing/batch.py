@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.errors import BadInput, Problem
 from moesim.rng import generator
 from moesim.routing import NONE, Arrays, Routed, Router, RoutingContext
 from moesim.routing.capacity import CapacitySpec, Phase, capacity_of, limit
@@ -23,7 +24,7 @@ __all__ = ["BatchRouter", "ModelFacts", "RoutedBatch", "Scores"]
 BINS = 10
 """tenths of a sequence, for drops by position"""
 _CHUNK = 4096
-_WARM_STEPS, _WARM_TOKENS, _WARM_RATE = 96, 512, 0.03
+_WARM_STEPS, _WARM_TOKENS, _WARM_RATE = 64, 512, 0.03
 _VOCABULARY = 32_768
 
 
@@ -209,7 +210,11 @@ class BatchRouter:
             state=self._states[layer],
             carry=carry,
         )
-        return (training or self.policy).route(score, context), score
+        try:
+            return (training or self.policy).route(score, context), score
+        except ValueError as error:
+            kind = type(self.policy).__module__.rpartition(".")[2]
+            raise BadInput(Problem("policies.routing", f"{kind} cannot route this model's tokens: {error}")) from None
 
     def _warm_up(self) -> None:
         """Bring the state to where training would have left it: steps on batches of the pool, with a learning rate

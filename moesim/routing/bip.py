@@ -16,11 +16,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from moesim.routing import Floats, Routed, Router, RoutingContext, softmax, top_ids
-from moesim.routing.select import check_top_k, gates_of, kth_highest
+from moesim.routing.select import check_top_k, close_as, gates_of, kth_highest
 
 __all__ = ["Policy", "prices"]
 
@@ -49,9 +48,7 @@ class Policy(Router):
         q_E = np.zeros(experts, score_TE.dtype) if start_E is None else np.asarray(start_E, score_TE.dtype)
         if len(share_TE):
             q_E = prices(share_TE, context.top_k, self.iterations, q_E)[1]
-        choice_TE = share_TE - q_E
-        choice_TE[np.isneginf(score_TE)] = -np.inf
-        expert_TK = top_ids(choice_TE, context.top_k)
+        expert_TK = top_ids(close_as(score_TE, share_TE - q_E), context.top_k)
         normalise = context.norm_topk_prob if self.norm_topk_prob is None else self.norm_topk_prob
         return Routed(expert_TK, gates_of(share_TE, expert_TK, normalise, self.scaling_factor), {"q_E": q_E})
 
@@ -64,9 +61,9 @@ def prices(share_TE: Floats, top_k: int, iterations: int, q_E: Floats) -> tuple[
     tokens, experts = share_TE.shape
     room = max(1, tokens * top_k // experts)
     p_T = np.zeros(tokens, share_TE.dtype)
-    share_ET: NDArray[np.float64] = np.ascontiguousarray(share_TE.T)
+    share_ET = np.ascontiguousarray(share_TE.T)
     for _ in range(iterations):
         if top_k < experts:
-            p_T = np.maximum(kth_highest(share_TE - q_E, top_k + 1), 0)
-        q_E = np.maximum(kth_highest(share_ET - p_T, room + 1), 0) if room < tokens else np.zeros_like(q_E)
+            p_T = np.maximum(kth_highest(share_TE, top_k + 1, q_E), 0)
+        q_E = np.maximum(kth_highest(share_ET, room + 1, p_T), 0) if room < tokens else np.zeros_like(q_E)
     return p_T, q_E

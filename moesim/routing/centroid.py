@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from moesim.rng import generator
-from moesim.routing import Floats, Routed, Router, RoutingContext, softmax, top_ids
-from moesim.routing.select import gates_of, load_of
+from moesim.routing import Floats, Routed, Router, RoutingContext, top_ids
+from moesim.routing.select import close_as, load_of, softmax_gates
 
 __all__ = ["Policy"]
 
@@ -42,21 +42,19 @@ class Policy(Router):
     def route(self, score_TE: Floats, context: RoutingContext) -> Routed:
         """The K highest cosines of experts that may be taken; state {"centroid_ED": float64}, unit rows at first."""
         experts = score_TE.shape[1]
-        closed_TE = np.isneginf(score_TE)
         given = context.feature_TD
-        feature_TD = np.where(closed_TE, 0, score_TE) if given is None else np.asarray(given)
+        feature_TD = _open(score_TE) if given is None else np.asarray(given)
         start_ED = context.state.get("centroid_ED")
         centroid_ED = self._first(experts, feature_TD.shape[1], context) if start_ED is None else np.asarray(start_ED)
         unit_TD = _unit(feature_TD)
-        near_TE = (unit_TD @ _unit(centroid_ED).T.astype(unit_TD.dtype)).astype(score_TE.dtype)
-        near_TE[closed_TE] = -np.inf
-        expert_TK = top_ids(near_TE, context.top_k)
+        near_TE = (unit_TD @ _unit(centroid_ED).T.astype(unit_TD.dtype)).astype(score_TE.dtype, copy=False)
+        expert_TK = top_ids(close_as(score_TE, near_TE), context.top_k)
         if context.training and self.method == "kmeans" and len(unit_TD):
             centroid_ED = self._moved(centroid_ED, unit_TD, expert_TK)
-        gate_TE = softmax(near_TE / near_TE.dtype.type(self.temperature))
         normalise = context.norm_topk_prob if self.norm_topk_prob is None else self.norm_topk_prob
-        gate_TK = gates_of(gate_TE, expert_TK, normalise, self.scaling_factor)
-        return Routed(expert_TK, gate_TK, {"centroid_ED": centroid_ED})
+        near_TE /= near_TE.dtype.type(self.temperature)
+        gate_TK = softmax_gates(near_TE, expert_TK, normalise)
+        return Routed(expert_TK, gate_TK * gate_TK.dtype.type(self.scaling_factor), {"centroid_ED": centroid_ED})
 
     def _first(self, experts: int, wide: int, context: RoutingContext) -> NDArray[np.float64]:
         """Unit centroids, keyed by seed and layer; near the experts' own directions where scores stand in."""
@@ -74,9 +72,15 @@ class Policy(Router):
         return np.where(load_E1 > 0, moved_ED, centroid_ED)
 
 
+def _open(score_TE: Floats) -> Floats:
+    """Scores, 0 in place of -inf."""
+    return np.where(score_TE == -np.inf, score_TE.dtype.type(0), score_TE) if score_TE.size else score_TE
+
+
 def _unit(row_ND: Floats) -> Floats:
     """Rows of length 1; a row of zeros stays one. Divided by the largest first, so that no square overflows."""
-    most_N1 = np.abs(row_ND).max(1, keepdims=True, initial=0)
-    row_ND = row_ND / np.where(most_N1 > 0, most_N1, 1)
-    out: Floats = row_ND / np.maximum(np.sqrt((row_ND * row_ND).sum(1, keepdims=True)), 1e-20)
-    return out
+    most_N = np.maximum(row_ND.max(1, initial=0), -row_ND.min(1, initial=0))
+    unit_ND: Floats = row_ND / np.where(most_N > 0, most_N, 1)[:, None]
+    length_N = np.sqrt(np.einsum("nd,nd->n", unit_ND, unit_ND))
+    unit_ND /= np.maximum(length_N, 1)[:, None]  # the largest entry is 1, unless all are 0
+    return unit_ND

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from moesim.routing import Floats, Routed, Router, RoutingContext, softmax
-from moesim.routing.select import check_top_k, gates_of, kth_highest, ranked
+from moesim.routing.select import check_top_k, close_as, gates_of, kth_highest, ranked
 
 __all__ = ["Policy"]
 
@@ -59,10 +59,13 @@ class Policy(Router):
         check_top_k(context.top_k, experts)
         share_TE = softmax(score_TE)
         per_token = self._per_token(context)
-        choice_ET = np.ascontiguousarray(np.where(np.isneginf(score_TE), -np.inf, share_TE).T)
+        choice_ET = np.ascontiguousarray(close_as(score_TE, share_TE.copy()).T)
         taken_ET = np.zeros((experts, tokens), bool)
         for start_N, length in _scopes(context.sequence_T if self.scope == "sequence" else None, tokens):
             room = min(length, max(1, math.floor(length * per_token / experts)))
+            if length == tokens:
+                taken_ET = _best(choice_ET, room)
+                break
             at_NS = start_N[:, None] + np.arange(length)
             taken_ET[:, at_NS] = _best(choice_ET[:, at_NS].reshape(-1, length), room).reshape(experts, -1, length)
         taken_TE = np.ascontiguousarray(taken_ET.T)
@@ -96,8 +99,8 @@ def _scopes(sequence_T: NDArray[np.int64] | None, tokens: int) -> list[tuple[NDA
 def _best(choice_NS: Floats, room: int) -> NDArray[np.bool_]:
     """Mask of the `room` highest of each row, the first of equals; -inf is never taken."""
     edge_N1 = kth_highest(choice_NS, room)[:, None]
-    above_NS = choice_NS > edge_N1
-    level_NS = (choice_NS == edge_N1) & ~np.isneginf(choice_NS)
-    left_N1 = room - above_NS.sum(1, keepdims=True)
-    best_NS: NDArray[np.bool_] = above_NS | (level_NS & (np.cumsum(level_NS, 1) <= left_N1))
+    best_NS: NDArray[np.bool_] = (choice_NS >= edge_N1) & (choice_NS > -np.inf)
+    for row in np.flatnonzero(best_NS.sum(1) > room):  # equals at the edge: the last of them stay out
+        level = np.flatnonzero(choice_NS[row] == edge_N1[row])
+        best_NS[row, level[room - np.count_nonzero(choice_NS[row] > edge_N1[row]) :]] = False
     return best_NS

@@ -59,7 +59,7 @@ def _table(seed: int, layer: int, vocab_size: int, experts: int, top_k: int) -> 
     """[V, K]: each expert is the first choice of V / E ids (the remainder one more each)."""
     rng = generator(seed, "routing/hash", layer)
     first_V = rng.permutation(vocab_size) % experts
-    patterns = min(vocab_size, 4096)
+    patterns = 1 if top_k == 1 else max(64, min(vocab_size, 4096, (1 << 22) // experts))
     further_PJ = rng.permuted(np.tile(np.arange(1, experts), (patterns, 1)), axis=1)[:, : top_k - 1]
     offset_PK = np.concatenate([np.zeros((patterns, 1), np.int64), further_PJ], axis=1)
     table_VK = (first_V[:, None] + offset_PK[rng.integers(patterns, size=vocab_size)]) % experts

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from moesim.routing import Floats, Routed, Router, RoutingContext, sigmoid, softmax, top_ids
-from moesim.routing.select import gates_of, load_of
+from moesim.routing.select import close_as, gates_of, load_of
 
 __all__ = ["Policy"]
 
@@ -41,9 +41,7 @@ class Policy(Router):
         bias_E = np.asarray(context.state.get("bias_E", start_E), np.float64)
         by_sigmoid = (self.scoring or context.scoring) == "sigmoid"
         gate_TE = sigmoid(score_TE) if by_sigmoid else softmax(score_TE)
-        choice_TE = gate_TE + bias_E.astype(score_TE.dtype)
-        choice_TE[np.isneginf(score_TE)] = -np.inf
-        expert_TK = top_ids(choice_TE, context.top_k)
+        expert_TK = top_ids(close_as(score_TE, gate_TE + bias_E.astype(score_TE.dtype)), context.top_k)
         normalise = context.norm_topk_prob if self.norm_topk_prob is None else self.norm_topk_prob
         if context.training:
             load_E = load_of(expert_TK, experts)

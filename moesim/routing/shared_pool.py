@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from moesim.routing import Floats, Routed, Router, RoutingContext, softmax, top_ids
-from moesim.routing.select import gates_of
+from moesim.routing.select import close_as, gates_of
 
 __all__ = ["Policy"]
 
@@ -62,7 +62,9 @@ class Policy(Router):
         own = experts // self.layers
         factor_E[(context.layer % self.layers) * own :][:own] = 1
         share_TE = softmax(score_TE) * factor_E
-        expert_TK = top_ids(np.where(np.isneginf(score_TE) | (factor_E == 0), -np.inf, share_TE), context.top_k)
+        choice_TE = close_as(score_TE, share_TE.copy())
+        choice_TE[:, factor_E == 0] = -np.inf
+        expert_TK = top_ids(choice_TE, context.top_k)
         normalise = context.norm_topk_prob if self.norm_topk_prob is None else self.norm_topk_prob
         return Routed(expert_TK, gates_of(share_TE, expert_TK, normalise, self.scaling_factor))
 

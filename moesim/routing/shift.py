@@ -32,7 +32,7 @@ __all__ = ["Boost", "Policy"]
 Expert = Annotated[int, Field(ge=0, lt=65536)]
 Experts = Annotated[tuple[Expert, ...], Field(strict=False, max_length=65536)]
 _CELLS = 1 << 24
-"""Similarities held at once, bounds the memory of the search for neighbours."""
+"""Numbers held at once (similarities, neighbours' scores): bounds the memory of the search for neighbours."""
 
 
 class Boost(Spec):
@@ -126,10 +126,11 @@ class Policy(Router):
             moved = moved[-1:]
         feature_TD = score_TE if context.feature_TD is None else context.feature_TD
         unit_TD = _unit(feature_TD)
+        held = max(tokens, count * score_TE.shape[1])
         finite_TE = np.where(np.isneginf(score_TE), 0, score_TE).astype(np.float64)
         open_TE = ~np.isneginf(score_TE)
         out = score_TE.astype(np.float64)
-        for rows in np.array_split(moved, max(1, -(-len(moved) * tokens // _CELLS))):
+        for rows in np.array_split(moved, max(1, -(-len(moved) * held // _CELLS))):
             near_RN, weight_RN = _nearest(unit_TD, rows, count)
             weight_RNE = weight_RN[:, :, None] * open_TE[near_RN]
             mass_RE = weight_RNE.sum(1)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from moesim.routing import Floats, Routed, Router, RoutingContext, sigmoid, softmax, top_ids
+from moesim.routing.select import gates_of, softmax_gates
 from moesim.workload.pool import Ids
 from moesim.workload.synthetic import Groups, SyntheticSpec, generate
 
@@ -36,18 +37,21 @@ class Policy(Router):
 
     def route(self, score_TE: Floats, context: RoutingContext) -> Routed:
         """The K highest scores (with context.bias_E added), the lowest id first among equals."""
-        sigmoid_scored = context.scoring == "sigmoid"
-        gate_TE = sigmoid(score_TE) if sigmoid_scored else softmax(score_TE)
-        chosen_by = score_TE if context.bias_E is None else gate_TE + context.bias_E
+        by_sigmoid = context.scoring == "sigmoid"
+        normalise = context.norm_topk_prob if self.norm_topk_prob is None else self.norm_topk_prob
+        if context.bias_E is None and not by_sigmoid:
+            expert_TK = top_ids(score_TE, context.top_k)
+            gate_TK = softmax_gates(score_TE, expert_TK, normalise or self.gates == "topk_softmax")
+            return Routed(expert_TK, gate_TK * gate_TK.dtype.type(self.scaling_factor))
+        gate_TE = sigmoid(score_TE) if by_sigmoid else softmax(score_TE)
+        chosen_by = score_TE
         if context.bias_E is not None:
-            chosen_by = np.where(np.isneginf(score_TE), -np.inf, chosen_by)
+            chosen_by = np.where(np.isneginf(score_TE), -np.inf, gate_TE + context.bias_E)
         expert_TK = top_ids(chosen_by, context.top_k)
-        if self.gates == "topk_softmax" and not sigmoid_scored:
+        if self.gates == "topk_softmax" and not by_sigmoid:
             gate_TK = softmax(np.take_along_axis(score_TE, expert_TK.astype(np.int64), 1))
         else:
-            gate_TK = np.take_along_axis(gate_TE, expert_TK.astype(np.int64), 1)
-            if context.norm_topk_prob if self.norm_topk_prob is None else self.norm_topk_prob:
-                gate_TK = gate_TK / np.maximum(gate_TK.sum(1, keepdims=True), 1e-20)
+            gate_TK = gates_of(gate_TE, expert_TK, normalise)
         return Routed(expert_TK, gate_TK * gate_TK.dtype.type(self.scaling_factor))
 
     def draw(self, weight_LE: NDArray[np.float64], tokens: int, top_k: int, groups: Groups, seed: int) -> Ids:

@@ -42,7 +42,9 @@ class RoutingSource:
     `weight_TLK`: gate weights, float16, or None. `sequence_start`: int64 [Q + 1]; sequence q is rows
     start[q]:start[q+1]. `recorded`: a trace of a real model (else a model's draw). `ideal`: every step's load
     counts as equal over experts. `domain_Q`, `window_Q`: request domain and drift window of each sequence,
-    None where there is only one.
+    None where there is only one. `score_TLE`: the recorded router's logits, float16, by which (with a balancing bias
+    where it has one) the experts were chosen; `token_T`: vocabulary ids; `phase_T`: 0 prefill, 1 decode; each None
+    where nobody recorded it.
     """
 
     expert_TLK: Ids
@@ -58,6 +60,9 @@ class RoutingSource:
     ideal: bool = False
     ragged: bool = False
     warnings: tuple[str, ...] = field(default=())
+    score_TLE: NDArray[np.float16] | None = None
+    token_T: NDArray[np.int64] | None = None
+    phase_T: NDArray[np.uint8] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -87,13 +92,17 @@ class RoutingSource:
     def with_ids(
         self, expert_TLK: Ids, source: str, *, ideal: bool = False, ragged: bool = False, num_experts: int = 0
     ) -> RoutingSource:
-        """The same tokens and sequences with other experts, which no longer count as recorded."""
+        """The same tokens and sequences with other experts, which no longer count as recorded.
+
+        Gates and scores go with the old experts; token ids and phases stay.
+        """
         return replace(
             self,
             expert_TLK=expert_TLK,
             num_experts=num_experts or self.num_experts,
             top_k=expert_TLK.shape[2],
             weight_TLK=None,
+            score_TLE=None,
             recorded=False,
             source=source,
             ideal=ideal,
@@ -109,6 +118,9 @@ class RoutingSource:
             self,
             expert_TLK=self.expert_TLK[rows],
             weight_TLK=None if self.weight_TLK is None else self.weight_TLK[rows],
+            score_TLE=None if self.score_TLE is None else self.score_TLE[rows],
+            token_T=None if self.token_T is None else self.token_T[rows],
+            phase_T=None if self.phase_T is None else self.phase_T[rows],
             sequence_start=ends,
             domain_Q=None if self.domain_Q is None else self.domain_Q[sequence_N],
             window_Q=None if self.window_Q is None else self.window_Q[sequence_N],

@@ -176,6 +176,7 @@ def _fill_layers(source: RoutingSource, model: MoEModel, path: Path, where: str)
         source,
         expert_TLK=_in_order(source.expert_TLK, order),
         weight_TLK=None if source.weight_TLK is None else source.weight_TLK[:, order],
+        score_TLE=None if source.score_TLE is None else source.score_TLE[:, order],
         layer_index=model.moe_passes,
         warnings=(*source.warnings, f"{path.name} {warning}"),
     )

@@ -34,7 +34,7 @@ from moesim.workload.scores_tail import (
     uniform,
 )  # fmt: skip
 
-__all__ = ["DrawnScores", "RecordedScores", "ScoreModel", "ScoreSpec", "score_model"]
+__all__ = ["DrawnScores", "RecordedScores", "ScoreModel", "ScoreSpec", "WholeScores", "score_model"]
 
 Floats32 = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -102,6 +102,8 @@ def score_model(
                 f" {source.num_layers} layers and {source.top_k} of {source.num_experts} experts. Use another pool.",
             )
         )
+    if source.score_TLE is not None:
+        return WholeScores(source, spec, seed)
     if source.weight_TLK is None:
         return DrawnScores(source, spec, seed, scoring)
     return RecordedScores(source, spec, seed, norm_topk_prob, scoring)
@@ -154,6 +156,22 @@ class _Pool:
 
     def _make(self, rows_N: Ints, layer: int) -> Floats32:
         raise NotImplementedError
+
+
+class WholeScores(_Pool):
+    """Scores of a trace that holds all of them: nothing is assumed."""
+
+    assumed = ""
+
+    def __init__(self, source: RoutingSource, spec: ScoreSpec, seed: int) -> None:
+        super().__init__(source, spec, seed)
+        if source.score_TLE is None:
+            raise ValueError(f"{source.source} has no scores")
+        self.name = "recorded scores"
+        self._score_TLE = source.score_TLE
+
+    def _make(self, rows_N: Ints, layer: int) -> Floats32:
+        return np.asarray(self._score_TLE[rows_N, layer], np.float32)
 
 
 class RecordedScores(_Pool):

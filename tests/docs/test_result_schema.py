@@ -59,6 +59,13 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         },
         "token": {"model": model, "parallel": {"tp": 2, "dp": 2, "ep": 4}, "routing": {"fidelity": "token"}},
         "dense": {"model": tiny_model(folder, moe=None), "parallel": {"tp": 2}},
+        "routed": {
+            "model": {"name": model, "latent_rank": 64},
+            "parallel": {"dp": 4, "ep": 4},
+            "policies": {"routing": "bip"},
+            "capacity": {"factor": 1.0},
+            "routing": {"pool_tokens": 512, "sequence_tokens": 64},
+        },
         "does_not_fit": {"model": model, "engine": {"runtime_memory_gib": 100}},
     }
     out = {name: simulate(scenario(folder, **parts)).to_json() for name, parts in cases.items()}

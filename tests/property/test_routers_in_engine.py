@@ -188,3 +188,10 @@ def test_bad_input_is_told(tmp_path: Path, part: dict[str, dict[str, object]], t
         parts["model"] = model(tmp_path, **part["model"])
     with pytest.raises(BadInput, match=text):
         scenario(tmp_path, parallel=LAYOUT, **parts)
+
+
+def test_parameters_that_do_not_go_together_are_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="partition cannot route this model's tokens: every class needs a pool"):
+        run(tmp_path, policies={"routing": {"kind": "partition", "pools": 1}})
+    with pytest.raises(BadInput, match="cannot route this model's tokens"):
+        run(tmp_path, policies={"routing": {"kind": "null_experts", "top_k": 200}})
