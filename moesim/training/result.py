@@ -133,11 +133,16 @@ class TrainingResult:
         return p.tp * p.dp * p.replicas
 
     @property
+    def operator_share(self) -> dict[str, float]:
+        """Share of each operator in the measured steps' time."""
+        total = max(self.ledger.total, 1)
+        return {operator: ns / total for operator, ns in self.ledger.operator_ns.items()}
+
+    @property
     def errors(self) -> Errors:
         """Relative error of step time, from the profile by operator shares; `bank` is 0: every step is routed."""
-        total = max(self.ledger.total, 1)
         profile = self.scenario.cluster.profile
-        device = {op: ns / total for op, ns in self.ledger.operator_ns.items() if op != "host"}
+        device = {op: share for op, share in self.operator_share.items() if op != "host"}
         variance = sum((share * profile.error(op)) ** 2 for op, share in device.items())
         variance += (sum(device.values()) * profile.speed_error) ** 2
         return Errors(float(np.sqrt(variance)), 0.0)

@@ -200,7 +200,10 @@ class StepRouter:
         routed: list[Routed] = []
         for call, (owner, part) in enumerate(scopes):
             own = _part_of(context, part, self._states.get((context.layer, owner), {}), carry.get(call, {}))
-            found = self._policy.route(score_TE[part], own)
+            try:
+                found = self._policy.route(score_TE[part], own)
+            except ValueError as error:
+                raise BadInput(Problem("policies.routing", str(error))) from None
             self._states[context.layer, owner] = found.state
             carry[call] = found.carry
             routed.append(found)
@@ -223,15 +226,15 @@ class StepRouter:
         if self._policy.ideal and capacity is None:
             wanted = kept = run = np.broadcast_to(wanted.mean(axis=1, keepdims=True), wanted.shape)
         elif capacity is not None and factor is not None:
-            scope_T, tokens, scopes = self._capacity_scopes(capacity)
-            room = capacity_of(tokens, self._model.top_k, self._model.num_experts, factor, capacity.min_capacity)
+            scope_T, _ = self._capacity_scopes(capacity)
+            room_S = np.array([self._room(n, capacity, factor) for n in np.bincount(scope_T).tolist()], np.int64)
             by_expert_TE = score_TE if self._scores_are_experts else None
-            limited = limit(expert_TW.astype(np.int32), gate_TW, by_expert_TE, room, capacity, scope_T)
+            limited = limit(expert_TW.astype(np.int32), gate_TW, by_expert_TE, room_S, capacity, scope_T)
             expert_TW = limited.expert_TW.astype(np.int64)
             dropped_N = self._by_position(limited.dropped_TW)
             kept = run = self._by_expert(expert_TW)
             if capacity.pad:
-                run = self._padded_rows(capacity, factor, scopes)
+                run = self._padded_rows(capacity, factor)
         ports = self._ports(expert_TW, layer) if run is kept else self._padded_ports(run)
         kept_BS, run_BS = (x[:, self._placement.slot_to_expert_LS[layer]] for x in (kept, run))
         return _Counted(wanted, run_BS, kept_BS, ports, wanted_N, dropped_N)
@@ -247,19 +250,26 @@ class StepRouter:
         pairs_T = mask_TW.sum(axis=1).astype(np.float64)
         return np.asarray(np.bincount(self._bin_T, weights=pairs_T, minlength=POSITION_BINS), np.float64)
 
-    def _capacity_scopes(self, capacity: CapacitySpec) -> tuple[IntArray, int, int]:
-        """The scope of each token whose tokens share a capacity, tokens of one, and scopes of a group: each
-        data-parallel rank's micro-batch, or a replica's."""
-        ranks = self._layout.dp
-        scopes = ranks if capacity.scope == "rank" else 1
-        tokens = self.sampling.routed * ranks // scopes
-        return np.arange(len(self._group_T)) // tokens, tokens, scopes
+    def _capacity_scopes(self, capacity: CapacitySpec) -> tuple[IntArray, int]:
+        """The scope of each token whose tokens share a capacity, and scopes of a group: each data-parallel rank's
+        micro-batch, each of its sequences, or all of a replica's."""
+        block_T = np.arange(len(self._group_T)) // self.sampling.routed
+        if capacity.scope == "all":
+            return block_T // self._layout.dp, 1
+        if capacity.scope == "rank":
+            return block_T, self._layout.dp
+        sequences = self._training.micro_batch_sequences
+        within_T = np.tile(self._offset_T // self._training.sequence_tokens, len(block_T) // self.sampling.routed)
+        return block_T * sequences + within_T, self._layout.dp * sequences
 
-    def _padded_rows(self, capacity: CapacitySpec, factor: float, scopes: int) -> FloatArray:
+    def _room(self, tokens: int, capacity: CapacitySpec, factor: float) -> int:
+        return capacity_of(tokens, self._model.top_k, self._model.num_experts, factor, capacity.min_capacity)
+
+    def _padded_rows(self, capacity: CapacitySpec, factor: float) -> FloatArray:
         """Rows that each expert's kernel runs whatever is in them, [groups, E]: those of all scopes, at the capacity
         that all tokens have (not the sample's, which is rounded up more)."""
-        tokens = self.sampling.real * self._layout.dp // scopes
-        room = capacity_of(tokens, self._model.top_k, self._model.num_experts, factor, capacity.min_capacity)
+        _, scopes = self._capacity_scopes(capacity)
+        room = self._room(self.sampling.real * self._layout.dp // scopes, capacity, factor)
         groups = self.micro_batches * self._replicas
         return np.full((groups, self._model.num_experts), room * scopes / self.sampling.scale)
 

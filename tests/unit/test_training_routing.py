@@ -26,7 +26,7 @@ def run(folder: Path, **parts: Any) -> TrainingResult:
 def test_a_bias_evens_loads_out_over_steps(tmp_path: Path) -> None:
     parts: dict[str, Any] = {
         "routing": {"popularity_zipf": 0.8},
-        "training": {"steps": 40, "routing_tokens": 2048, "progress_start": 0.5, "progress_end": 0.5},
+        "training": {"steps": 25, "routing_tokens": 1024, "progress_start": 0.5, "progress_end": 0.5},
     }
     plain = run(tmp_path, **parts)
     free = run(tmp_path, policies={"routing": {"kind": "loss_free", "rate": 0.01}}, **parts)
@@ -37,7 +37,7 @@ def test_a_bias_evens_loads_out_over_steps(tmp_path: Path) -> None:
     assert bip.loads[0].maxvio < 0.3 * plain.loads[0].maxvio  # even from the first step on
     table = free.steps_table()
     assert table["maxvio"].tolist() == curve
-    assert len(table["step_ns"]) == 40
+    assert len(table["step_ns"]) == 25
 
 
 class Recording(Router):

@@ -189,17 +189,28 @@ def test_exit_codes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, error = moesim(folder, capsys, "simulate", "s.yaml", "--timeline", "t.json")
     assert code == 2
     assert "a timeline of training steps is not made yet" in error
-    code, _, error = moesim(folder, capsys, "compare", "s.yaml", "--vary", "training.zero_stage=0,1")
-    assert code == 2
-    assert "training steps cannot be compared yet" in error
+
+
+def test_steps_are_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, error = moesim(folder, capsys, "compare", "s.yaml", "--vary", "capacity.factor=1.0,2.0", "--json")
+    assert code == 0, error
+    report = json.loads(out)
+    names = [figure["name"] for figure in report["figures"]]
+    assert {"step_mean_ms", "tok_per_s", "mfu", "maxvio", "dropped_share", "hbm_used_bytes"} == set(names) - {
+        "max_over_mean_load"
+    }
+    tight, loose = (candidate["figures"] for candidate in report["candidates"])
+    assert tight["dropped_share"]["value"] > loose["dropped_share"]["value"]
+    assert tight["maxvio"]["mark"] == loose["maxvio"]["mark"] == "tie"  # the router chose the same
 
 
 def test_every_router_trains(tmp_path: Path) -> None:
     """Each mechanism that is found by its file runs a step, and what it chooses is counted."""
     from moesim.policy import policy_kinds
 
+    small = {"steps": 1, "global_batch_sequences": 8, "sequence_tokens": 64}
     for kind in policy_kinds("routing"):
-        result = simulate(training_scenario(tmp_path, policies={"routing": kind}, training={"steps": 1}))
+        result = simulate(training_scenario(tmp_path, policies={"routing": kind}, training=small))
         assert result.feasible, kind
         summary = result.to_json()["summary"]
         assert summary["balance"]["maxvio"] >= -1e-9, kind

@@ -232,6 +232,19 @@ def test_a_capacity_bounds_rows_and_drops_what_is_beyond(tmp_path: Path) -> None
     assert tight.loads[0].max_over_mean < free.loads[0].max_over_mean
 
 
+@pytest.mark.parametrize("scope", ["rank", "sequence", "all"])
+def test_scopes_share_a_capacity(scope: str, tmp_path: Path) -> None:
+    """The wider the scope, the fewer choices are dropped; a padded kernel runs factor * T * K / E rows in any."""
+    training = {"micro_batch_sequences": 2, "routing_tokens": 2048}
+    parts: dict[str, Any] = {"routing": {"popularity_zipf": 0.5}, "training": training}
+    result = run(tmp_path, capacity={"factor": 1.0, "scope": scope, "pad": True}, **parts)
+    assert result.loads[0].run == 32 * 128 * 4 * 3
+    share = result.to_json()["summary"]["drops"]["share"]
+    wide = run(tmp_path, capacity={"factor": 1.0, "scope": "all"}, **parts).to_json()["summary"]["drops"]["share"]
+    assert 0 < wide <= share
+    assert (wide == share) == (scope == "all")
+
+
 def test_twice_the_nic_is_never_slower(tmp_path: Path) -> None:
     for name in ("nodes", "replicas", "zero3"):
         parts = dict(CASES[name])
