@@ -8,11 +8,17 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from moesim.cost.experts import ExpertPrices
+from moesim.cost.operators import Operators
+from moesim.cost.tokens import TokenExperts
+from moesim.layout import Layout
 from moesim.routing import Router
 from moesim.simulate import simulate
 from moesim.training import run as module
 from moesim.training.result import TrainingResult, maxvio_by_chance, model_flop_per_token
 from moesim.training.routing import StepRouter
+from moesim.workload.pool import RoutingSource
+from moesim.workload.replay import Replay
 from tests.build import tiny_model, training_scenario
 
 
@@ -26,7 +32,13 @@ def run(folder: Path, **parts: Any) -> TrainingResult:
 def test_a_bias_evens_loads_out_over_steps(tmp_path: Path) -> None:
     parts: dict[str, Any] = {
         "routing": {"popularity_zipf": 0.8},
-        "training": {"steps": 25, "routing_tokens": 1024, "progress_start": 0.5, "progress_end": 0.5},
+        "training": {
+            "steps": 25,
+            "routing_tokens": 1024,
+            "global_batch_sequences": 16,
+            "progress_start": 0.5,
+            "progress_end": 0.5,
+        },
     }
     plain = run(tmp_path, **parts)
     free = run(tmp_path, policies={"routing": {"kind": "loss_free", "rate": 0.01}}, **parts)
@@ -133,6 +145,37 @@ def test_every_token_is_met_once(tmp_path: Path) -> None:
         module.StepRouter = original  # type: ignore[misc]
     rows = np.concatenate([r for r, _ in seen])
     np.testing.assert_array_equal(np.sort(rows), np.arange(3 * 32 * 128))
+
+
+@pytest.mark.parametrize("parts", [{}, {"cluster": {"device": "h100_sxm_datasheet", "nodes": 4, "gpus_per_node": 2}}])
+def test_an_exchange_moves_what_serving_would(parts: dict[str, Any], tmp_path: Path) -> None:
+    """Counts by slot and copies through ports of a micro-batch are those of a prompt step with the same tokens."""
+    s = training_scenario(tmp_path, training={"routing_tokens": 1024, "global_batch_sequences": 8, "steps": 1}, **parts)
+    chosen: list[Any] = []
+
+    class Watching(StepRouter):
+        def _count(self, expert_TW: Any, *more: Any) -> Any:
+            chosen.append(expert_TW)
+            return super()._count(expert_TW, *more)
+
+    layout = Layout.of(s.model, s.cluster, 1, 8, 8)
+    placement = module._placement(s, layout)
+    assert s.training is not None
+    scores = module.training_scores(s, 1)
+    found = Watching(s.model, layout, s.training, s.policies.routing, placement, None, scores, 1, 1).route(0)
+    ids = np.stack(chosen, axis=1).astype(np.uint8)
+    source = RoutingSource(ids, np.array([0, 1024]), 64, 4, False, "as chosen")
+    prices = ExpertPrices(s.model, layout, Operators(s.cluster.profile, False), 8)
+    replay = Replay(source, np.array([1024]), np.array([1]), 1)
+    served = TokenExperts(source, replay, placement, s.policies.dispatch, layout, prices, 1)
+    rank_N = np.repeat(np.arange(8), 128)
+    rows = np.arange(1024)
+    count, ports, *_ = served._slots(ids, rows, np.array([0, 1024]), rank_N)
+    np.testing.assert_array_equal(found.slot_MRLS[0, 0], count[0])
+    assert ports is not None
+    assert found.ports is not None
+    for mine, theirs in zip(found.ports, ports, strict=True):
+        np.testing.assert_allclose(mine[0, 0], theirs[0])
 
 
 def test_model_flop_by_hand(tmp_path: Path) -> None:
