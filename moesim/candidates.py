@@ -16,6 +16,7 @@ from moesim.observe import Observation, observe
 from moesim.scenario.load import FAMILY_KEYS, Scenario, load_scenario
 from moesim.scenario.source import override_place
 from moesim.simulate import RunResult, simulate
+from moesim.training.result import TrainingResult
 from moesim.workload.requests import build_requests
 from moesim.workload.routing import load_routing
 
@@ -148,16 +149,13 @@ def _read_inputs(candidates: Sequence[Candidate]) -> None:
     read: set[str] = set()
     for candidate in candidates:
         s = candidate.scenario
-        if s.requests is None:
-            message = "training steps cannot be compared yet; give scenarios in mode serving"
-            problems[Problem(str(candidate.file), message)] = None
-            continue
         key = f"{s.base} {s.requests!r} {s.routing!r} {s.model.name}"
         if key in read:
             continue
         read.add(key)
         try:
-            build_requests(s.requests, s.base, s.seed)
+            if s.requests is not None:
+                build_requests(s.requests, s.base, s.seed)
             if s.model.is_moe and getattr(s.routing, "path", None) is not None:
                 load_routing(s.routing, s.model, s.base, s.seed, s.policies.routing)
         except BadInput as error:
@@ -223,7 +221,7 @@ def run_candidates(
     candidates: Sequence[Candidate],
     seeds: Sequence[int],
     progress: Callable[[float], None] | None = None,
-    done: Callable[[RunResult, Scenario], None] | None = None,
+    done: Callable[[RunResult | TrainingResult, Scenario], None] | None = None,
 ) -> list[Entry]:
     """Simulate one after another. `done` gets each feasible result before it is dropped.
 
@@ -261,15 +259,15 @@ def run_candidates(
     return entries
 
 
-def _simulate(scenario: Scenario, candidate: Candidate, progress: Callable[[float], None] | None) -> RunResult:
+def _simulate(
+    scenario: Scenario, candidate: Candidate, progress: Callable[[float], None] | None
+) -> RunResult | TrainingResult:
     try:
-        result = simulate(scenario, progress=progress)
+        return simulate(scenario, progress=progress)
     except BadInput as error:
         named = ", ".join([str(candidate.file), *(f"{key}={value}" for key, value in candidate.varied.items())])
         problems = [Problem(f"{named}: {p.where}" if p.where else named, p.message) for p in error.problems]
         raise BadInput(problems) from None
-    assert isinstance(result, RunResult)
-    return result
 
 
 def _part(progress: Callable[[float], None] | None, before: float, share: float) -> Callable[[float], None] | None:

@@ -28,6 +28,7 @@ from moesim.errors import BadInput, Infeasible, MoesimError, Problem
 if TYPE_CHECKING:
     from moesim.scenario.load import Scenario
     from moesim.simulate import RunResult
+    from moesim.training.result import TrainingResult
 
 __all__ = ["app", "main"]
 
@@ -231,7 +232,7 @@ def compare(
     candidates, chosen = load_candidates(files, overrides or (), parse_axes(vary or ()), seeds)
     _notes(warning for candidate in candidates for warning in candidate.scenario.warnings)
 
-    def keep(result: RunResult, scenario: Scenario) -> None:
+    def keep(result: RunResult | TrainingResult, scenario: Scenario) -> None:
         if out is not None:
             write_results(result, scenario, out, sys.argv)
 

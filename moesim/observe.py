@@ -22,6 +22,7 @@ from moesim.cost.explain import stats_by_draw
 from moesim.metrics import pacing, request_latencies
 from moesim.record import RequestRecords
 from moesim.simulate import RunResult
+from moesim.training.result import TrainingResult
 
 __all__ = ["DEFAULT_FIGURES", "FIGURES", "Figure", "Observation", "Seen", "observe"]
 
@@ -66,6 +67,10 @@ def _figures() -> dict[str, Figure]:
             "hbm_used_bytes", "HBM at peak, GiB", "bytes", ("memory", "hbm", "used"), False, True, True, 0.1 * 2**30
         ),
         Figure("dropped_share", "dropped share", "", ("drops", "share"), False, True, False, 5e-4),
+        Figure("step_mean_ms", "training step, ms", "ms", ("step_ms", "mean")),
+        Figure("tok_per_s", "tokens trained/s", "tokens/s", ("throughput", "tok_per_s"), True),
+        Figure("mfu", "model FLOP utilisation", "share", ("mfu",), True),
+        Figure("maxvio", "MaxVio", "", ("balance", "maxvio"), False, True, False, 1e-3),
     ]
     return {figure.name: figure for figure in out}
 
@@ -84,6 +89,10 @@ DEFAULT_FIGURES = (
     "max_over_mean_load",
     "hbm_used_bytes",
     "dropped_share",
+    "step_mean_ms",
+    "tok_per_s",
+    "mfu",
+    "maxvio",
 )
 
 
@@ -115,30 +124,41 @@ class Observation:
     traffic: str
 
 
-def observe(result: RunResult) -> Observation:
-    """Look at a feasible run."""
+def observe(result: RunResult | TrainingResult) -> Observation:
+    """Look at a feasible run, of requests or of training steps."""
+    digest = hashlib.blake2b(digest_size=8)
+    if isinstance(result, TrainingResult):
+        # every seed draws other tokens
+        digest.update(f"{result.seed} {result.scenario.training!r}".encode())
+        return _observed(result, _without_steps(result), 1.0, digest.hexdigest())
     assert result.outcome is not None
     assert result.stream is not None
-    stream, profile = result.stream, result.scenario.cluster.profile
-    summary = result.to_json()["summary"]
-    left_out = _without(result)
+    stream = result.stream
+    for column in (stream.arrival_ns, stream.prompt_tokens, stream.output_tokens):
+        digest.update(column.tobytes())
     paced = pacing(result.outcome.requests, stream.concurrency is not None)
+    return _observed(result, _without(result), paced, digest.hexdigest())
+
+
+def _observed(
+    result: RunResult | TrainingResult, left_out: Mapping[str, FloatArray], paced: float, traffic: str
+) -> Observation:
+    """The figures that the result has. left_out: by figure, without each part; paced: how far rates go with steps."""
+    profile, summary = result.scenario.cluster.profile, result.to_json()["summary"]
+    slopes = {"throughput": -paced, "mfu": -1.0, "balance": 0.0, "memory": 0.0, "drops": 0.0}
     figures: dict[str, Seen] = {}
     for name, figure in FIGURES.items():
         value = _at(summary, figure.key)
         if value is None:
             continue
         held = _at(summary, (*figure.key[:-1], "interval90", figure.key[-1]))
-        slope = {"throughput": -paced, "balance": 0.0, "memory": 0.0, "drops": 0.0}.get(figure.key[0], 1.0)
+        slope = slopes.get(figure.key[0], 1.0)
         figures[name] = Seen(
             float(value),
             None if held is None else (float(held[0]), float(held[1])),
             None if figure.counted else left_out.get(name, np.zeros(0)),
             slope,
         )
-    digest = hashlib.blake2b(digest_size=8)
-    for column in (stream.arrival_ns, stream.prompt_tokens, stream.output_tokens):
-        digest.update(column.tobytes())
     share = {operator: part for operator, part in result.operator_share.items() if operator != "host"}
     return Observation(
         figures=figures,
@@ -147,7 +167,7 @@ def observe(result: RunResult) -> Observation:
         speed_error=profile.speed_error,
         bank=result.errors.bank,
         profile=str(result.scenario.resolved["cluster"]["device"]["blake2b"]),
-        traffic=digest.hexdigest(),
+        traffic=traffic,
     )
 
 
@@ -176,6 +196,33 @@ def _without(result: RunResult) -> dict[str, FloatArray]:
         stats_XD, steps_D = sums
         out["max_over_mean_load"] = _left_ratio(stats_XD[_LOAD_RATIO], steps_D)
         out["dropped_share"] = _left_ratio(stats_XD[_DROPPED], stats_XD[_WANTED])
+    return out
+
+
+def _without_steps(result: TrainingResult) -> dict[str, FloatArray]:
+    """Figures of training without each of at most 20 stretches of measured steps; MFU up to a constant factor, which
+    a ratio does not see."""
+    training = result.scenario.training
+    assert training is not None
+    times, loads = result.times[training.measured_from_step :], result.loads[training.measured_from_step :]
+    steps = len(times)
+    parts = min(_PARTS, steps)
+    if parts < 2:
+        return {}
+    part = np.arange(steps) * parts // steps
+
+    def left(values: list[float]) -> FloatArray:
+        """Sums without each part."""
+        return np.array([np.array(values)[part != g].sum() for g in range(parts)])
+
+    mean_ms = left([float(t.total) for t in times]) / left([1.0] * steps) / 1e6
+    tokens = training.global_batch_sequences * training.sequence_tokens
+    out = {"step_mean_ms": mean_ms, "tok_per_s": tokens / mean_ms * 1e3, "mfu": 1.0 / mean_ms}
+    if loads:
+        out["maxvio"] = left([load.maxvio for load in loads]) / left([1.0] * steps)
+        out["max_over_mean_load"] = left([load.max_over_mean for load in loads]) / left([1.0] * steps)
+        wanted = left([load.wanted for load in loads])
+        out["dropped_share"] = left([load.dropped for load in loads]) / np.maximum(wanted, 1e-300)
     return out
 
 

@@ -290,9 +290,9 @@ def _training_speed(console: Console, found: dict[str, Any]) -> None:
         table.add_row(label, _number(rates[name]), _range(rates["interval90"][name]), "")
     table.add_row("model FLOP utilisation", _percent(found["mfu"]), "", "")
     console.print(Padding(table, (0, 0, 0, 2), expand=False))
-    steps = found["steps"]
-    text = f"{steps['simulated']:,} steps simulated, {steps['measured']:,} measured, of {found['tokens_per_step']:,} "
-    text += f"tokens in {steps['micro_batches']:,} micro-batches"
+    steps = found["training"]
+    text = f"{steps['steps']:,} steps simulated, {steps['measured_steps']:,} measured, of "
+    text += f"{steps['tokens_per_step']:,} tokens in {steps['micro_batches']:,} micro-batches"
     overlap = found["overlap"]
     if overlap["gradient_reduction_ms"]:
         text += f"; gradients are summed in {_number(overlap['gradient_reduction_ms'])} ms a step, of which "
@@ -311,7 +311,7 @@ def _training_balance(console: Console, found: dict[str, Any]) -> None:
         f"first step, {_number(balance['maxvio_last_step'])} in the last",
         f"busiest rank / mean: {_number(balance['max_over_mean_load'])} in load; ranks wait "
         f"{_percent(balance['expert_idle_share'])} of the experts' time for the slowest one",
-        f"{_number(balance['experts_per_token'])} experts a token chosen",
+        f"{_number(found['routing']['experts_per_token'])} experts a token",
     ]
     if drops:
         lines[-1] += f", {_percent(drops['share'])} of the choices dropped"

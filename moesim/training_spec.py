@@ -22,7 +22,8 @@ class TrainingSpec(Spec):
     `progress_end` of the training run; figures count from `measured_from_step` on. recompute: what the backward pass
     computes again: nothing, norms and activation functions, or whole layers. zero_stage: what data-parallel ranks
     share out (1 optimizer states, 2 and gradients, 3 and weights). routing_tokens: tokens routed for a micro-batch
-    and layer at most (a sample that stands for all). routing_scope: the tokens that a router which balances within a
+    and layer at most (a sample that stands for all); none: 8,192, or fewer where a step of all layers would draw more
+    than 2^29 scores. routing_scope: the tokens that a router which balances within a
     batch sees together.
     """
 
@@ -40,7 +41,7 @@ class TrainingSpec(Spec):
     progress_start: Annotated[float, Field(ge=0, le=1)] = 0.0
     progress_end: Annotated[float, Field(ge=0, le=1)] = 1.0
     packing: Literal["none"] = "none"
-    routing_tokens: int = Field(default=8192, ge=1, le=1 << 22)
+    routing_tokens: int | None = Field(default=None, ge=1, le=1 << 22)
     routing_scope: Literal["rank", "micro_batch"] = "rank"
     cuda_graph: bool = False
     host_overhead_us: Us = 250.0

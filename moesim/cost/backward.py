@@ -135,13 +135,13 @@ class Passes:
     def _moe(self) -> Block:
         m = self._model
         shape = RouterShape(
-            m.hidden_size, m.num_experts, m.top_k, m.router_dtype, m.scoring, m.num_expert_groups, m.top_groups
+            m.hidden_size, m.num_scores, m.top_k, m.router_dtype, m.scoring, m.num_expert_groups, m.top_groups
         )
         ahead = self._forward["moe"]
         backward = [
             *self._all_reduces(ahead),
             _op("router_backward", "router_backward", self._ops.router(self.tokens, shape, backward=True)),
-            _op("top_k_backward", "elementwise", self._rows(2 * m.num_experts + 4 * m.top_k)),
+            _op("top_k_backward", "elementwise", self._rows(2 * m.num_scores + 4 * m.top_k)),
             _op("norm_backward", "elementwise", self._rows(4 * m.hidden_size)),
         ]
         if m.shared_intermediate_size:

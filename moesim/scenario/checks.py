@@ -94,8 +94,6 @@ def training_checks(
         "iterations": model.moe_iterations > 1,
         "pool_layers": model.pool_layers > 1,
         "expert_widths": bool(model.expert_widths),
-        "router_columns": model.num_scores != model.num_experts,
-        "execution": model.expert_execution != "expert_centric",
     }
     for key in [key for key, asked in reshaped.items() if asked]:
         refuse(("model",), f"model.{key}: training with it is not simulated yet; remove model.{key} or choose a router "

@@ -159,7 +159,7 @@ def _moe_kept(model: MoEModel, layout: Layout, lean: bool) -> tuple[float, float
     if not model.is_moe:
         return 0.0, 0.0
     own = (hidden * (1 if lean else 2) + _ffn_kept(model, -(-model.shared_intermediate_size // layout.tp), lean)) * act
-    own += 4 * model.num_experts  # the router's float32 scores
+    own += 4 * model.num_scores  # the router's float32 scores
     own += model.expert_hidden_size * act  # what the projection into the experts' width put out
     own += model.top_k * model.expert_hidden * act  # the K outputs that a token's gates weigh: for the gates' gradient
     wide = -(-model.moe_intermediate_size // layout.expert_tp)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from moesim.training.reduce import LinkBytes
 from moesim.training.routing import POSITION_BINS, Sampling, StepRouting
 from moesim.training.step import Ledger, StepTime
 
-__all__ = ["Loads", "TrainingResult", "model_flop_per_token"]
+__all__ = ["Loads", "TrainingResult", "maxvio_by_chance", "model_flop_per_token"]
 
 SCHEMA_VERSION = 1
 
@@ -37,6 +39,16 @@ def model_flop_per_token(model: MoEModel, sequence_tokens: int, experts_per_toke
     a = model.attention
     seen = sum(min(sequence_tokens, window) if window else sequence_tokens for window in model.window_of_layer)
     return 6.0 * products + 12.0 * a.num_heads * (a.head_dim + a.v_head_dim) / 2 * seen
+
+
+def maxvio_by_chance(tokens: int, top_k: int, experts: int) -> float:
+    """MaxVio of `tokens` tokens whose experts are all alike and drawn independently: the normal approximation of the
+    largest of E loads (Blom, Statistical Estimates and Transformed Beta-Variables, 1958: expected order statistics)."""
+    if top_k >= experts:
+        return 0.0
+    share = top_k / experts
+    spread = math.sqrt((1.0 - share) / (share * tokens))
+    return spread * NormalDist().inv_cdf((experts - 0.375) / (experts + 0.25))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +118,8 @@ class TrainingResult:
     reduce_bytes: LinkBytes = field(default_factory=lambda: LinkBytes(0.0, 0.0))
     """sums of gradients and gathers of weights in one step"""
     routing: str | None = None
+    assumed: str = ""
+    """what part of the scores is assumed"""
     elapsed_s: float = 0.0
 
     @property
@@ -119,11 +133,16 @@ class TrainingResult:
         return p.tp * p.dp * p.replicas
 
     @property
+    def operator_share(self) -> dict[str, float]:
+        """Share of each operator in the measured steps' time."""
+        total = max(self.ledger.total, 1)
+        return {operator: ns / total for operator, ns in self.ledger.operator_ns.items()}
+
+    @property
     def errors(self) -> Errors:
         """Relative error of step time, from the profile by operator shares; `bank` is 0: every step is routed."""
-        total = max(self.ledger.total, 1)
         profile = self.scenario.cluster.profile
-        device = {op: ns / total for op, ns in self.ledger.operator_ns.items() if op != "host"}
+        device = {op: share for op, share in self.operator_share.items() if op != "host"}
         variance = sum((share * profile.error(op)) ** 2 for op, share in device.items())
         variance += (sum(device.values()) * profile.speed_error) ** 2
         return Errors(float(np.sqrt(variance)), 0.0)
@@ -163,12 +182,16 @@ class TrainingResult:
         mfu = flop * per_s / (peak * self.devices)
         return {
             "mode": "training",
-            "steps": {"simulated": len(self.times), "measured": len(times), "micro_batches": self.micro_batches},
-            "tokens_per_step": tokens,
+            "training": {
+                "steps": len(self.times),
+                "measured_steps": len(times),
+                "micro_batches": self.micro_batches,
+                "tokens_per_step": tokens,
+                "model_flop_per_token": flop,
+            },
             "step_ms": step_ms,
             "throughput": {**rates, "interval90": {k: interval(v, errors.step) for k, v in rates.items()}},
             "mfu": mfu,
-            "model_flop_per_token": flop,
             "phase_share": self._shares(self.ledger.phase_ns),
             "time_share": {k: v for k, v in self._shares(self.ledger.ns, ordered=True).items() if v},
             "overlap": self._overlap(),
@@ -176,9 +199,7 @@ class TrainingResult:
             "drops": self._drops(),
             "links": self._links(len(times)),
             "memory": {"hbm": {"used": self.memory.used, "capacity": self.memory.capacity, "by": self.memory.by}},
-            "sampling": None if self.sampling is None else {
-                "tokens_routed": self.sampling.routed, "tokens": self.sampling.real
-            },
+            "routing": self._routing(),
             "error": {"profile": errors.profile, "bank": errors.bank},
         }  # fmt: skip
 
@@ -223,7 +244,23 @@ class TrainingResult:
             "maxvio_last_step": loads[-1].maxvio,
             "max_over_mean_load": self._mean("max_over_mean"),
             "expert_idle_share": 1.0 - sum(t.expert_mean for t in times) / max(slowest, 1),
-            "experts_per_token": self._pairs_per_token("wanted"),
+        }
+
+    def _routing(self) -> dict[str, Any] | None:
+        """Experts a token, where the scores come from, and what routing a sample of the tokens does to MaxVio."""
+        if self.sampling is None:
+            return None
+        model, sampling = self.scenario.model, self.sampling
+        tokens = self.micro_batches * self.layout.dp * self.scenario.parallel.replicas
+        return {
+            "experts_per_token": self._pairs_per_token("wanted") - self._pairs_per_token("dropped"),
+            "scores": {"model": self.routing, "assumed": self.assumed or None},
+            "sampling": {
+                "tokens_routed": tokens * sampling.routed,
+                "tokens": tokens * sampling.real,
+                "maxvio_by_chance": maxvio_by_chance(tokens * sampling.routed, model.top_k, model.num_experts),
+                "maxvio_by_chance_of_all": maxvio_by_chance(tokens * sampling.real, model.top_k, model.num_experts),
+            },
         }
 
     def _drops(self) -> dict[str, Any] | None:

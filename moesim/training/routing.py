@@ -7,7 +7,7 @@ to micro-batch.
 
 A step may have millions of tokens. Of each rank's micro-batch at most `routing_tokens` over the number of
 data-parallel ranks are routed, evenly spaced over its sequences, and stand for all: counts are scaled up. Fewer tokens
-have more uneven loads than all would have; `Sampling` says how much was left out.
+have more uneven loads than all would have; the result says what chance alone would give.
 
 Legend: M micro-batches, R replicas, D data-parallel ranks of one, L MoE layers, E experts, S slots, P parts, W places
 of an assignment, T tokens routed in a step in the order (micro-batch, replica, rank, position), N bins of position.
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from moesim.arrays import FloatArray, IntArray
 from moesim.cost.experts import Ports
 from moesim.cost.touch import touch
+from moesim.errors import BadInput, Problem
 from moesim.layout import Layout
 from moesim.model import MoEModel
 from moesim.placement import Placement
@@ -35,12 +36,25 @@ from moesim.training_spec import TrainingSpec
 __all__ = ["POSITION_BINS", "Sampling", "ScoreSource", "StepRouter", "StepRouting"]
 
 POSITION_BINS = 10
+_DENOISING = 16
 _CELLS = 1 << 26
 """scores of one layer and step held at once (256 MiB)"""
+_TOKENS, _STEP_CELLS = 8192, 1 << 29
+"""tokens of a micro-batch, and scores of a step's layers, unless a scenario says how many tokens"""
 
 
 class ScoreSource(Protocol):
     """Router logits (see `moesim.workload.scores.ScoreModel`)."""
+
+    @property
+    def name(self) -> str:
+        """For reports."""
+        ...
+
+    @property
+    def assumed(self) -> str:
+        """What part of the scores is assumed; "" where none is."""
+        ...
 
     def scores(self, rows_N: NDArray[np.int64], layer: int, progress: float = 1.0) -> NDArray[np.float32]:
         """Logits [N, E] of the tokens with the numbers `rows_N`, at this share of the training run."""
@@ -91,6 +105,15 @@ class StepRouter:
         seed: int,
     ) -> None:
         self._capacity = capacity
+        self._scores_are_experts = policy.score_columns(model.num_experts) == model.num_experts
+        if capacity is not None and capacity.drop == "reroute" and not self._scores_are_experts:
+            raise BadInput(
+                Problem(
+                    "capacity.drop",
+                    "reroute needs a score of every expert, and this router scores something else; drop by position "
+                    "or by score",
+                )
+            )
         self._model, self._layout, self._training = model, layout, training
         self._policy, self._placement, self._scores = policy, placement, scores
         self._seed = seed
@@ -98,8 +121,9 @@ class StepRouter:
         ranks = layout.dp * replicas
         self.micro_batches = training.global_batch_sequences // (training.micro_batch_sequences * ranks)
         real = training.micro_batch_sequences * training.sequence_tokens
-        most = min(training.routing_tokens, max(ranks, _CELLS // (model.num_experts * self.micro_batches))) // ranks
-        self.sampling = Sampling(min(real, max(1, most)), real)
+        cells = model.num_experts * self.micro_batches  # of one token a micro-batch and layer
+        wished = training.routing_tokens or min(_TOKENS, _STEP_CELLS // (cells * model.num_moe_layers))
+        self.sampling = Sampling(min(real, max(1, min(wished, _CELLS // cells) // ranks)), real)
         self._states: dict[tuple[int, int], Arrays] = {}
         # evenly spaced, in the middle of each stretch, so that all sequences and positions are met alike
         routed = self.sampling.routed
@@ -127,7 +151,11 @@ class StepRouter:
         rows_T, sequence_T = self._rows(step)
         progress = self._training.progress(step)
         layers = self._model.num_moe_layers
-        token_T = _vocabulary_ids(self._seed, step, len(rows_T), self._model.vocab_size)
+        if self._policy.denoises:
+            progress = step % _DENOISING / (_DENOISING - 1)  # diffusion models train on all steps of denoising alike
+        token_T = None
+        if "token_T" in self._policy.asks_for:
+            token_T = _vocabulary_ids(self._seed, step, len(rows_T), self._model.vocab_size)
         made: list[_Counted] = []
         carry: dict[int, Arrays] = {}
         for layer in range(layers):
@@ -172,7 +200,10 @@ class StepRouter:
         routed: list[Routed] = []
         for call, (owner, part) in enumerate(scopes):
             own = _part_of(context, part, self._states.get((context.layer, owner), {}), carry.get(call, {}))
-            found = self._policy.route(score_TE[part], own)
+            try:
+                found = self._policy.route(score_TE[part], own)
+            except ValueError as error:
+                raise BadInput(Problem("policies.routing", str(error))) from None
             self._states[context.layer, owner] = found.state
             carry[call] = found.carry
             routed.append(found)
@@ -192,17 +223,18 @@ class StepRouter:
         dropped_N = np.zeros(POSITION_BINS)
         kept, run, capacity = wanted, wanted, self._capacity
         factor = None if capacity is None else capacity.factor_of(layer, "training")
-        if self._policy.ideal:
+        if self._policy.ideal and capacity is None:
             wanted = kept = run = np.broadcast_to(wanted.mean(axis=1, keepdims=True), wanted.shape)
         elif capacity is not None and factor is not None:
-            scope_T, tokens, scopes = self._capacity_scopes(capacity)
-            room = capacity_of(tokens, self._model.top_k, self._model.num_experts, factor, capacity.min_capacity)
-            limited = limit(expert_TW.astype(np.int32), gate_TW, score_TE, room, capacity, scope_T)
+            scope_T, _ = self._capacity_scopes(capacity)
+            room_S = np.array([self._room(n, capacity, factor) for n in np.bincount(scope_T).tolist()], np.int64)
+            by_expert_TE = score_TE if self._scores_are_experts else None
+            limited = limit(expert_TW.astype(np.int32), gate_TW, by_expert_TE, room_S, capacity, scope_T)
             expert_TW = limited.expert_TW.astype(np.int64)
             dropped_N = self._by_position(limited.dropped_TW)
             kept = run = self._by_expert(expert_TW)
             if capacity.pad:
-                run = self._padded_rows(capacity, factor, scopes)
+                run = self._padded_rows(capacity, factor)
         ports = self._ports(expert_TW, layer) if run is kept else self._padded_ports(run)
         kept_BS, run_BS = (x[:, self._placement.slot_to_expert_LS[layer]] for x in (kept, run))
         return _Counted(wanted, run_BS, kept_BS, ports, wanted_N, dropped_N)
@@ -218,19 +250,26 @@ class StepRouter:
         pairs_T = mask_TW.sum(axis=1).astype(np.float64)
         return np.asarray(np.bincount(self._bin_T, weights=pairs_T, minlength=POSITION_BINS), np.float64)
 
-    def _capacity_scopes(self, capacity: CapacitySpec) -> tuple[IntArray, int, int]:
-        """The scope of each token whose tokens share a capacity, tokens of one, and scopes of a group: each
-        data-parallel rank's micro-batch, or a replica's."""
-        ranks = self._layout.dp
-        scopes = ranks if capacity.scope == "rank" else 1
-        tokens = self.sampling.routed * ranks // scopes
-        return np.arange(len(self._group_T)) // tokens, tokens, scopes
+    def _capacity_scopes(self, capacity: CapacitySpec) -> tuple[IntArray, int]:
+        """The scope of each token whose tokens share a capacity, and scopes of a group: each data-parallel rank's
+        micro-batch, each of its sequences, or all of a replica's."""
+        block_T = np.arange(len(self._group_T)) // self.sampling.routed
+        if capacity.scope == "all":
+            return block_T // self._layout.dp, 1
+        if capacity.scope == "rank":
+            return block_T, self._layout.dp
+        sequences = self._training.micro_batch_sequences
+        within_T = np.tile(self._offset_T // self._training.sequence_tokens, len(block_T) // self.sampling.routed)
+        return block_T * sequences + within_T, self._layout.dp * sequences
 
-    def _padded_rows(self, capacity: CapacitySpec, factor: float, scopes: int) -> FloatArray:
+    def _room(self, tokens: int, capacity: CapacitySpec, factor: float) -> int:
+        return capacity_of(tokens, self._model.top_k, self._model.num_experts, factor, capacity.min_capacity)
+
+    def _padded_rows(self, capacity: CapacitySpec, factor: float) -> FloatArray:
         """Rows that each expert's kernel runs whatever is in them, [groups, E]: those of all scopes, at the capacity
         that all tokens have (not the sample's, which is rounded up more)."""
-        tokens = self.sampling.real * self._layout.dp // scopes
-        room = capacity_of(tokens, self._model.top_k, self._model.num_experts, factor, capacity.min_capacity)
+        _, scopes = self._capacity_scopes(capacity)
+        room = self._room(self.sampling.real * self._layout.dp // scopes, capacity, factor)
         groups = self.micro_batches * self._replicas
         return np.full((groups, self._model.num_experts), room * scopes / self.sampling.scale)
 

@@ -47,15 +47,15 @@ def simulate_training(
         result.memory = require_fit(*place, balanced_rows(model, layout, tokens), "with experts loaded alike")
         router, experts = None, None
         if model.is_moe:
-            scores, source = training_scores(scenario, seed)
+            scores = training_scores(scenario, seed)
             router = _router(scenario, layout, scores, seed)
-            result.routing, result.sampling = source, router.sampling
+            result.routing, result.assumed, result.sampling = scores.name, scores.assumed, router.sampling
             prices = ExpertPrices(model, layout, ops, model.num_experts // layout.ep)
             act = dtype_bytes(model.activation_dtype)
             experts = ExpertPasses(prices, ops, training.recompute, act)
             times = 3 if training.recompute == "full" else 2
             result.exchange_bytes = times * (prices.dispatch_bytes + prices.combine_bytes)
-            result.warnings = (*result.warnings, *_warnings(scenario, layout, router))
+            result.warnings = (*result.warnings, *_warnings(scenario, layout, router, scores))
         buckets = Buckets(model, layout, ops, training, replicas)
         result.micro_batches = training.global_batch_sequences // (
             training.micro_batch_sequences * layout.dp * replicas
@@ -140,8 +140,8 @@ def _bytes_summed(buckets: Buckets, stage: int, micro_batches: int) -> LinkBytes
     return LinkBytes(*(sums * r + gathers * g for r, g in zip(reduced, gathered, strict=True)))
 
 
-def _warnings(scenario: Scenario, layout: Layout, router: StepRouter) -> list[str]:
-    out = []
+def _warnings(scenario: Scenario, layout: Layout, router: StepRouter, scores: ScoreSource) -> list[str]:
+    out = [f"routing: {scores.assumed}"] if scores.assumed else []
     sampling, replicas = router.sampling, scenario.parallel.replicas
     if sampling.routed < sampling.real:
         out.append(

@@ -8,17 +8,17 @@ from numpy.typing import NDArray
 from moesim.scenario.load import Scenario
 from moesim.training.routing import ScoreSource
 from moesim.workload.routing import load_routing
-from moesim.workload.scores import ScoreModel, ScoreSpec, score_model
+from moesim.workload.scores import ScoreModel, score_model
 
 __all__ = ["training_scores"]
 
 
-def training_scores(scenario: Scenario, seed: int) -> tuple[ScoreSource, str]:
-    """Scores of the scenario's tokens, and what they are, for the result."""
+def training_scores(scenario: Scenario, seed: int) -> ScoreSource:
+    """Scores of the scenario's tokens."""
     model = scenario.model
     pool = load_routing(scenario.routing, model, scenario.base, seed, None)
-    made = score_model(pool, ScoreSpec(), seed, model.norm_topk_prob, model.scoring)
-    return _Repeated(made, pool.num_tokens), made.name
+    made = score_model(pool, scenario.routing.scores, seed, model.norm_topk_prob, model.scoring)
+    return _Repeated(made, pool.num_tokens)
 
 
 class _Repeated:
@@ -26,6 +26,7 @@ class _Repeated:
 
     def __init__(self, scores: ScoreModel, tokens: int) -> None:
         self._scores, self._tokens = scores, tokens
+        self.name, self.assumed = scores.name, scores.assumed
 
     def scores(self, rows_N: NDArray[np.int64], layer: int, progress: float = 1.0) -> NDArray[np.float32]:
         """See `ScoreSource`."""
