@@ -266,9 +266,10 @@ def main() -> None:
         "",
         "Not blind in two places. A first version of these tables showed that the generator's top K had half as much"
         " mass again as recorded, and that popularity said too much of the hidden ranks. The fit has looked at the mean"
-        " mass since then, and the gumbel tail lets popularity fade from rank to rank; the rule of the fading (a straight"
-        " line over the ranks seen, followed to K + K / 3) was set on the fitted halves. The fading costs recall (0.075"
-        " and 0.071 before) and buys calibration (fifth 1 of intent said 0.005 before, fifth 5 said 0.123).",
+        " mass since then, and the gumbel tail lets popularity fade from rank to rank; the rule of the fading (a"
+        " straight line over the ranks seen, followed to K + K / 3) was set on the fitted halves. The fading costs"
+        " recall (0.075 and 0.071 before) and buys calibration (fifth 1 of intent said 0.005 before, fifth 5"
+        " said 0.123).",
         "",
     ]
     for path in options.trace:
