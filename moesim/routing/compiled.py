@@ -17,7 +17,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["in_two_threads", "keys", "sum_exp"]
+__all__ = ["at", "in_two_threads", "keys", "lower", "sum_exp"]
 
 _TWO = (os.cpu_count() or 1) > 1
 _REASSOCIATED = {"reassoc", "contract", "nsz"}
@@ -72,6 +72,32 @@ def _sum_exp(score_NE: Any, most_N: Any, out_N: Any) -> None:
             p = p * f + np.float32(9.9999994e-1)
             total += p * np.int32((np.int32(k) + np.int32(127)) << np.int32(23)).view(np.float32)
         out_N[n] = total
+
+
+@_compiled(_read(numba.int64, 2), numba.int32[:, ::1])
+def _lower(key_NE: Any, out_NK: Any) -> None:
+    for n in range(out_NK.shape[0]):
+        for k in range(out_NK.shape[1]):
+            out_NK[n, k] = np.int32(key_NE[n, k] & 0x7FFFFFFF)
+
+
+@_compiled(_read(numba.float32, 2), _read(numba.int32, 2), numba.float32[:, ::1])
+def _at(value_TE: Any, expert_TW: Any, out_TW: Any) -> None:
+    for t in range(out_TW.shape[0]):
+        for w in range(out_TW.shape[1]):
+            out_TW[t, w] = value_TE[t, max(expert_TW[t, w], 0)]
+
+
+def lower(key_NE: NDArray[np.int64], out_NK: NDArray[np.int32]) -> None:
+    """As `select._lower`."""
+    _lower(key_NE, out_NK)
+
+
+def at(value_TE: NDArray[np.float32], expert_TW: NDArray[np.int32]) -> NDArray[np.float32]:
+    """The values in each token's columns, [T, W]; any of them at NONE."""
+    out_TW = np.empty(expert_TW.shape, np.float32)
+    _at(np.ascontiguousarray(value_TE), np.ascontiguousarray(expert_TW), out_TW)
+    return out_TW
 
 
 def keys(score_NE: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from moesim.routing import Floats, Routed, Router, RoutingContext, sigmoid, softmax, top_ids
+from moesim.routing.select import close_as, gates_of
 from moesim.workload.pool import Ids
 from moesim.workload.synthetic import Groups, SyntheticSpec, generate
 
@@ -45,27 +46,27 @@ class Policy(Router):
                 f" {kept} kept, top_k {context.top_k}"
             )
         gate_TE = sigmoid(score_TE) if context.scoring == "sigmoid" else softmax(score_TE)
-        choice_TE = gate_TE if context.bias_E is None else gate_TE + context.bias_E
-        choice_TE = np.where(np.isneginf(score_TE), -np.inf, choice_TE)
+        choice_TE = close_as(score_TE, gate_TE.copy() if context.bias_E is None else gate_TE + context.bias_E)
         if kept < number:
             split = choice_TE.reshape(tokens, number, experts // number)
             best = top_ids(self._group_scores(split, context), kept)
-            closed = np.ones((tokens, number), bool)
-            np.put_along_axis(closed, best.astype(np.int64), False, 1)
-            choice_TE = np.where(closed[:, :, None], -np.inf, split).reshape(tokens, experts)
+            closed = np.full((tokens, number, 1), -np.inf, choice_TE.dtype)
+            np.put_along_axis(closed[:, :, 0], best.astype(np.int64), 0, 1)
+            split += closed
         expert_TK = top_ids(choice_TE, context.top_k)
-        gate_TK = np.take_along_axis(gate_TE, expert_TK.astype(np.int64), 1)
-        if context.norm_topk_prob if self.norm_topk_prob is None else self.norm_topk_prob:
-            gate_TK = gate_TK / np.maximum(gate_TK.sum(1, keepdims=True), 1e-20)
-        return Routed(expert_TK, gate_TK * gate_TK.dtype.type(self.scaling_factor))
+        normalise = context.norm_topk_prob if self.norm_topk_prob is None else self.norm_topk_prob
+        return Routed(expert_TK, gates_of(gate_TE, expert_TK, normalise, self.scaling_factor))
 
     def _group_scores(self, split_TGE: Floats, context: RoutingContext) -> Floats:
         by = self.group_score or ("top2_sum" if context.scoring == "sigmoid" else "max")
-        if by == "max" or split_TGE.shape[2] == 1:
-            best: Floats = split_TGE.max(2)
-            return best
-        two: Floats = np.partition(split_TGE, -2, axis=2)[:, :, -2:].sum(2)
-        return two
+        best: Floats = split_TGE[:, :, 0].copy()
+        second = np.full_like(best, -np.inf)
+        for member in range(1, split_TGE.shape[2]):  # groups are narrow: a pass for each place beats a reduction
+            score = split_TGE[:, :, member]
+            if by == "top2_sum":
+                np.maximum(second, np.minimum(best, score), out=second)
+            np.maximum(best, score, out=best)
+        return best if by == "max" or split_TGE.shape[2] == 1 else best + second
 
     def groups(self, num_groups: int, top_groups: int) -> Groups:
         """The model's groups (none in a model without: then this is topk)."""

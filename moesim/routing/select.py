@@ -33,7 +33,8 @@ _COMPILED_CELLS = 1 << 18
 _LAST: Final = np.iinfo(np.int64).max
 """A key behind all others."""
 _CLOSED: Final = 0x7F800000
-"""The upper half of the key of -inf."""
+_HIGHEST: Final = ~_CLOSED
+"""The upper halves of the keys of -inf and inf; those of NaN lie outside."""
 _PASSES = 32
 """Up to this many chosen of float64 scores, a pass for each costs less than sorting all."""
 
@@ -92,13 +93,17 @@ def top_ids(score_TE: Floats, k: int) -> NDArray[np.int32]:
     if score_TE.dtype != np.float32:
         return _top_of_doubles(score_TE, k)
     expert_TK = np.empty((len(score_TE), k), np.int32)
-    keys = _key_maker(score_TE)
+    fast = _compiled(score_TE)
+    make, take = (_keys, _lower) if fast is None else (fast.keys, fast.lower)
 
     def work(at: slice) -> None:
-        key = keys(score_TE[at])
+        key = make(score_TE[at])
         key.sort(1)
-        _check(bool(np.isnan(score_TE[at].max())), bool((key[:, k - 1] >> 32 == _CLOSED).any()), k)
-        expert_TK[at] = key[:, :k]  # the lower half
+        take(key, expert_TK[at])
+        edge = key[:, [0, -1, k - 1]] >> 32
+        _check(
+            bool((edge[:, 0] < _HIGHEST).any() or (edge[:, 1] > _CLOSED).any()), bool((edge[:, 2] >= _CLOSED).any()), k
+        )
 
     each_chunk(score_TE, work)
     return expert_TK
@@ -111,9 +116,9 @@ def _check(has_nan: bool, too_few: bool, k: int) -> None:
         raise ValueError(f"a token has fewer than {k} experts with a score above -inf")
 
 
-def _key_maker(score_TE: Floats) -> Callable[[Floats], NDArray[np.int64]]:
-    fast = _compiled(score_TE)
-    return _keys if fast is None else fast.keys
+def _lower(key_NE: NDArray[np.int64], out_NK: NDArray[np.int32]) -> None:
+    """The lower halves of the first keys of each row: ids."""
+    out_NK[:] = key_NE[:, : out_NK.shape[1]]
 
 
 def _keys(score_NE: Floats) -> NDArray[np.int64]:
@@ -158,10 +163,11 @@ def ranked(score_TE: Floats, taken_TE: NDArray[np.bool_], width: int) -> NDArray
         kept_TE = np.take_along_axis(taken_TE, order_TE, 1)
         out[:, : order_TE.shape[1]] = np.where(kept_TE, order_TE, NONE)
         return out
-    keys = _key_maker(score_TE)
+    fast = _compiled(score_TE)
+    make = _keys if fast is None else fast.keys
 
     def work(at: slice) -> None:
-        key = np.where(taken_TE[at], keys(score_TE[at]), _LAST)
+        key = np.where(taken_TE[at], make(score_TE[at]), _LAST)
         key.sort(1)
         key = key[:, :width]
         out[at, : key.shape[1]] = np.where(key == _LAST, NONE, key)
@@ -242,9 +248,14 @@ def sigmoid(score_TE: Floats) -> Floats:
 
 def _at(value_TE: Floats, expert_TW: NDArray[np.int32]) -> Floats:
     """The values in each token's columns; any of them at NONE."""
+    fast = _compiled(value_TE)
+    out: Floats
+    if fast is not None:
+        out = fast.at(value_TE, expert_TW)
+        return out
     tokens, experts = value_TE.shape
     place_TW = expert_TW + (np.arange(tokens, dtype=np.int64) * experts)[:, None]
-    out: Floats = value_TE.ravel().take(place_TW, mode="wrap")
+    out = value_TE.ravel().take(place_TW, mode="wrap")
     return out
 
 
