@@ -99,11 +99,8 @@ def top_ids(score_TE: Floats, k: int) -> NDArray[np.int32]:
     def work(at: slice) -> None:
         key = make(score_TE[at])
         key.sort(1)
-        take(key, expert_TK[at])
-        edge = key[:, [0, -1, k - 1]] >> 32
-        _check(
-            bool((edge[:, 0] < _HIGHEST).any() or (edge[:, 1] > _CLOSED).any()), bool((edge[:, 2] >= _CLOSED).any()), k
-        )
+        has_nan, too_few = take(key, expert_TK[at])
+        _check(has_nan, too_few, k)
 
     each_chunk(score_TE, work)
     return expert_TK
@@ -116,9 +113,12 @@ def _check(has_nan: bool, too_few: bool, k: int) -> None:
         raise ValueError(f"a token has fewer than {k} experts with a score above -inf")
 
 
-def _lower(key_NE: NDArray[np.int64], out_NK: NDArray[np.int32]) -> None:
-    """The lower halves of the first keys of each row: ids."""
-    out_NK[:] = key_NE[:, : out_NK.shape[1]]
+def _lower(key_NE: NDArray[np.int64], out_NK: NDArray[np.int32]) -> tuple[bool, bool]:
+    """Ids from the lower halves of the first keys of sorted rows; and whether a row holds a NaN, or too few open ones."""
+    k = out_NK.shape[1]
+    out_NK[:] = key_NE[:, :k]
+    edge = key_NE[:, [0, -1, k - 1]] >> 32
+    return bool((edge[:, 0] < _HIGHEST).any() or (edge[:, 1] > _CLOSED).any()), bool((edge[:, 2] >= _CLOSED).any())
 
 
 def _keys(score_NE: Floats) -> NDArray[np.int64]:
