@@ -3,6 +3,7 @@
 #   make test       the fast test suite          make test-slow   the tests marked slow
 #   make test-gpu   the tests that need a CUDA device, with that machine's torch
 #   make cpu-profile  measure this CPU again, then thirty fresh points of the layer (six quiet minutes)
+#   make routing-lm   train the small MoE model under each balancing method, record its routing (an hour of one core)
 #   make check      style, types, import order   make lint        repair what ruff can repair
 #   make bench      the asv benchmarks of this checkout
 #   make clean      remove the environment and every cache (results/ stays)
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 PYTEST_ARGS ?= -n auto
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-gpu cpu-profile check lint bench clean
+.PHONY: help demo test test-slow test-gpu cpu-profile routing-lm check lint bench clean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -48,6 +49,13 @@ test-gpu:
 cpu-profile: $(VENV)/.stamp-dev
 	$(BIN)/moesim calibrate workloads/calibrate_cpu.yaml --fresh --budget 5m --out hw_profiles/cpu_epyc_1thread.yaml
 	$(BIN)/python benchmarks/kernels/cpu_holdout.py hw_profiles/cpu_epyc_1thread.yaml
+
+LM := PYTHONPATH=kernels $(BIN)/python -m moesim_kernels.lm
+routing-lm: $(VENV)/.stamp-dev
+	$(LM) compare --keep results/routing-lm --out results/validation/routing_maxvio.json
+	$(LM) record --model results/routing-lm/loss_free --out workloads/routing/stdlib_moe_loss_free.npz
+	$(LM) record --model results/routing-lm/auxiliary_loss --out workloads/routing/stdlib_moe_auxiliary_loss.npz
+	$(BIN)/python benchmarks/routing/maxvio.py
 
 check: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

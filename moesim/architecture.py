@@ -125,6 +125,18 @@ class MoEModel:
     norm_bias: bool = False
     lm_head_bias: bool = False
     warnings: tuple[str, ...] = ()
+    moe_iterations: int = 1
+    """times a token goes through the experts of one MoE layer (Chain-of-Experts), each with a router of its own"""
+    pool_layers: int = 1
+    """consecutive MoE layers that share one pool of `num_experts` experts (ReXMoE, UniPool)"""
+    expert_widths: tuple[float, ...] = ()
+    """sizes of experts relative to `moe_intermediate_size`: equal blocks of consecutive experts, one size each"""
+    expert_hidden_size: int = 0
+    """width that experts work at, behind projections that all experts of a layer share (MoLE); 0: hidden_size"""
+    router_columns: int = 0
+    """scores a token's router computes (2 sqrt(E) for product keys); 0: one an expert"""
+    expert_execution: Literal["expert_centric", "token_centric"] = "expert_centric"
+    """weights are read once for each expert in use, or once for each (token, expert) pair (PEER)"""
 
     def __post_init__(self) -> None:
         found = [Problem(f"{self.name}.{field}", message) for field, message in disagreements(self)]
@@ -165,6 +177,48 @@ class MoEModel:
     def num_moe_layers(self) -> int:
         """L of the shape legend."""
         return len(self.moe_layers)
+
+    @property
+    def moe_passes(self) -> tuple[int, ...]:
+        """The layer of every pass through experts, in order: each MoE layer `moe_iterations` times."""
+        return tuple(layer for layer in self.moe_layers for _ in range(self.moe_iterations))
+
+    @property
+    def num_moe_passes(self) -> int:
+        """Dispatches of one forward pass."""
+        return len(self.moe_layers) * self.moe_iterations
+
+    @property
+    def num_expert_sets(self) -> int:
+        """Different sets of `num_experts` experts that exist: one a MoE layer unless layers share a pool."""
+        return -(-len(self.moe_layers) // self.pool_layers)
+
+    @property
+    def set_of_pass(self) -> tuple[int, ...]:
+        """Which set of experts each pass uses."""
+        return tuple(i // (self.moe_iterations * self.pool_layers) for i in range(self.num_moe_passes))
+
+    @property
+    def expert_size_E(self) -> tuple[float, ...]:
+        """Size of each expert relative to `moe_intermediate_size`; () where all are 1."""
+        if not self.expert_widths:
+            return ()
+        block = self.num_experts // len(self.expert_widths)
+        return tuple(width for width in self.expert_widths for _ in range(block))
+
+    @property
+    def mean_expert_size(self) -> float:
+        return sum(self.expert_widths) / len(self.expert_widths) if self.expert_widths else 1.0
+
+    @property
+    def expert_hidden(self) -> int:
+        """Width of an expert's input and output."""
+        return self.expert_hidden_size or self.hidden_size
+
+    @property
+    def num_scores(self) -> int:
+        """Columns of a router."""
+        return self.router_columns or self.num_experts
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
@@ -246,21 +300,33 @@ class MoEModel:
         return small
 
     def expert_params(self) -> int:
-        """ONE routed expert of one layer; 0 for a dense model."""
+        """ONE routed expert of one layer, of relative size 1; 0 for a dense model."""
         if not self.is_moe:
             return 0
-        bias = (2 if self.gated_mlp else 1) * self.moe_intermediate_size + self.hidden_size
-        return self._ffn(self.moe_intermediate_size) + (bias if self.expert_bias else 0)
+        bias = (2 if self.gated_mlp else 1) * self.moe_intermediate_size + self.expert_hidden
+        return self._expert_matrices() + (bias if self.expert_bias else 0)
+
+    def _expert_matrices(self) -> int:
+        return (3 if self.gated_mlp else 2) * self.expert_hidden * self.moe_intermediate_size
+
+    def experts_params(self) -> int:
+        """All routed experts of one set, smaller ones by their size."""
+        return round(self.num_experts * self.mean_expert_size * self.expert_params())
+
+    def latent_params(self) -> int:
+        """The projections in and out that a MoE layer's experts share; 0 where they work at the hidden size."""
+        return 2 * self.hidden_size * self.expert_hidden_size
 
     def shared_params(self) -> int:
         """The shared experts of one MoE layer and their gate."""
         return self._ffn(self.shared_intermediate_size) + (self.hidden_size if self.shared_gate else 0)
 
     def router_params(self) -> int:
-        """The router of one MoE layer and its bias (selection bias of DeepSeek-V3, logit bias of gpt-oss)."""
+        """The router of one MoE layer (of all its iterations) and its bias (selection bias of DeepSeek-V3, logit bias
+        of gpt-oss)."""
         if not self.is_moe:
             return 0
-        return self.num_experts * (self.hidden_size + (1 if self.router_bias else 0))
+        return self.moe_iterations * self.num_scores * (self.hidden_size + (1 if self.router_bias else 0))
 
     def dense_ffn_params(self) -> int:
         """The FFN of one dense layer."""
@@ -279,8 +345,8 @@ class MoEModel:
         return self._norm()
 
     def moe_layer_params(self) -> int:
-        """The FFN of one MoE layer: all routed experts, shared experts, router."""
-        return self.num_experts * self.expert_params() + self.shared_params() + self.router_params()
+        """The FFN of one MoE layer with experts of its own: all routed experts, shared experts, router."""
+        return self.experts_params() + self.shared_params() + self.latent_params() + self.router_params()
 
     def total_params(self) -> int:
         """Every parameter of the checkpoint, multi-token-prediction modules apart."""
@@ -289,7 +355,8 @@ class MoEModel:
             + self.lm_head_params()
             + self.final_norm_params()
             + self.num_layers * self.attention_params()
-            + self.num_moe_layers * self.moe_layer_params()
+            + self.num_moe_layers * (self.moe_layer_params() - self.experts_params())
+            + self.num_expert_sets * self.experts_params()
             + len(self.dense_layers) * self.dense_ffn_params()
             + self.extra_params
         )
@@ -299,8 +366,8 @@ class MoEModel:
 
         Publishers differ in whether they count those tables, hence in the second digit of "A3B".
         """
-        idle = self.num_experts - self.top_k
-        return self.total_params() - self.num_moe_layers * idle * self.expert_params()
+        visited = self.num_moe_layers * min(self.top_k * self.moe_iterations, self.num_experts) * self.expert_params()
+        return self.total_params() - self.num_expert_sets * self.experts_params() + visited
 
     def mtp_params(self) -> int:
         """All multi-token-prediction modules: a projection of 2 hidden states, a decoder layer and three
@@ -315,8 +382,8 @@ class MoEModel:
     # ---- bytes --------------------------------------------------------------------------------------
 
     def expert_bytes(self) -> int:
-        """Bytes of ONE routed expert of one layer, whole (no expert tensor parallelism)."""
-        matrices = self._ffn(self.moe_intermediate_size) if self.is_moe else 0
+        """Bytes of ONE routed expert of one layer, of relative size 1, whole (no expert tensor parallelism)."""
+        matrices = self._expert_matrices() if self.is_moe else 0
         bias = self.expert_params() - matrices
         return tensor_bytes(matrices, self.expert_dtype) + tensor_bytes(bias, self.base_dtype)
 
@@ -338,6 +405,7 @@ class MoEModel:
             Part("attention", self.num_layers * self._attention_linear(tp), self.weight_dtype),
             Part("attention_small", self.num_layers * self._attention_small(tp), self.base_dtype),
             Part("shared_experts", sparse * shared, self.weight_dtype),
+            Part("latent", sparse * self.latent_params(), self.weight_dtype),
             Part("shared_gate", sparse * self.hidden_size if self.shared_gate else 0, self.base_dtype),
             Part("router", sparse * self.router_params(), self.router_dtype),
             Part("dense_ffn", dense * self._ffn(_ceil(self.dense_intermediate_size, tp)), self.weight_dtype),
@@ -388,7 +456,11 @@ class MoEModel:
         hidden = self.hidden_size
         out = list(self._attention_gemms(tp))
         if self.is_moe:
-            out.append(Gemm("router", self.num_experts, hidden, self.router_dtype, "moe", sparse))
+            out.append(Gemm("router", self.num_scores, hidden, self.router_dtype, "moe", self.num_moe_passes))
+            if self.expert_hidden_size:
+                latent, passes = self.expert_hidden_size, self.num_moe_passes
+                out.append(Gemm("latent_in", latent, hidden, self.weight_dtype, "moe", passes))
+                out.append(Gemm("latent_out", hidden, latent, self.weight_dtype, "moe", passes))
             if self.shared_intermediate_size:
                 out += self._ffn_gemms("shared", _ceil(self.shared_intermediate_size, tp), "moe", sparse)
             if self.shared_gate:

@@ -6,12 +6,14 @@ Nothing heavy is imported before a verb needs it, so that `moesim --help` answer
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -25,6 +27,8 @@ from moesim.errors import BadInput, Infeasible, MoesimError, Problem
 
 if TYPE_CHECKING:
     from moesim.scenario.load import Scenario
+    from moesim.simulate import RunResult
+    from moesim.training.result import TrainingResult
 
 __all__ = ["app", "main"]
 
@@ -138,8 +142,12 @@ def simulate(
     """Run a scenario: does it fit, how fast is it, what bounds it."""
     scenario = _load(file, overrides, seed, plugin)
     from moesim.results import json_text, replacing_file, write_results
+    from moesim.simulate import RunResult
     from moesim.simulate import simulate as run
     from moesim.terminal import progress_bar, summary
+
+    if timeline is not None and scenario.training is not None:
+        raise BadInput(Problem("--timeline", "a timeline of training steps is not made yet; leave --timeline out"))
 
     with progress_bar(enabled=not quiet) as advance:
         result = run(scenario, progress=advance)
@@ -149,7 +157,7 @@ def simulate(
             sys.stdout.write(json_text(report))
         raise Infeasible(list(result.reasons))
     folder = write_results(result, scenario, out, sys.argv)
-    if timeline is not None:
+    if timeline is not None and isinstance(result, RunResult):
         from moesim.timeline import write_timeline
 
         with replacing_file(timeline) as path:
@@ -163,41 +171,133 @@ def simulate(
 
 
 def _load(file: Path, overrides: list[str] | None, seed: int | None, plugins: list[str] | None) -> Scenario:
+    _load_plugins(plugins)
+    from moesim.scenario.load import load_scenario
+
+    scenario = load_scenario(file, overrides or (), seed)
+    _notes(scenario.warnings)
+    return scenario
+
+
+def _load_plugins(plugins: list[str] | None) -> None:
     if plugins:
         from moesim.policy import load_plugin
 
         sys.path.insert(0, str(Path.cwd()))
         for module in plugins:
             load_plugin(module)
-    from moesim.scenario.load import load_scenario
 
-    scenario = load_scenario(file, overrides or (), seed)
-    for warning in scenario.warnings:
-        print(f"note: {warning}", file=sys.stderr)
-    return scenario
+
+def _notes(notes: Iterable[str]) -> None:
+    for note in dict.fromkeys(notes):
+        print(f"note: {note}", file=sys.stderr)
+
+
+@app.command()
+def compare(
+    files: Annotated[list[Path], typer.Argument(help="Scenarios, YAML files.", metavar="FILE...")],
+    overrides: _Set = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--vary", help="One candidate a value, such as --vary parallel.ep=8,16. May be repeated.", metavar="KEY=V,V"
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Run so many seeds, the same for all.", min=1, max=1000, metavar="N")] = 1,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", help="Only this figure. May be repeated.", metavar="NAME")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Write a picture, too: FILE.png, .svg or .pdf.", metavar="FILE")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON instead of a table.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep comparison.json and every run's results here.", metavar="DIR")
+    ] = None,
+    plugin: _Plugin = None,
+) -> None:
+    """Run candidates under the same seeds: which is better, and which cannot be told apart."""
+    _load_plugins(plugin)
+    from moesim.candidates import load_candidates, parse_axes, run_candidates
+    from moesim.compare import chosen_figures
+    from moesim.compare import compare as judge
+    from moesim.results import json_text, replacing_file, write_results
+    from moesim.terminal import progress_bar
+
+    figures = chosen_figures(metric or ())
+    if plot is not None:
+        from moesim.plot_compare import check_target
+
+        check_target(plot)
+    candidates, chosen = load_candidates(files, overrides or (), parse_axes(vary or ()), seeds)
+    _notes(warning for candidate in candidates for warning in candidate.scenario.warnings)
+
+    def keep(result: RunResult | TrainingResult, scenario: Scenario) -> None:
+        if out is not None:
+            write_results(result, scenario, out, sys.argv)
+
+    with progress_bar() as advance:
+        comparison = judge(run_candidates(candidates, chosen, advance, keep), figures, chosen)
+    report = comparison.to_json()
+    if plot is not None and comparison.feasible:
+        from moesim.plot_compare import draw
+
+        draw(report, plot)
+    if out is not None:
+        with replacing_file(out / "comparison.json") as path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json_text(report), encoding="utf-8")
+    if as_json:
+        sys.stdout.write(json_text(report))
+    else:
+        from moesim.terminal_compare import render
+
+        render(report)
+    for what, where in (("plot", plot if comparison.feasible else None), ("results", out)):
+        if where is not None:
+            print(f"{what}: {where}", file=sys.stderr if as_json else sys.stdout)
+    if not comparison.feasible:
+        raise typer.Exit(Infeasible.exit_code)
 
 
 @app.command()
 def check(file: _File, overrides: _Set = None, plugin: _Plugin = None) -> None:
     """Check a scenario and the files it names without running it."""
     scenario = _load(file, overrides, None, plugin)
-    from moesim.workload.requests import build_requests
-    from moesim.workload.routing import load_routing
-
-    stream = build_requests(scenario.requests, scenario.base, scenario.seed)
-    notes = list(stream.warnings)
-    if scenario.model.is_moe:
-        notes += load_routing(
-            scenario.routing, scenario.model, scenario.base, scenario.seed, scenario.policies.routing
-        ).warnings
+    notes, size = _check_training(scenario) if scenario.requests is None else _check_serving(scenario)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     p = scenario.parallel
     print(
         f"ok: {scenario.name} ({scenario.hash}): {scenario.model.name} on {scenario.cluster.nodes} x "
         f"{scenario.cluster.gpus_per_node} {scenario.cluster.profile.name}, tp {p.tp}, dp {p.dp}, ep {p.ep}, "
-        f"replicas {p.replicas}; {len(stream.prompt_tokens):,} requests"
+        f"replicas {p.replicas}; {size}"
     )
+
+
+def _check_serving(scenario: Scenario) -> tuple[list[str], str]:
+    """Notes about traffic and routing, and how many requests there are."""
+    from moesim.cost.routed import pool_source
+    from moesim.workload.requests import build_requests
+
+    assert scenario.requests is not None
+    stream = build_requests(scenario.requests, scenario.base, scenario.seed)
+    notes = list(stream.warnings)
+    if scenario.model.is_moe:
+        notes += pool_source(scenario, scenario.seed).warnings
+    return notes, f"{len(stream.prompt_tokens):,} requests"
+
+
+def _check_training(scenario: Scenario) -> tuple[list[str], str]:
+    """How many steps of how many tokens there are; the routing's files are read."""
+    from moesim.training.scores import training_scores
+
+    training = scenario.training
+    assert training is not None
+    if scenario.model.is_moe:
+        training_scores(scenario, scenario.seed)
+    tokens = training.global_batch_sequences * training.sequence_tokens
+    return [], f"{training.steps:,} training steps of {tokens:,} tokens"
 
 
 @app.command()
@@ -230,6 +330,22 @@ def models() -> None:
     from moesim.terminal import model_table
 
     model_table()
+
+
+@app.command()
+def routers(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the presets as JSON, equations included.")] = False,
+) -> None:
+    """List the routers that a scenario can name: mechanisms, and presets that stand for papers."""
+    if as_json:
+        from moesim.results import json_text
+        from moesim.scenario.presets import presets
+
+        sys.stdout.write(json_text({name: dataclasses.asdict(p) for name, p in presets().items()}))
+        return
+    from moesim.terminal import router_table
+
+    router_table()
 
 
 @app.command()

@@ -9,7 +9,7 @@ from moesim.errors import BadInput
 
 __all__ = ["FLOAT_DTYPES", "KV_DTYPES", "Dtype", "dtype_bytes", "tensor_bytes"]
 
-Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp8_block", "int8", "int4", "mxfp4", "nvfp4"]
+Dtype = Literal["fp32", "bf16", "fp16", "fp8", "fp8_block", "int8", "int4", "mxfp4", "nvfp4", "ternary"]
 FLOAT_DTYPES: tuple[Dtype, ...] = ("fp32", "bf16", "fp16")
 KV_DTYPES: tuple[Dtype, ...] = ("fp32", "bf16", "fp16", "fp8", "int8", "int4", "nvfp4")
 
@@ -24,6 +24,7 @@ _BYTES: dict[str, Fraction] = {
     "int4": Fraction(1, 2) + Fraction(2, 128),  # one fp16 scale a group of 128 (GPTQ, AWQ defaults)
     "mxfp4": Fraction(17, 32),  # 32 elements of 4 bits and one 8-bit scale (OCP MX v1.0, table 1)
     "nvfp4": Fraction(9, 16),  # 16 elements of 4 bits and one fp8 scale
+    "ternary": Fraction(1, 4),  # two bits a weight as kernels pack them (MoTE, BitNet); log2(3) bits would be the least
 }
 
 

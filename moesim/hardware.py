@@ -74,7 +74,7 @@ OPERATORS = (
 
 GradeName = Literal["measured", "interpolated", "extrapolated", "assumed"]
 
-DtypeName = Literal["fp32", "bf16", "fp16", "fp8", "fp8_block", "int8", "int4", "mxfp4", "nvfp4"]
+DtypeName = Literal["fp32", "bf16", "fp16", "fp8", "fp8_block", "int8", "int4", "mxfp4", "nvfp4", "ternary"]
 """The same names as `moesim.model.Dtype`; written again because hardware and model do not import each other."""
 
 _COMPUTE_AS: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -88,6 +88,7 @@ _COMPUTE_AS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "int4": ("bf16", "fp16"),  # weights only: unpacked, multiplied in bf16
         "mxfp4": ("mxfp4", "bf16", "fp16"),
         "nvfp4": ("nvfp4", "bf16", "fp16"),
+        "ternary": ("bf16", "fp16"),  # weights only, as int4
     }
 )
 _DEFAULT_ERROR = 0.30  # 1 sigma of log where a profile states none: a roofline with typical efficiencies

@@ -56,9 +56,10 @@ class RankMemory:
 
 
 def rank_memory(
-    model: MoEModel, cluster: Cluster, layout: Layout, engine: EngineSpec, slots_per_part: int
+    model: MoEModel, cluster: Cluster, layout: Layout, engine: EngineSpec, slots_per_part: float
 ) -> RankMemory:
-    """Memory of one rank. `slots_per_part`: expert slots (replicas included) of one expert-parallel part and layer."""
+    """Memory of one rank. `slots_per_part`: expert slots (replicas included) of one expert-parallel part and set of
+    experts, smaller experts counted by their size."""
     tokens = engine.max_num_batched_tokens
     act = dtype_bytes(model.activation_dtype)
     # residual, normed input, attention in and out, and the widest feed-forward intermediate, each [tokens, width]
@@ -72,7 +73,7 @@ def rank_memory(
     # float32 logits of the sampled rows of one vocabulary shard
     activations += 4 * engine.max_num_seqs * model.vocab_size // layout.tp
     # one buffer each for tokens received and sent: at most every token of a rank to every one of its K experts
-    exchange = int(2 * tokens * min(model.top_k, layout.ep) * model.hidden_size * act) if layout.exchanges else 0
+    exchange = int(2 * tokens * min(model.top_k, layout.ep) * model.expert_hidden * act) if layout.exchanges else 0
     kv_layers = set(model.kv_bytes_per_token(layout.tp))
     per_layer = max(kv_layers)
     kv_unit = int(per_layer * engine.block_size)
@@ -80,7 +81,9 @@ def rank_memory(
     usable = int(capacity * engine.gpu_memory_utilization)
     # engines keep the two absorbed halves of MLA's up-projection beside the projection itself
     dense_weights = model.weight_bytes_dense_rank(layout.tp) + model.mla_absorbed_bytes_rank(layout.tp)
-    experts = model.num_moe_layers * slots_per_part * model.expert_bytes() // layout.expert_tp if model.is_moe else 0
+    experts = 0
+    if model.is_moe:
+        experts = int(model.num_expert_sets * slots_per_part * model.expert_bytes()) // layout.expert_tp
     runtime = int(engine.runtime_memory_gib * _GIB)
     fixed = dense_weights + experts + activations + exchange + runtime
     return RankMemory(
@@ -97,7 +100,7 @@ def rank_memory(
 
 
 def require_fit(
-    model: MoEModel, cluster: Cluster, layout: Layout, engine: EngineSpec, slots_per_part: int
+    model: MoEModel, cluster: Cluster, layout: Layout, engine: EngineSpec, slots_per_part: float
 ) -> RankMemory:
     """`rank_memory`, or Infeasible with the bytes by use and the smallest changes that would fit."""
     memory = rank_memory(model, cluster, layout, engine, slots_per_part)
@@ -115,15 +118,15 @@ def require_fit(
     raise Infeasible(reasons)
 
 
-def _mends(model: MoEModel, cluster: Cluster, layout: Layout, engine: EngineSpec, slots_per_part: int) -> list[str]:
+def _mends(model: MoEModel, cluster: Cluster, layout: Layout, engine: EngineSpec, slots_per_part: float) -> list[str]:
     """The smallest single change of each kind that fits, found by trying."""
     out: list[str] = []
 
-    def fits(m: MoEModel, lay: Layout, eng: EngineSpec, slots: int) -> bool:
+    def fits(m: MoEModel, lay: Layout, eng: EngineSpec, slots: float) -> bool:
         return rank_memory(m, cluster, lay, eng, slots).kv_units >= m.num_layers
 
     if model.is_moe:
-        slots_all = slots_per_part * layout.ep
+        slots_all = round(slots_per_part * layout.ep)
         for factor in (2, 4, 8, 16, 32, 64):
             ranks = layout.ranks * factor
             ep = max(e for e in range(1, min(ranks, slots_all) + 1) if ranks % e == 0)

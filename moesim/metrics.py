@@ -20,7 +20,7 @@ from moesim.arrays import BoolArray, FloatArray, IntArray
 from moesim.record import RequestRecords, StepRecords
 from moesim.scenario.spec import SloSpec
 
-__all__ = ["Errors", "distribution", "interval", "latencies", "throughput"]
+__all__ = ["Errors", "distribution", "interval", "latencies", "pacing", "request_latencies", "throughput"]
 
 Z90 = 1.6448536269514722
 _BATCHES = 20
@@ -94,24 +94,47 @@ def _sampling(values: FloatArray, weights: IntArray | None) -> dict[str, float]:
 def latencies(requests: RequestRecords, steps: StepRecords, errors: Errors) -> dict[str, Any]:
     """ttft_ms, tpot_ms, itl_ms, e2e_ms over completed requests, each `distribution` or None.
 
-    TPOT of a request: (last - first token) / (output - 1), where it has more than one. ITL: gaps between output
-    tokens of one request: one for each decode token, the length of its step (or of the stall a preemption caused).
+    ITL: gaps between output tokens of one request: one for each decode token, the length of its step (or of the stall
+    a preemption caused). The others: `request_latencies`.
     """
-    done = requests.completed
-    first, finish, arrival = (x[done] for x in (requests.first_token_ns, requests.finish_ns, requests.arrival_ns))
-    output = requests.output_tokens[done]
-    several = output > 1
-    per_token = (finish - first)[several] / (output[several] - 1)
+    of_requests = {name: values for name, (_, values) in request_latencies(requests).items()}
     weights = steps.per_step(steps.run_decoding)
     gaps = np.concatenate([steps.duration_ns, steps.stall_ns]) / 1e6
     weights = np.concatenate([weights, np.ones(len(steps.stall_ns), np.int64)])
     kept = weights > 0
     return {
-        "ttft_ms": distribution((first - arrival) / 1e6, None, errors),
-        "tpot_ms": distribution(per_token / 1e6, None, errors),
+        "ttft_ms": distribution(of_requests["ttft_ms"], None, errors),
+        "tpot_ms": distribution(of_requests["tpot_ms"], None, errors),
         "itl_ms": distribution(gaps[kept], weights[kept], errors),
-        "e2e_ms": distribution((finish - arrival) / 1e6, None, errors),
+        "e2e_ms": distribution(of_requests["e2e_ms"], None, errors),
     }
+
+
+def request_latencies(requests: RequestRecords) -> dict[str, tuple[IntArray, FloatArray]]:
+    """ttft_ms, tpot_ms, e2e_ms: rows of `requests` and their values, of completed requests.
+
+    TPOT of a request: (last - first token) / (output - 1), where it has more than one.
+    """
+    row = np.flatnonzero(requests.completed)
+    first, finish, arrival = (x[row] for x in (requests.first_token_ns, requests.finish_ns, requests.arrival_ns))
+    output = requests.output_tokens[row]
+    several = output > 1
+    per_token = (finish - first)[several] / (output[several] - 1)
+    return {
+        "ttft_ms": (row, (first - arrival) / 1e6),
+        "tpot_ms": (row[several], per_token / 1e6),
+        "e2e_ms": (row, (finish - arrival) / 1e6),
+    }
+
+
+def pacing(requests: RequestRecords, closed_loop: bool) -> float:
+    """How far throughput moves with step time: 1 in a closed loop, else the share of the makespan after the last
+    arrival, for until then the arrivals set the pace. 0 where nothing completed."""
+    done = requests.completed
+    if not done.any():
+        return 0.0
+    start, end = int(requests.arrival_ns[done].min()), int(requests.finish_ns[done].max())
+    return 1.0 if closed_loop else (end - int(requests.arrival_ns[done].max())) / max(end - start, 1)
 
 
 def throughput(
@@ -130,8 +153,7 @@ def throughput(
     duration = (end - start) / 1e9
     output = int(requests.output_tokens[done].sum())
     total = output + int(requests.prompt_tokens[done].sum())
-    paced = 1.0 if closed_loop else (end - int(requests.arrival_ns[done].max())) / max(end - start, 1)
-    relative = errors.step * paced
+    relative = errors.step * pacing(requests, closed_loop)
     rates = {
         "output_tok_per_s": output / duration,
         "total_tok_per_s": total / duration,

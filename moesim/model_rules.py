@@ -127,6 +127,7 @@ def _expert_disagreements(m: MoEModel) -> list[tuple[str, str]]:
         ))  # fmt: skip
     if not 1 <= m.moe_intermediate_size <= MAX_DIMENSION:
         bad.append(("moe_intermediate_size", f"an expert needs an intermediate size; got {m.moe_intermediate_size}"))
+    bad += _pass_disagreements(m)
     groups, top = m.num_expert_groups, m.top_groups
     if groups < 1 or m.num_experts % max(1, groups):
         bad.append((
@@ -139,4 +140,28 @@ def _expert_disagreements(m: MoEModel) -> list[tuple[str, str]]:
             f"the chosen groups must be from 1 to {groups} and hold top_k experts: top_groups={top} of "
             f"{m.num_experts // groups} experts each, top_k={m.top_k}",
         ))  # fmt: skip
+    return bad
+
+
+def _pass_disagreements(m: MoEModel) -> list[tuple[str, str]]:
+    """How often experts are visited, who shares them, and how large they are."""
+    bad: list[tuple[str, str]] = []
+    if not 1 <= m.moe_iterations <= 64:
+        bad.append(("moe_iterations", f"iterations of a MoE layer must be from 1 to 64; got {m.moe_iterations}"))
+    if not 1 <= m.pool_layers <= len(m.moe_layers):
+        bad.append((
+            "pool_layers",
+            f"a pool is shared by 1 to all {len(m.moe_layers)} MoE layers; got {m.pool_layers}",
+        ))  # fmt: skip
+    widths = m.expert_widths
+    if widths and (m.num_experts % len(widths) or not all(0 < w <= 1024 for w in widths)):
+        bad.append((
+            "expert_widths",
+            f"expert_widths gives equal blocks of experts their relative size (over 0): {len(widths)} sizes for "
+            f"{m.num_experts} experts; got {list(widths)}",
+        ))  # fmt: skip
+    for field in ("expert_hidden_size", "router_columns"):
+        value = getattr(m, field)
+        if not 0 <= value <= MAX_DIMENSION:
+            bad.append((field, f"{field} must be from 0 to {MAX_DIMENSION}; got {value}"))
     return bad

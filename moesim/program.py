@@ -24,7 +24,8 @@ class Stage:
     """What a rank runs between two meetings, as counts of layer parts.
 
     `full`, `window`: attention blocks by kind. `dense`: dense feed-forward blocks. `moe`: MoE blocks' own part on the
-    rank (norm, router, shared expert). `first`, `last`: the embedding and the final norm run here.
+    rank (norm, router, shared expert). `first`, `last`: the embedding and the final norm run here. `again`: further
+    passes of a layer through its experts (norm, router).
     """
 
     full: int
@@ -33,6 +34,7 @@ class Stage:
     moe: int
     first: bool
     last: bool
+    again: int = 0
 
     @property
     def attention(self) -> int:
@@ -43,7 +45,7 @@ class Stage:
 def stages(model: MoEModel, meet: bool) -> list[Stage]:
     """The stages of one pass in order. `meet`: ranks meet at every MoE layer (attention data parallelism)."""
     out: list[Stage] = []
-    full = window = dense = moe = 0
+    full = window = dense = moe = again = 0
     first = True
     moe_layers = set(model.moe_layers)
     for layer in range(model.num_layers):
@@ -57,9 +59,12 @@ def stages(model: MoEModel, meet: bool) -> list[Stage]:
         moe += 1
         if meet:
             out.append(Stage(full, window, dense, moe, first, False))
+            out += [Stage(0, 0, 0, 0, False, False, 1)] * (model.moe_iterations - 1)
             full = window = dense = moe = 0
             first = False
-    out.append(Stage(full, window, dense, moe, first, True))
+        else:
+            again += model.moe_iterations - 1
+    out.append(Stage(full, window, dense, moe, first, True, again))
     return out
 
 

@@ -40,9 +40,7 @@ class Result(Protocol):
 
     def to_json(self) -> dict[str, Any]: ...
 
-    def requests_table(self) -> Mapping[str, AnyArray]: ...
-
-    def steps_table(self) -> Mapping[str, AnyArray]: ...
+    def tables(self) -> Mapping[str, Mapping[str, AnyArray]]: ...
 
 
 def json_text(data: Any) -> str:
@@ -56,7 +54,7 @@ def results_folder(scenario: Scenario, out: Path) -> Path:
 
 
 def write_results(result: Result, scenario: Scenario, out: Path, command: list[str] | None = None) -> Path:
-    """Write scenario.yaml, result.json, two tables and provenance.json; returns the folder.
+    """Write scenario.yaml, result.json, the tables and provenance.json; returns the folder.
 
     An earlier result of the same name is replaced at once. Raises BadInput when the folder cannot be written
     or something that is no result lies in its place.
@@ -69,8 +67,8 @@ def write_results(result: Result, scenario: Scenario, out: Path, command: list[s
     def fill(folder: Path) -> None:
         (folder / "scenario.yaml").write_text(dump_yaml(_rebased(scenario, target)), encoding="utf-8")
         (folder / "result.json").write_text(json_text(report), encoding="utf-8")
-        _write_parquet(folder / "requests.parquet", result.requests_table())
-        _write_parquet(folder / "steps.parquet", result.steps_table())
+        for name, table in result.tables().items():
+            _write_parquet(folder / f"{name}.parquet", table)
         (folder / "provenance.json").write_text(json_text(_provenance(report, scenario, command)), encoding="utf-8")
 
     with _write_errors(out):
@@ -146,11 +144,21 @@ def _write_errors(path: Path) -> Iterator[None]:
 
 
 def _write_parquet(path: Path, table: Mapping[str, AnyArray]) -> None:
+    import numpy as np
     import pyarrow as pa
     from pyarrow import parquet
 
     schema_version = {"moesim.schema_version": str(SCHEMA_VERSION)}
-    arrow = pa.table({name: pa.array(column) for name, column in table.items()})
+    # from buffers: `pa.array` of NumPy columns imports pandas, where it is installed, to ask whether they are its own
+    columns = {name: np.ascontiguousarray(column) for name, column in table.items()}
+    assert all(column.dtype.kind in "iuf" for column in columns.values())  # Arrow packs truth values into bits
+    arrow = pa.Table.from_arrays(
+        [
+            pa.Array.from_buffers(pa.from_numpy_dtype(column.dtype), len(column), [None, pa.py_buffer(column)])
+            for column in columns.values()
+        ],
+        names=list(columns),
+    )
     parquet.write_table(arrow.replace_schema_metadata(schema_version), path, compression="zstd")
 
 

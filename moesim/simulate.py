@@ -19,6 +19,7 @@ from moesim.cost.experts import ExpertPrices
 from moesim.cost.explain import Explanation, explain
 from moesim.cost.operators import Operators
 from moesim.cost.pricer import Pricer, Run
+from moesim.cost.routed import figures, route_source
 from moesim.cost.step import MoECost, NoExperts, StepPricer
 from moesim.cost.tokens import TokenExperts
 from moesim.engine.core import Deployment, Outcome, run
@@ -29,14 +30,17 @@ from moesim.hardware import GRADES
 from moesim.layout import Layout
 from moesim.memory import RankMemory, require_fit
 from moesim.metrics import Errors, latencies, throughput
-from moesim.placement import Placement, PlacementContext
+from moesim.model import MoEModel
+from moesim.placement import Placement, PlacementContext, PlacementPolicy
 from moesim.record import REJECTED
+from moesim.routing.batch import BatchRouter
 from moesim.scenario.load import Scenario
+from moesim.training.result import TrainingResult
+from moesim.training.run import simulate_training
 from moesim.units import s_to_ns
 from moesim.workload.pool import RoutingSource
 from moesim.workload.replay import Replay
-from moesim.workload.requests import RequestStream, build_requests
-from moesim.workload.routing import load_routing
+from moesim.workload.requests import RequestsSpec, RequestStream, build_requests
 
 __all__ = ["SCHEMA_VERSION", "RunResult", "simulate"]
 
@@ -55,6 +59,19 @@ class _Experts:
     replay: Replay | None
     fitted: bool
     """the placement depends on the loads it was given, which are those it is judged on"""
+    router: BatchRouter | None = None
+    """routes from scores; None: the source's ids stand"""
+    figures: dict[str, Any] | None = None
+    """of a sample of the pool routed as one batch (`moesim.cost.routed.figures`)"""
+    other_figures: dict[str, Any] | None = None
+    """the same on another model of the scores that are assumed"""
+    slot_size: float = 0.0
+    """the fullest part's expert slots in one set of experts, in experts of relative size 1"""
+
+    @property
+    def batches(self) -> BatchRouter | None:
+        """The router, where every batch is routed by it."""
+        return self.router if self.router is not None and self.router.couples else None
 
 
 @dataclass(slots=True)
@@ -103,17 +120,25 @@ class RunResult:
         return p.tp * p.dp * p.replicas
 
     @property
+    def operator_share(self) -> dict[str, float]:
+        """Share of the steps' time by the operator that priced it; empty where nothing ran."""
+        e = self.explanation
+        share: dict[str, float] = {}
+        if e is not None:
+            total = max(sum(e.ns.values()), 1)
+            for name, spent in e.ns.items():
+                share[e.operator[name]] = share.get(e.operator[name], 0.0) + spent / total
+        return share
+
+    @property
     def errors(self) -> Errors:
         """Relative error of step time: profile by operator shares, and bank by the experts' share."""
         e = self.explanation
         if e is None:
             return Errors(0.0, 0.0)
         total = max(sum(e.ns.values()), 1)
-        share: dict[str, float] = {}
-        for name, spent in e.ns.items():
-            share[e.operator[name]] = share.get(e.operator[name], 0.0) + spent / total
         profile = self.scenario.cluster.profile
-        device = {operator: part for operator, part in share.items() if operator != "host"}
+        device = {operator: part for operator, part in self.operator_share.items() if operator != "host"}
         variance = sum((part * profile.error(operator)) ** 2 for operator, part in device.items())
         variance += (sum(device.values()) * profile.speed_error) ** 2
         expert_share = sum(e.ns.get(name, 0) for name in ("dispatch", "experts", "combine")) / total
@@ -150,7 +175,8 @@ class RunResult:
             "time_share": self._time_share(),
             "links": self._links(),
             "memory": self._memory(),
-            "drops": None,
+            "drops": self._drops(),
+            "routing": self._routing(),
             "cache": None,
             "replay": self._replay(),
             "error": {"profile": errors.profile, "bank": errors.bank},
@@ -173,7 +199,7 @@ class RunResult:
         e = self.explanation
         if e is None or self.experts is None or not e.stats[1]:
             return None
-        most, mean, ratio, _, _, mean_ns = e.stats
+        most, mean, ratio, _, _, mean_ns = e.stats[:6]
         return {
             "max_over_mean_load": float(ratio) / e.steps,
             "lockstep": float(most / mean),
@@ -203,12 +229,39 @@ class RunResult:
         slots = slice(part * placement.slots_per_rank, (part + 1) * placement.slots_per_rank)
         slot = slots.start + int(slot_LS[layer, slots].argmax())
         return {
-            "layer": self.scenario.model.moe_layers[layer],
+            "layer": self.scenario.model.moe_passes[layer],
             "rank": part,
             "max_over_mean_load": float(ratio[layer, part]),
             "expert": int(placement.slot_to_expert_LS[layer, slot]),
             "expert_share_of_rank": float(slot_LS[layer, slot] / max(slot_LS[layer, slots].sum(), 1e-300)),
         }
+
+    def _drops(self) -> dict[str, Any] | None:
+        """What the capacity refused, as shares of the (token, expert) pairs that were chosen."""
+        e, router = self.explanation, None if self.experts is None else self.experts.batches
+        if e is None or router is None or router.capacity is None:
+            return None
+        wanted, dropped = router.wanted_bins, router.dropped_bins
+        return {
+            "share": float(e.stats[8] / max(e.stats[7], 1.0)),
+            "by_position": [float(d / w) if w else None for d, w in zip(dropped, wanted, strict=True)],
+        }
+
+    def _routing(self) -> dict[str, Any] | None:
+        """What routers did: experts a token, and for those that need scores, where these come from and what another
+        model of the scores that no trace holds would give."""
+        e, experts = self.explanation, self.experts
+        if e is None or experts is None or not e.stats[6]:
+            return None
+        out: dict[str, Any] = {"experts_per_token": float((e.stats[7] - e.stats[8]) / e.stats[6]), "scores": None}
+        if experts.router is not None:
+            out["scores"] = {
+                "model": experts.router.scores.name,
+                "assumed": experts.router.scores.assumed or None,
+                "figures": experts.figures,
+                "other": experts.other_figures,
+            }
+        return out
 
     def _time_share(self) -> dict[str, float]:
         e = self.explanation
@@ -265,6 +318,10 @@ class RunResult:
             "elapsed": {"event_loop_s": self.loop_s},
         }
 
+    def tables(self) -> dict[str, dict[str, AnyArray]]:
+        """The tables of a results folder by name."""
+        return {"requests": self.requests_table(), "steps": self.steps_table()}
+
     def requests_table(self) -> dict[str, AnyArray]:
         """One row a request; times in ns, -1 where rejected or unfinished."""
         assert self.outcome is not None
@@ -291,23 +348,30 @@ class RunResult:
 
 def simulate(
     scenario: Scenario, seed: int | None = None, *, progress: Callable[[float], None] | None = None
-) -> RunResult:
-    """Run a scenario. `progress` is told the share of requests that have ended.
+) -> RunResult | TrainingResult:
+    """Run a scenario: requests that are served, or steps of training. `progress` is told the share that is done.
 
     Returns a result that is not feasible, with reasons, where the deployment does not fit. Raises BadInput for
     traffic or routing that cannot be used.
     """
-    seed = scenario.seed if seed is None else seed
+    if scenario.requests is None:
+        return simulate_training(scenario, seed, progress=progress)
+    return _serve(scenario, scenario.requests, scenario.seed if seed is None else seed, progress)
+
+
+def _serve(
+    scenario: Scenario, requests: RequestsSpec, seed: int, progress: Callable[[float], None] | None
+) -> RunResult:
     layout = Layout.of(
         scenario.model, scenario.cluster, scenario.parallel.tp, scenario.parallel.dp, scenario.parallel.ep
     )
     result = RunResult(scenario, seed, layout=layout)
-    stream = build_requests(scenario.requests, scenario.base, seed)
+    stream = build_requests(requests, scenario.base, seed)
     result.stream = stream
     ops = Operators(scenario.cluster.profile, scenario.engine.cuda_graph)
     try:
         experts = _experts(scenario, layout, ops, stream, seed) if scenario.model.is_moe else None
-        slots = experts.placement.slots_per_rank if experts is not None else 0
+        slots = experts.slot_size if experts is not None else 0
         memory = require_fit(scenario.model, scenario.cluster, layout, scenario.engine, slots)
     except Infeasible as error:
         result.reasons = error.reasons
@@ -364,6 +428,8 @@ def simulate(
 def _warnings(experts: _Experts) -> tuple[str, ...]:
     """The source's own warnings, what count fidelity makes of domains and drift, and what a placement was fitted on."""
     source, out = experts.source, list(experts.source.warnings)
+    if experts.router is not None:
+        out += [f"routing: {text}" for text in (*experts.router.warnings, experts.router.scores.assumed) if text]
     if experts.replay is None and (source.domain_Q is not None or source.window_Q is not None):
         told = "at count fidelity batches are drawn from the whole pool: domains and drift are averaged, not followed"
         out.append(f"routing: {told}; use routing.fidelity token to follow them")
@@ -427,29 +493,59 @@ def _tables(
 
 def _experts(scenario: Scenario, layout: Layout, ops: Operators, stream: RequestStream, seed: int) -> _Experts:
     model, policies = scenario.model, scenario.policies
-    source = load_routing(scenario.routing, model, scenario.base, seed, policies.routing)
+    source, router, other = route_source(scenario, seed)
     context = PlacementContext(
         num_ranks=layout.ep,
         num_nodes=max(1, min(layout.nodes, layout.ep)),
         num_groups=model.num_expert_groups,
     )
-    weight_LE = source.count_LE().astype(np.float64)
-    placement = policies.placement.place(weight_LE, context)
-    blind = policies.placement.place(np.ones_like(weight_LE), context)
-    fitted = not np.array_equal(blind.slot_to_expert_LS, placement.slot_to_expert_LS)
-    prices = ExpertPrices(model, layout, ops, placement.slots_per_rank)
+    placement, fitted = _place(policies.placement, source, model, context)
+    prices = ExpertPrices(model, layout, ops, placement.slots_per_rank, placement.slot_to_expert_LS)
     replay = None
-    if _follow_tokens(scenario, source, stream):
+    coupled = router is not None and router.couples
+    if _follow_tokens(scenario, source, stream, coupled):
         replay = Replay(source, stream.prompt_tokens, stream.output_tokens, seed)
-    return _Experts(source, placement, prices, replay, fitted)
+    sizes = model.expert_size_E
+    slot_size: float = placement.slots_per_rank
+    if sizes:
+        size_LS = np.asarray(sizes)[placement.slot_to_expert_LS]
+        slot_size = float(size_LS.reshape(len(size_LS), layout.ep, -1).sum(axis=2).max())
+    return _Experts(
+        source,
+        placement,
+        prices,
+        replay,
+        fitted,
+        router,
+        None if router is None else figures(router, placement),
+        None if other is None else figures(other, placement),
+        slot_size,
+    )
 
 
-def _follow_tokens(scenario: Scenario, source: RoutingSource, stream: RequestStream) -> bool:
-    """Token fidelity, where asked for; `auto` follows tokens of a recorded trace while that stays quick."""
+def _place(
+    policy: PlacementPolicy, source: RoutingSource, model: MoEModel, context: PlacementContext
+) -> tuple[Placement, bool]:
+    """The placement of every pass, and whether it depends on the loads. Passes of one set of experts share a map."""
+    weight_LE = source.count_LE().astype(np.float64)
+    set_L = np.array(model.set_of_pass)
+    weight_ZE = np.zeros((model.num_expert_sets, weight_LE.shape[1]))
+    np.add.at(weight_ZE, set_L, weight_LE)
+    placement = policy.place(weight_ZE, context)
+    blind = policy.place(np.ones_like(weight_ZE), context)
+    fitted = not np.array_equal(blind.slot_to_expert_LS, placement.slot_to_expert_LS)
+    if model.num_expert_sets < len(set_L):
+        placement = context.placement(placement.slot_to_expert_LS[set_L], placement.num_experts)
+    return placement, fitted
+
+
+def _follow_tokens(scenario: Scenario, source: RoutingSource, stream: RequestStream, coupled: bool) -> bool:
+    """Token fidelity, where asked for; `auto` follows tokens of a recorded trace while that stays quick (routing every
+    batch anew costs some forty times as much as looking ids up)."""
     if scenario.routing.fidelity != "auto":
         return scenario.routing.fidelity == "token"
     ids = int(stream.prompt_tokens.sum() + stream.output_tokens.sum()) * source.num_layers * source.top_k
-    return source.recorded and ids <= _TOKEN_FIDELITY_IDS
+    return source.recorded and ids * (40 if coupled else 1) <= _TOKEN_FIDELITY_IDS
 
 
 def _moe_cost(scenario: Scenario, layout: Layout, experts: _Experts | None, seed: int, group: int) -> MoECost:
@@ -457,7 +553,9 @@ def _moe_cost(scenario: Scenario, layout: Layout, experts: _Experts | None, seed
         return NoExperts()
     dispatch = scenario.policies.dispatch
     if experts.replay is not None:
-        return TokenExperts(experts.source, experts.replay, experts.placement, dispatch, layout, experts.prices, seed)
+        return TokenExperts(
+            experts.source, experts.replay, experts.placement, dispatch, layout, experts.prices, seed, experts.batches
+        )
     return CountExperts(
         experts.source,
         experts.placement,
@@ -466,4 +564,5 @@ def _moe_cost(scenario: Scenario, layout: Layout, experts: _Experts | None, seed
         experts.prices,
         scenario.engine.bank_entries,
         seed,
+        experts.batches,
     )

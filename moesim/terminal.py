@@ -20,7 +20,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from moesim.scenario.load import Scenario
 
-__all__ = ["bound_by", "model_table", "profile_table", "progress_bar", "summary"]
+__all__ = ["bound_by", "model_table", "profile_table", "progress_bar", "router_table", "summary"]
 
 _GIB = 2**30
 _LATENCIES = {
@@ -35,6 +35,8 @@ _MEMORY_NAMES = {
     "activations": "activations",
     "exchange_buffers": "exchange buffers",
     "runtime": "runtime",
+    "optimizer_states": "optimizer states",
+    "zero_buffers": "buffers of shared weights",
     "kv_peak": "KV cache at its peak",
 }
 _GRADES = ("measured", "interpolated", "extrapolated", "assumed")
@@ -58,17 +60,26 @@ def _console(file: IO[str] | None = None, width: int | None = None) -> Console:
 
 
 def summary(report: dict[str, Any], scenario: Scenario, file: IO[str] | None = None, width: int | None = None) -> None:
-    """Print the summary of a feasible run."""
+    """Print the summary of a feasible run, of requests or of training steps."""
     console = _console(file, width)
     found = report["summary"]
+    training = found.get("mode") == "training"
     with console.capture() as captured:
         _head(console, report, scenario)
         _memory(console, found)
-        _speed(console, found)
-        _latency(console, found)
+        if training:
+            _training_speed(console, found)
+        else:
+            _speed(console, found)
+            _latency(console, found)
         _time(console, found)
-        _balance(console, found)
-        _links(console, found)
+        if training:
+            _training_balance(console, found)
+            _training_links(console, found)
+        else:
+            _balance(console, found)
+            _routing(console, found)
+            _links(console, found)
         _honesty(console, report)
     _write(console, captured.get())
 
@@ -162,7 +173,11 @@ def _time(console: Console, found: dict[str, Any]) -> None:
     for name, share in shown:
         table.add_row(name.replace("_", " "), _percent(share), _bar(share / most, max(10, console.width // 3)))
     console.print(Padding(table, (0, 0, 0, 2), expand=False))
-    _say(console, bound_by(found))
+    if found.get("mode") == "training":
+        phases = sorted(found["phase_share"].items(), key=lambda kv: (-kv[1], kv[0]))
+        _say(console, ", ".join(f"{name.replace('_', ' ')} {_percent(share)}" for name, share in phases if share))
+    else:
+        _say(console, bound_by(found))
 
 
 def bound_by(found: dict[str, Any]) -> str:
@@ -207,6 +222,34 @@ def _balance(console: Console, found: dict[str, Any]) -> None:
         _say(console, line)
 
 
+def _routing(console: Console, found: dict[str, Any]) -> None:
+    """Only where routers ran on scores: experts a token, drops, and what another model of the scores would give."""
+    routing, drops = found.get("routing") or {}, found.get("drops")
+    scores = routing.get("scores")
+    if not scores and not drops:
+        return
+    _section(console, "Routing")
+    _say(console, f"experts a token: {_number(routing['experts_per_token'])}")
+    if drops:
+        text = f"dropped by the capacity: {_percent(drops['share'])} of the chosen"
+        tenths = [share for share in drops["by_position"] if share is not None]
+        if drops["share"] and tenths:
+            text += f"; {_percent(tenths[0])} in a sequence's first tenth, {_percent(tenths[-1])} in its last"
+        _say(console, text)
+    if scores and scores.get("other"):
+        one, other = scores["figures"], scores["other"]
+        _say(
+            console,
+            "scores are partly assumed; 2,048 tokens routed at once under two models of them: "
+            + "; ".join(
+                f"{f['score_model']}: {_number(f['experts_per_token'])} experts a token, "
+                f"{_percent(f['dropped_share'])} dropped, busiest rank {_number(f['max_over_mean_rank'])} and expert "
+                f"{_number(f['max_over_mean_expert'])} of the mean"
+                for f in (one, other)
+            ),
+        )
+
+
 def _memory(console: Console, found: dict[str, Any]) -> None:
     for tier, use in (found.get("memory") or {}).items():
         _section(console, f"Memory of a rank, {tier.upper()}")
@@ -234,6 +277,59 @@ def _links(console: Console, found: dict[str, Any]) -> None:
         if link.get("busy_share") is not None:
             text += f", tokens on their way {_percent(link['busy_share'])} of the time"
         _say(console, text)
+
+
+def _training_speed(console: Console, found: dict[str, Any]) -> None:
+    _section(console, "Speed")
+    step, rates = found["step_ms"], found["throughput"]
+    table = _table("", ">", "", ">")
+    table.add_row("a step, ms", _number(step["mean"]), _range(step["interval90"]["mean"]), "")
+    for name in ("p50", "p99"):
+        table.add_row(f"  {name}", _number(step[name]), _range(step["interval90"][name]), "")
+    for name, label in (("tok_per_s", "tokens/s"), ("tok_per_s_per_device", "  of each device")):
+        table.add_row(label, _number(rates[name]), _range(rates["interval90"][name]), "")
+    table.add_row("model FLOP utilisation", _percent(found["mfu"]), "", "")
+    console.print(Padding(table, (0, 0, 0, 2), expand=False))
+    steps = found["training"]
+    text = f"{steps['steps']:,} steps simulated, {steps['measured_steps']:,} measured, of "
+    text += f"{steps['tokens_per_step']:,} tokens in {steps['micro_batches']:,} micro-batches"
+    overlap = found["overlap"]
+    if overlap["gradient_reduction_ms"]:
+        text += f"; gradients are summed in {_number(overlap['gradient_reduction_ms'])} ms a step, of which "
+        text += f"{_number(overlap['gradient_reduction_exposed_ms'])} ms are waited for"
+    _say(console, text, "dim")
+
+
+def _training_balance(console: Console, found: dict[str, Any]) -> None:
+    balance, drops = found.get("balance"), found.get("drops")
+    if not balance:
+        return
+    _section(console, "Balance of the experts")
+    lines = [
+        f"busiest expert over the mean, less 1 (MaxVio): {_number(balance['maxvio'])} of a step's batch, "
+        f"{_number(balance['maxvio_micro_batch'])} of a micro-batch; {_number(balance['maxvio_first_step'])} in the "
+        f"first step, {_number(balance['maxvio_last_step'])} in the last",
+        f"busiest rank / mean: {_number(balance['max_over_mean_load'])} in load; ranks wait "
+        f"{_percent(balance['expert_idle_share'])} of the experts' time for the slowest one",
+        f"{_number(found['routing']['experts_per_token'])} experts a token",
+    ]
+    if drops:
+        lines[-1] += f", {_percent(drops['share'])} of the choices dropped"
+        if drops["run_over_kept"] > 1.0005:
+            lines[-1] += f"; kernels run {_number(drops['run_over_kept'])} rows for each that is kept"
+    for line in lines:
+        _say(console, line)
+
+
+def _training_links(console: Console, found: dict[str, Any]) -> None:
+    links = found.get("links")
+    if not links:
+        return
+    _section(console, "Links")
+    for name, link in links.items():
+        parts = [("exchange_bytes", "tokens and their gradients"), ("reduction_bytes", "gradients and weights")]
+        told = ", ".join(f"{_size(link[key])} {label}" for key, label in parts if link[key])
+        _say(console, f"{name}: {told}")
 
 
 def _honesty(console: Console, report: dict[str, Any]) -> None:
@@ -352,6 +448,27 @@ def model_table(file: IO[str] | None = None, width: int | None = None) -> None:
         )
     console = _console(file, width)
     with console.capture() as captured:
+        console.print(table)
+    _write(console, captured.get())
+
+
+def router_table(file: IO[str] | None = None, width: int | None = None) -> None:
+    """Mechanisms and the presets that stand for papers: what each is, its source, and what of it is ours."""
+    from moesim.policy import policy_class, policy_kinds
+    from moesim.scenario.presets import presets
+
+    console = _console(file, width)
+    with console.capture() as captured:
+        kinds = _table("mechanism", "parameters")
+        for kind in policy_kinds("routing"):
+            kinds.add_row(kind, ", ".join(policy_class("routing", kind).model_fields) or "-")
+        console.print(kinds)
+        console.print()
+        table = _table("preset", "mechanism", "also changes", "source")
+        for preset in presets().values():
+            changes = [f"model.{key}" for key in preset.model] + [f"capacity.{key}" for key in preset.capacity]
+            source = preset.source + (" (reconstruction)" if preset.reconstruction else "")
+            table.add_row(preset.name, preset.kind, ", ".join(changes) or "-", source)
         console.print(table)
     _write(console, captured.get())
 

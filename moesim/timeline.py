@@ -22,6 +22,7 @@ from moesim.cost.pricer import Key, Run
 from moesim.cost.step import StepPricer
 from moesim.cost.tokens import TokenExperts
 from moesim.program import Stage
+from moesim.routing.capacity import Phase
 from moesim.simulate import RunResult
 
 __all__ = ["timeline_events", "write_timeline"]
@@ -117,7 +118,7 @@ def _one_step(
         if layers is None or index >= len(layers.dispatch_L) or stage.last:
             continue
         dispatch, combine = int(layers.dispatch_L[index]), int(layers.combine_L[index])
-        layer = {"layer": result.scenario.model.moe_layers[index]}
+        layer = {"layer": result.scenario.model.moe_passes[index]}
         if dispatch:
             yield _slice(pid, exchange, "dispatch", at, dispatch, layer)
         at += dispatch
@@ -160,7 +161,7 @@ def _layers(pricer: StepPricer, run: Run) -> _Layers | None:
     """Per-layer, per-part times of the first step of a run, scaled so that they add up to what was simulated."""
     moe, key = pricer.moe, run.key
     if isinstance(moe, CountExperts):
-        phase = "prefill" if key.total_prefill > key.total_decode else "decode"
+        phase: Phase = "prefill" if key.total_prefill > key.total_decode else "decode"
         tokens = key.total_prefill + key.total_decode
         entry = int(moe.sequence[key.tick % (1 << 16)])
         priced = moe.layers(phase, tokens, key.busiest_tokens)

@@ -62,6 +62,28 @@ def scenario(folder: Path, model: str | None = None, **parts: Any) -> Scenario:
     return scenario_from_dict({k: v for k, v in data.items() if v is not None}, folder)
 
 
+def training_scenario(folder: Path, model: str | dict[str, Any] | None = None, **parts: Any) -> Scenario:
+    """A training scenario of the tiny model on 8 ranks of datasheet H100s, steps of 32 sequences of 128 tokens; keys of
+    `training` are added to these, other `parts` replace top-level keys."""
+    data: dict[str, Any] = {
+        "name": "test",
+        "mode": "training",
+        "seed": 1,
+        "model": model or tiny_model(folder),
+        "cluster": {"device": "h100_sxm_datasheet", "nodes": 8, "gpus_per_node": 8},
+        "parallel": {"dp": 8, "ep": 8},
+    }
+    data.update(parts)
+    data["training"] = {
+        "sequence_tokens": 128,
+        "global_batch_sequences": 32,
+        "micro_batch_sequences": 1,
+        "steps": 3,
+        **parts.get("training", {}),
+    }
+    return scenario_from_dict({k: v for k, v in data.items() if v is not None}, folder)
+
+
 def with_kv_tokens(scenario: Scenario, tokens: int) -> Scenario:
     """The scenario with a gpu_memory_utilization that leaves each rank a KV cache of `tokens` tokens, in whole blocks
     of every layer."""

@@ -8,6 +8,9 @@ containing that of the next smaller one); between two sizes the *prices* of the 
 
 Which of the entries a step uses is a Markov chain: with probability `rho` it stays, so that the load of one step
 resembles the next as it does in the trace, where the same sequences decode on.
+
+Where a token's experts depend on its batch (a router that balances, a capacity) the blocks' sums would not do: then
+each entry's tokens are routed together, at most 2,048 of them, and larger batches are multiples of that.
 """
 
 from __future__ import annotations
@@ -18,13 +21,15 @@ from typing import NamedTuple
 import numpy as np
 
 from moesim.arrays import AnyArray, FloatArray, IntArray
-from moesim.cost.experts import Computed, ExpertPrices, LayerPrices, MoESums, Ports
+from moesim.cost.experts import Computed, Drawn, ExpertPrices, LayerPrices, MoESums, Ports, padded_slots
 from moesim.cost.pricer import Batch, Chunk
-from moesim.cost.touch import touch
-from moesim.dispatch import DispatchPolicy
+from moesim.cost.touch import count_slots, touch
+from moesim.dispatch import DispatchPolicy, assign_ragged
 from moesim.layout import Layout
 from moesim.placement import Placement
 from moesim.rng import generator
+from moesim.routing.batch import BatchRouter
+from moesim.routing.capacity import Phase
 from moesim.workload.pool import RoutingSource
 
 __all__ = ["BankDetail", "CountExperts", "persistence"]
@@ -32,6 +37,9 @@ __all__ = ["BankDetail", "CountExperts", "persistence"]
 _BLOCK = 32
 _POOL_BLOCKS = 256
 _PERIOD = 1 << 16
+_ROUTED_TOKENS = 2048
+_ROUTED_ENTRIES = (2, 8, 4096)
+"""entries of one size that are routed: at least, at most, and as many as this number of tokens allows between"""
 _SKEWS = tuple(2 ** (i / 8) for i in range(129))
 """busiest rank's tokens over the mean, rounded up to one of these: at most 9 % above"""
 
@@ -55,7 +63,11 @@ class CountExperts:
         prices: ExpertPrices,
         entries: int,
         seed: int,
+        router: BatchRouter | None = None,
     ) -> None:
+        """`router`: routes each batch's tokens together; None: the source's ids stand."""
+        self._router = router
+        self._routed_LS = np.zeros((placement.num_layers, placement.num_slots))
         self._source = source
         self._placement = placement
         self._dispatch = dispatch
@@ -65,7 +77,7 @@ class CountExperts:
         self._seed = seed
         self._pool: _Sample | None = None
         self._blocks: dict[str, _Blocks] = {}
-        self._cells: dict[tuple[str, int], tuple[Computed, Ports | None]] = {}
+        self._cells: dict[tuple[str, int], tuple[Computed, Ports | None, Drawn]] = {}
         self._priced: dict[tuple[str, int, float], MoESums] = {}
         self._rows: dict[tuple[str, int, float], MoESums] = {}
         for phase in ("prefill", "decode"):
@@ -104,12 +116,14 @@ class CountExperts:
 
     def slot_load_LS(self) -> FloatArray:
         """Mean tokens per slot [L, S] over the blocks drawn from, the phases that occurred together."""
+        if self._routed_LS.any():
+            return self._routed_LS.copy()
         means = [blocks.mean_LS for _, blocks in sorted(self._blocks.items())]
         if not means:
             return np.zeros((self._placement.num_layers, self._placement.num_slots))
         return np.asarray(np.mean(means, axis=0))
 
-    def row(self, phase: str, tokens: int, busiest: int) -> MoESums:
+    def row(self, phase: Phase, tokens: int, busiest: int) -> MoESums:
         """Prices of a batch of `tokens` tokens of which `busiest` sit on one data-parallel rank."""
         skew = 1.0
         if self._layout.meets:
@@ -125,18 +139,18 @@ class CountExperts:
             self._rows[phase, tokens, skew] = found
         return found
 
-    def layers(self, phase: str, tokens: int, busiest: int) -> LayerPrices:
+    def layers(self, phase: Phase, tokens: int, busiest: int) -> LayerPrices:
         """Layer by layer, the prices behind the next smaller size of the grid (for a timeline)."""
         low, _ = _grid(tokens)
-        computed, ports = self._cell(phase, low)
+        computed, ports, _ = self._cell(phase, low)
         return self._prices.price(computed, np.full(len(computed.grade), busiest * low / tokens), ports)
 
     # -- drawing ------------------------------------------------------------------------------------------------
-    def _price(self, phase: str, tokens: int, skew: float) -> MoESums:
+    def _price(self, phase: Phase, tokens: int, skew: float) -> MoESums:
         key = (phase, tokens, skew)
         found = self._priced.get(key)
         if found is None:
-            computed, ports = self._cell(phase, tokens)
+            computed, ports, drawn = self._cell(phase, tokens)
             busiest = tokens / self._layout.dp * skew
             if ports is not None:
                 # the busiest sender's copies: its tokens times the copies a token needs
@@ -145,20 +159,84 @@ class CountExperts:
                     nvlink=np.maximum(ports.nvlink, ports.nvlink_total * sent),
                     nic=np.maximum(ports.nic, ports.nic_total * sent),
                 )
-            found = self._prices.price(computed, np.full(len(computed.grade), busiest), ports).sums(ports)
+            found = self._prices.price(computed, np.full(len(computed.grade), busiest), ports).sums(ports, drawn)
             self._priced[key] = found
         return found
 
-    def _cell(self, phase: str, tokens: int) -> tuple[Computed, Ports | None]:
-        """Expert kernels and ports of the batches of one size of the grid."""
+    def _cell(self, phase: Phase, tokens: int) -> tuple[Computed, Ports | None, Drawn]:
+        """Expert kernels and ports of the batches of one size of the grid, and what was routed."""
         key = (phase, tokens)
         found = self._cells.get(key)
         if found is None:
-            count_BLS, ports = self._blocks[phase].draw(tokens, self._entries, self._seed, phase)
-            if self._source.ideal:
-                count_BLS = np.full_like(count_BLS, tokens * self._source.top_k / count_BLS.shape[-1])
-            found = self._cells[key] = self._prices.compute(count_BLS), ports
+            found = self._plain_cell(phase, tokens) if self._router is None else self._routed_cell(phase, tokens)
+            self._cells[key] = found
         return found
+
+    def _plain_cell(self, phase: Phase, tokens: int) -> tuple[Computed, Ports | None, Drawn]:
+        count_BLS, ports = self._blocks[phase].draw(tokens, self._entries, self._seed, phase)
+        if self._source.ideal:
+            count_BLS = np.full_like(count_BLS, tokens * self._source.top_k / count_BLS.shape[-1])
+        kept_B = count_BLS.sum(axis=(1, 2), dtype=np.float64)
+        passes = np.full(len(kept_B), float(tokens * self._placement.num_layers))
+        return self._prices.compute(count_BLS), ports, Drawn(passes, kept_B, np.zeros(len(kept_B)))
+
+    def _routed_cell(self, phase: Phase, tokens: int) -> tuple[Computed, Ports | None, Drawn]:
+        """Batches whose tokens are routed together. Fewer than `entries` of them stand for all, in turns."""
+        assert self._router is not None
+        assert self._pool is not None
+        few = min(tokens, _ROUTED_TOKENS)
+        least, most, budget = _ROUTED_ENTRIES
+        number = min(self._entries, most, max(least, budget // few))
+        parts = [self._routed_entry(phase, tokens, few, entry) for entry in range(number)]
+        turn = np.arange(self._entries) % number
+        count_BLS = np.stack([p[0] for p in parts])[turn]
+        self._routed_LS += count_BLS.mean(axis=0) / tokens
+        pad = None
+        if self._router.capacity is not None and self._router.capacity.pad:
+            pad = padded_slots(np.stack([p[2] for p in parts]), self._placement)[turn]
+        ports = None
+        if self._layout.exchanges:
+            ports = Ports(*(np.stack([p[1][i] for p in parts])[turn] for i in range(4)))
+        refused_B = np.array([p[3] for p in parts])[turn]
+        kept_B = count_BLS.sum(axis=(1, 2), dtype=np.float64)
+        passes = np.full(len(kept_B), float(tokens * self._placement.num_layers))
+        computed, ports = self._prices.padded(count_BLS, ports, pad)
+        return computed, ports, Drawn(passes, kept_B + refused_B, refused_B)
+
+    def _routed_entry(
+        self, phase: Phase, tokens: int, few: int, entry: int
+    ) -> tuple[FloatArray, Ports, FloatArray, float]:
+        """Tokens per slot [L, S], ports, rows that experts have room for [L] and pairs refused, of one batch."""
+        assert self._router is not None
+        assert self._pool is not None
+        router, layout, placement = self._router, self._layout, self._placement
+        order = self._pool.shuffle if phase == "decode" else np.arange(len(self._pool.rows_T))
+        blocks = generator(self._seed, "bank/draw", int(phase == "decode"), entry).integers(
+            max(1, len(order) // _BLOCK), size=-(-few // _BLOCK)
+        )
+        rows = self._pool.rows_T[order[(blocks[:, None] * _BLOCK + np.arange(_BLOCK)).ravel() % len(order)][:few]]
+        # tokens stand rank by rank, as many on each; a sample of a large batch is that of some of its ranks
+        per_rank = max(1, tokens // layout.dp)
+        scope = np.minimum(np.arange(few) // per_rank, max(0, few // per_rank - 1))
+        batch = router.route(rows, phase, entry, scope)
+        scale = tokens / few
+        source_T = generator(self._seed, "bank/source", entry).permutation(few) % layout.ranks
+        part_T = source_T if layout.exchanges else source_T // layout.expert_tp
+        slot_TLK = assign_ragged(self._dispatch, batch.expert_NLW, part_T, placement, self._seed, rows)
+        count = count_slots(slot_TLK, np.zeros(few, np.int64), 1, placement.num_slots)[0] * scale
+        ports = _no_ports(placement.num_layers)
+        if layout.exchanges:
+            node_G = np.arange(layout.ranks) // layout.gpus_per_node
+            copies = touch(slot_TLK, source_T, np.zeros(1, np.int64), placement.slots_per_rank, node_G)
+            ports = _busiest(copies.in_BLG * scale, copies.node_in_BLN * scale, layout)
+            ports = Ports(*(x[0] for x in ports))
+        room_L = batch.room_L * scale
+        return (
+            np.asarray(count, np.float64),
+            ports,
+            np.asarray(room_L, np.float64),
+            float(batch.dropped_L.sum()) * scale,
+        )
 
     def _sample(self) -> _Sample:
         """Blocks of 32 consecutive tokens from all over the source, each token with the slots that serve it."""
@@ -170,9 +248,8 @@ class CountExperts:
         # tokens come from all ranks alike
         source_T = rng.integers(self._layout.ranks, size=len(rows))
         part_T = source_T if self._layout.exchanges else source_T // self._layout.expert_tp
-        slot_TLK = self._dispatch.assign(
-            np.ascontiguousarray(self._source.expert_TLK[rows]), part_T, self._placement, self._seed, rows
-        )
+        ids = np.ascontiguousarray(self._source.expert_TLK[rows])
+        slot_TLK = assign_ragged(self._dispatch, ids, part_T, self._placement, self._seed, rows)
         return _Sample(rows, slot_TLK, source_T, rng.permutation(len(rows)))
 
     def _cut(self, phase: str) -> _Blocks:
@@ -214,11 +291,7 @@ class _Blocks:
             self._in, self._node_in = copies.in_BLG.astype(np.float32), copies.node_in_BLN.astype(np.float32)
 
     def _counts(self, slot_TLK: AnyArray, group_T: IntArray, groups: int) -> FloatArray:
-        cells = self._layers * self._slots
-        key = slot_TLK + (np.arange(self._layers, dtype=np.int64) * self._slots)[:, None]
-        key = key + (np.asarray(group_T, np.int64) * cells)[:, None, None]
-        count = np.bincount(key.ravel(), minlength=groups * cells)
-        return count.reshape(groups, self._layers, self._slots).astype(np.float32)
+        return count_slots(slot_TLK, group_T, groups, self._slots).astype(np.float32)
 
     def draw(self, tokens: int, entries: int, seed: int, phase: str) -> tuple[FloatArray, Ports | None]:
         """`entries` batches: tokens per slot [entries, L, S] and the busiest ports."""
@@ -249,12 +322,20 @@ class _Blocks:
         return count, self._ports(copies.in_BLG.astype(np.float32), copies.node_in_BLN.astype(np.float32))
 
     def _ports(self, ranks_in: AnyArray, nodes_in: AnyArray) -> Ports:
-        return Ports(
-            nvlink=ranks_in.max(axis=-1),
-            nic=nodes_in.max(axis=-1) / self._layout.gpus_per_node,
-            nvlink_total=ranks_in.sum(axis=-1),
-            nic_total=nodes_in.sum(axis=-1),
-        )
+        return _busiest(ranks_in, nodes_in, self._layout)
+
+
+def _busiest(ranks_in: AnyArray, nodes_in: AnyArray, layout: Layout) -> Ports:
+    return Ports(
+        nvlink=ranks_in.max(axis=-1),
+        nic=nodes_in.max(axis=-1) / layout.gpus_per_node,
+        nvlink_total=ranks_in.sum(axis=-1),
+        nic_total=nodes_in.sum(axis=-1),
+    )
+
+
+def _no_ports(layers: int) -> Ports:
+    return Ports(*(np.zeros(layers) for _ in range(4)))
 
 
 def _between(low: MoESums, high: MoESums, share: float) -> MoESums:
@@ -295,10 +376,8 @@ def persistence(slot_TLK: AnyArray, rows_T: IntArray, source: RoutingSource, pla
     slots, parts = placement.num_slots, placement.num_ranks
     balance: list[FloatArray] = []
     for shift in (0, 1):
-        key = slot_TLK[(picked + shift).ravel()][:, layers].astype(np.int64)
-        key = (key + (np.arange(len(layers)) * slots)[:, None]).reshape(256, -1)
-        key = key + (np.arange(256) * len(layers) * slots)[:, None]
-        count = np.bincount(key.ravel(), minlength=256 * len(layers) * slots).reshape(256, len(layers), parts, -1)
+        chosen = slot_TLK[(picked + shift).ravel()][:, layers].astype(np.int64)
+        count = count_slots(chosen, np.repeat(np.arange(256), 64), 256, slots).reshape(256, len(layers), parts, -1)
         load = count.sum(axis=-1).max(axis=-1) if parts > 1 else (count > 0).sum(axis=(-2, -1))
         balance.append(load.mean(axis=-1))
     a, b = (x - x.mean() for x in balance)

@@ -58,23 +58,35 @@ def attention_shape(model: MoEModel, tp: int, window: bool) -> AttentionShape:
 
 
 class DenseTables:
-    """Tables of one replica's ranks. `total_N`: all stages together, for groups of one rank (nobody to wait for)."""
+    """Tables of one replica's ranks. `total_N`: all stages together, for groups of one rank (nobody to wait for).
+    `blocks`: the parts of one layer's attention, dense and MoE block, and of a pass's beginning and end. tokens_N: the
+    only numbers of tokens that are wanted."""
 
-    def __init__(self, model: MoEModel, layout: Layout, engine: EngineSpec, ops: Operators, meet: bool) -> None:
+    def __init__(
+        self,
+        model: MoEModel,
+        layout: Layout,
+        engine: EngineSpec,
+        ops: Operators,
+        meet: bool,
+        tokens_N: IntArray | None = None,
+    ) -> None:
         self._model = model
         self._layout = layout
         self._ops = ops
         self.engine = engine
         most = max(engine.max_num_batched_tokens, engine.max_num_seqs) + max(engine.graph_batch_sizes, default=0)
-        self._n = np.arange(most + 1, dtype=np.int64)
+        self._n = np.arange(most + 1, dtype=np.int64) if tokens_N is None else tokens_N
         self.program = stages(model, meet)
         blocks = {
             "attention": self._attention(),
             "dense": self._dense_block() if len(model.moe_layers) < model.num_layers else [],
             "moe": self._moe_block() if model.is_moe else [],
+            "again": self._moe_again() if model.moe_iterations > 1 else [],
             "first": self._first(),
             "last": self._last(),
         }
+        self.blocks: dict[str, list[Part]] = blocks
         sums = {name: sum((p.ns_N for p in parts), np.zeros_like(self._n)) for name, parts in blocks.items()}
         self.stages = [
             StageTable(
@@ -83,6 +95,7 @@ class DenseTables:
                 stage.attention * sums["attention"]
                 + stage.dense * sums["dense"]
                 + stage.moe * sums["moe"]
+                + stage.again * sums["again"]
                 + stage.first * sums["first"]
                 + stage.last * sums["last"],
             )
@@ -93,6 +106,7 @@ class DenseTables:
             "attention": model.num_layers,
             "dense": model.num_layers - len(model.moe_layers),
             "moe": len(model.moe_layers),
+            "again": model.num_moe_passes - len(model.moe_layers),
             "first": 1,
             "last": 1,
         }
@@ -131,7 +145,7 @@ class DenseTables:
         ]
 
     def _shared_names(self) -> list[str]:
-        return [g.name for g in self._model.gemms(self._layout.tp) if g.where == "moe" and g.name != "router"]
+        return [g.name for g in self._model.gemms(self._layout.tp) if g.where == "moe" and g.name.startswith("shared")]
 
     def _rows(self, width: float) -> Priced:
         """An elementwise pass over [n, width] activations; `width` counts elements read and written."""
@@ -173,7 +187,8 @@ class DenseTables:
             self._part("norm", "elementwise", self._rows(4 * m.hidden_size)),
             self._part("router", "gemm", *self._gemms("moe", "router")),
             # scores read, ids and gates written
-            self._part("top_k", "elementwise", self._rows(2 * m.num_experts + 4 * m.top_k)),
+            self._part("top_k", "elementwise", self._rows(2 * m.num_scores + 4 * m.top_k)),
+            *self._latent(),
         ]
         if m.shared_intermediate_size:
             wide = m.shared_intermediate_size // self._layout.tp
@@ -182,6 +197,23 @@ class DenseTables:
         if not self._layout.meets:
             out.extend(self._all_reduce("ffn_all_reduce"))
         return out
+
+    def _moe_again(self) -> list[Part]:
+        """A further pass through a layer's experts: residual and norm, its own router."""
+        m = self._model
+        return [
+            self._part("norm", "elementwise", self._rows(4 * m.hidden_size)),
+            self._part("router", "gemm", *self._gemms("moe", "router")),
+            self._part("top_k", "elementwise", self._rows(2 * m.num_scores + 4 * m.top_k)),
+            *self._latent(),
+            *([] if self._layout.meets else self._all_reduce("ffn_all_reduce")),
+        ]
+
+    def _latent(self) -> list[Part]:
+        """Projections into and out of the width that experts work at, where it is not the hidden size."""
+        if not self._model.expert_hidden_size:
+            return []
+        return [self._part("latent_projections", "gemm", *self._gemms("moe", "latent_in", "latent_out"))]
 
     def _first(self) -> list[Part]:
         host = np.full(len(self._n), self.engine.host_overhead_us * 1e3)

@@ -18,8 +18,12 @@ from moesim.arrays import AnyArray, FloatArray, IntArray, U8Array
 from moesim.cost.operators import MoEShape, Operators
 from moesim.layout import Layout
 from moesim.model import MoEModel, dtype_bytes
+from moesim.placement import Placement
 
-__all__ = ["Computed", "ExpertPrices", "LayerPrices", "MoESums", "Ports"]
+__all__ = ["STATS", "Computed", "Drawn", "ExpertPrices", "LayerPrices", "MoESums", "Ports", "padded_slots"]
+
+
+STATS = 9
 
 
 class Ports(NamedTuple):
@@ -29,6 +33,14 @@ class Ports(NamedTuple):
     nic: FloatArray
     nvlink_total: FloatArray
     nic_total: FloatArray
+
+
+class Drawn(NamedTuple):
+    """What routers chose for B batches or steps: tokens times passes, (token, expert) pairs wanted and refused [B]."""
+
+    tokens: FloatArray
+    wanted: FloatArray
+    dropped: FloatArray
 
 
 class LayerPrices(NamedTuple):
@@ -42,8 +54,8 @@ class LayerPrices(NamedTuple):
     grade: U8Array
     exchange_grade: U8Array
 
-    def sums(self, ports: Ports | None) -> MoESums:
-        """Add the layers up; `ports` are those that were priced."""
+    def sums(self, ports: Ports | None, drawn: Drawn) -> MoESums:
+        """Add the layers up; `ports` are those that were priced, `drawn` what was routed."""
         dispatch, experts, combine = (x.sum(axis=-1) for x in (self.dispatch, self.experts, self.combine))
         most, mean = self.rows_LP.max(axis=-1), self.rows_LP.mean(axis=-1)
         nowhere = np.zeros(len(most))
@@ -54,6 +66,7 @@ class LayerPrices(NamedTuple):
             nowhere if ports is None else ports.nvlink_total.sum(axis=-1),
             nowhere if ports is None else ports.nic_total.sum(axis=-1),
             self.expert_LP.mean(axis=-1).sum(axis=-1),
+            *(np.broadcast_to(x, most.shape[:1]).astype(np.float64) for x in drawn),
         ]
         grade, exchange_grade = self.grade.max(axis=-1), self.exchange_grade.max(axis=-1)
         total = dispatch + experts + combine
@@ -82,10 +95,11 @@ class Computed(NamedTuple):
 
 class MoESums(NamedTuple):
     """All MoE layers of a step together, for B batches or steps: ns by part (they add up to `total`) [B], `stats`
-    [6, B], and the worst grade of any layer [B].
+    [STATS, B], and the worst grade of any layer [B].
 
     `stats`: sum over layers of the largest part's rows, of the mean part's rows, mean over layers of max/mean rows,
-    copies over NVLink and over NICs in all layers, and sum over layers of the parts' mean expert ns.
+    copies over NVLink and over NICs in all layers, sum over layers of the parts' mean expert ns; tokens times passes,
+    pairs wanted and pairs dropped.
     """
 
     total: IntArray
@@ -100,13 +114,20 @@ class MoESums(NamedTuple):
 class ExpertPrices:
     """Prices the MoE layers of one replica laid out by `layout`, `slots_per_part` expert slots a part and layer."""
 
-    def __init__(self, model: MoEModel, layout: Layout, ops: Operators, slots_per_part: int) -> None:
+    def __init__(
+        self,
+        model: MoEModel,
+        layout: Layout,
+        ops: Operators,
+        slots_per_part: int,
+        slot_to_expert_LS: AnyArray | None = None,
+    ) -> None:
         self._layout = layout
         self._ops = ops
         self._block = ops.moe_block_rows
         self._row_work = ops.row_work(model.expert_dtype)
         self.shape = MoEShape(
-            hidden=model.hidden_size,
+            hidden=model.expert_hidden,
             intermediate=-(-model.moe_intermediate_size // layout.expert_tp),
             local_experts=slots_per_part,
             top_k=model.top_k,
@@ -115,24 +136,58 @@ class ExpertPrices:
         )
         act = dtype_bytes(model.activation_dtype)
         light = model.expert_dtype in ("fp8", "fp8_block")
-        self.dispatch_bytes = model.hidden_size * (1 + 4 / 128 if light else act)
-        self.combine_bytes = model.hidden_size * act
+        self.dispatch_bytes = model.expert_hidden * (1 + 4 / 128 if light else act)
+        self.combine_bytes = model.expert_hidden * act
+        self._token_centric = model.expert_execution == "token_centric"
+        self._size_LPS: FloatArray | None = None
+        if model.expert_size_E and slot_to_expert_LS is not None:
+            size_LS = np.asarray(model.expert_size_E)[slot_to_expert_LS]
+            self._size_LPS = size_LS.reshape(len(size_LS), layout.ep, -1)
         self._spans = layout.nodes > 1
 
-    def compute(self, slot_count: AnyArray) -> Computed:
-        """The expert kernels of every part. slot_count [..., L, S]: (token, choice) pairs per slot."""
+    def sizes(self, slot_count: AnyArray) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray | float]:
+        """Rows, active experts, rows of work and rows of other parts that every part's kernel sees, [..., L, P].
+        slot_count [..., L, S]: (token, choice) pairs per slot.
+
+        Experts of another size count as so much of one of size 1, in work and in weights read. Token by token, every
+        pair reads its expert's weights.
+        """
         parts = slot_count.reshape(*slot_count.shape[:-1], self._layout.ep, -1)
         rows_LP = _over_slots(parts)
-        active_LP = _over_slots(parts > 0)
-        if self._row_work is None:
-            work_LP = _over_slots(np.ceil(parts * (1.0 / self._block))) * self._block
-        else:
-            work_LP = _over_slots(self._row_work.at(parts))
+        active = parts if self._token_centric else parts > 0
+        work = np.ceil(parts * (1.0 / self._block)) if self._row_work is None else self._row_work.at(parts)
+        if self._size_LPS is not None:
+            active, work = active * self._size_LPS, work * self._size_LPS
+        active_LP = _over_slots(active)
+        work_LP = _over_slots(work) * (self._block if self._row_work is None else 1)
         elsewhere_LP: FloatArray | float = 0.0
         if not self._layout.exchanges:
             elsewhere_LP = rows_LP.sum(axis=-1, keepdims=True) - rows_LP
+        return rows_LP, active_LP, work_LP, elsewhere_LP
+
+    def compute(self, slot_count: AnyArray) -> Computed:
+        """The expert kernels of every part. slot_count: as of `sizes`."""
+        rows_LP, active_LP, work_LP, elsewhere_LP = self.sizes(slot_count)
         priced = self._ops.moe(rows_LP, active_LP, work_LP, elsewhere_LP, self.shape)
         return Computed(np.rint(priced.ns).astype(np.int64), rows_LP, priced.grade.max(axis=-1))
+
+    def padded(
+        self, slot_count: AnyArray, ports: Ports | None, pad: FloatArray | None
+    ) -> tuple[Computed, Ports | None]:
+        """`compute`, and the ports, of batches whose kernels compute and exchange `pad` rows a slot [..., L, S]
+        whatever is in them (GShard's and Megatron's padding to the capacity); None: as many as there are."""
+        computed = self.compute(slot_count)
+        if pad is None:
+            return computed, ports
+        work = self.compute(pad)
+        computed = Computed(work.expert_LP, computed.rows_LP, work.grade)
+        if ports is None:
+            return computed, None
+        lay = self._layout
+        row_LP = work.rows_LP  # each part gets equal shares of its rows from all ranks
+        away = row_LP * ((lay.ranks - 1) / lay.ranks)
+        far = row_LP * max(0.0, 1 - lay.gpus_per_node / lay.ranks)
+        return computed, Ports(away.max(axis=-1), far.max(axis=-1), away.sum(axis=-1), far.sum(axis=-1))
 
     def price(self, computed: Computed, busiest: AnyArray, ports: Ports | None) -> LayerPrices:
         """Prices of layers: the kernels in `computed` between dispatch and combine.
@@ -169,6 +224,12 @@ class ExpertPrices:
             np.broadcast_to(np.rint(back.ns).astype(np.int64), shape),
             np.broadcast_to(np.maximum(there.grade, back.grade), shape),
         )
+
+
+def padded_slots(room_BL: AnyArray, placement: Placement) -> FloatArray:
+    """Rows of each slot [B, L, S] where an expert's kernels compute its room, shared evenly by its replicas."""
+    replicas_LS = np.take_along_axis(placement.replica_count_LE, placement.slot_to_expert_LS.astype(np.int64), axis=1)
+    return np.asarray(room_BL, np.float64)[..., None] / replicas_LS
 
 
 def _over_slots(values: AnyArray) -> FloatArray:

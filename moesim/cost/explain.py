@@ -15,18 +15,19 @@ import numpy as np
 
 from moesim.arrays import FloatArray, IntArray
 from moesim.cost.bank import BankDetail, CountExperts
-from moesim.cost.experts import MoESums
+from moesim.cost.experts import STATS, MoESums
 from moesim.cost.pricer import Run
 from moesim.cost.step import StepPricer
 
-__all__ = ["Explanation", "explain"]
+__all__ = ["Explanation", "explain", "stats_by_draw"]
 
 _ENTRIES_AT_ONCE = 1 << 22
+_BATCHES = 20
 
 
 @dataclass(slots=True)
 class Explanation:
-    """Sums over all steps of one group. `ns`, `operator`: by part; `grade_ns` [4]: ns by grade; `stats` [6] (see
+    """Sums over all steps of one group. `ns`, `operator`: by part; `grade_ns` [4]: ns by grade; `stats` [STATS] (see
     `MoESums`), summed over steps; `max_over_mean`: summed over steps; `bank_sigma`: relative standard error."""
 
     ns: dict[str, int]
@@ -65,7 +66,7 @@ def explain(runs: list[Run], pricer: StepPricer) -> Explanation:
         operator[part.name] = part.operator
         grade_ns += np.bincount(part.grade_N[at_R], weights=spent_R, minlength=4)
         rest_R = rest_R - spent_R
-    stats, sigma = np.zeros(6), 0.0
+    stats, sigma = np.zeros(STATS), 0.0
     experts = _experts(runs, steps_R, pricer)
     if experts is not None:
         by_part_R, stats, expert_grade_R, exchange_grade_R, sigma = experts
@@ -137,8 +138,8 @@ def _from_bank(
     part_YXE = np.array([[row.dispatch, row.experts, row.combine] for row in ordered], np.int64)
     stats_YXE = np.array([row.stats for row in ordered])
     by_part_R = np.empty((len(details), 3), np.int64)
-    stats = np.zeros(6)
-    chunk = max(1, _ENTRIES_AT_ONCE // (6 * entries))
+    stats = np.zeros(STATS)
+    chunk = max(1, _ENTRIES_AT_ONCE // (STATS * entries))
     for lo in range(0, len(details), chunk):
         part = slice(lo, lo + chunk)
         used_RE = (prefix[start_R[part] + steps_R[part]] - prefix[start_R[part]]).astype(np.int64)
@@ -159,3 +160,34 @@ def _bank_sigma(rows: list[MoESums], row_R: IntArray, steps_R: IntArray) -> floa
     spent = float((weight * mean).sum())
     # entries of different sizes share draws, so their errors add instead of averaging out
     return float((weight * error).sum()) / spent if spent else 0.0
+
+
+def stats_by_draw(runs: list[Run], pricer: StepPricer) -> tuple[FloatArray, IntArray] | None:
+    """`MoESums.stats` summed over the steps of each draw [STATS, X], and those steps [X]; None where no experts ran.
+
+    A draw is what the sampling error of such sums rests on: an entry of the bank at count fidelity, because its few
+    entries serve all steps, and else one of 20 batches of consecutive steps.
+    """
+    if not runs or runs[0].detail is None:
+        return None
+    steps_R = np.array([len(r.cumulative_ns) for r in runs], np.int64)
+    if isinstance(runs[0].detail, MoESums):
+        details = [cast(MoESums, r.detail) for r in runs]
+        stats_XS = np.concatenate([d.stats[:, :n] for d, n in zip(details, steps_R, strict=True)], axis=1)
+        steps = stats_XS.shape[1]
+        draws = min(_BATCHES, steps)
+        draw_S = np.arange(steps) * draws // steps
+        by_draw = [np.bincount(draw_S, weights=row_S, minlength=draws) for row_S in stats_XS]
+    else:
+        moe = pricer.moe
+        assert isinstance(moe, CountExperts)
+        used = [cast(BankDetail, r.detail) for r in runs]
+        draws = len(used[0].row.total)
+        rows: dict[int, int] = {}  # runs share rows
+        row_R = np.array([rows.setdefault(id(d.row), len(rows)) for d in used])
+        stats_YXE = np.array([row.stats for row in {id(d.row): d.row for d in used}.values()])
+        draw_S = np.concatenate([moe.sequence[d.start : d.start + n] for d, n in zip(used, steps_R, strict=True)])
+        cell_S = np.repeat(row_R, steps_R) * draws + draw_S
+        used_YE = np.bincount(cell_S, minlength=len(rows) * draws).reshape(len(rows), draws)
+        by_draw = list(np.einsum("ye,yxe->xe", used_YE, stats_YXE))
+    return np.array(by_draw, np.float64), np.bincount(draw_S, minlength=draws).astype(np.int64)

@@ -34,12 +34,15 @@ class Links:
         self._residuals: dict[tuple[str, str, int], Residual] = {}
         self._copies: dict[tuple[int, int], float] = {}
 
-    def collective(self, op: str, size: FloatArray, ranks: int, spans_nodes: bool) -> tuple[FloatArray, U8Array]:
-        """op: all_reduce (size: the buffer), all_gather or reduce_scatter (size: one rank's part)."""
+    def collective(
+        self, op: str, size: FloatArray, ranks: int, spans_nodes: bool, nodes: int = 0
+    ) -> tuple[FloatArray, U8Array]:
+        """op: all_reduce (size: the buffer), all_gather or reduce_scatter (size: one rank's part). nodes: that the
+        ranks spread over evenly; 0: as many as consecutive ranks fill."""
         if not spans_nodes:
             return self._inside(op, size, ranks)
         node = self.profile.node
-        nodes = max(2, -(-ranks // node.gpus_per_node))
+        nodes = nodes or max(2, -(-ranks // node.gpus_per_node))
         per_node = -(-ranks // nodes)
         rate = node.nic_bytes_per_s * self._fit(op, "nic_eff", 0.85) * 1e-9
         steps = math.log2(nodes) * node.nic_latency_ns

@@ -226,17 +226,18 @@ class Operators:
         ratio, grade = residual.at((moved,))
         return _priced(rates.launch_ns + moved / rates.bytes_per_ns, ratio, np.zeros(()), grade, moved > 0)
 
-    def all_reduce(self, bytes_per_rank: ArrayLike, ranks: int, spans_nodes: bool) -> Priced:
-        """Sum of a buffer of `bytes_per_rank` held by each of `ranks` ranks, result on all."""
-        return self._collective("all_reduce", bytes_per_rank, ranks, spans_nodes)
+    def all_reduce(self, bytes_per_rank: ArrayLike, ranks: int, spans_nodes: bool, nodes: int = 0) -> Priced:
+        """Sum of a buffer of `bytes_per_rank` held by each of `ranks` ranks, result on all. nodes: that the ranks
+        spread over evenly (0: consecutive ranks), here and below."""
+        return self._collective("all_reduce", bytes_per_rank, ranks, spans_nodes, nodes)
 
-    def all_gather(self, bytes_per_rank: ArrayLike, ranks: int, spans_nodes: bool) -> Priced:
+    def all_gather(self, bytes_per_rank: ArrayLike, ranks: int, spans_nodes: bool, nodes: int = 0) -> Priced:
         """Each rank gives `bytes_per_rank` and ends with ranks * bytes_per_rank."""
-        return self._collective("all_gather", bytes_per_rank, ranks, spans_nodes)
+        return self._collective("all_gather", bytes_per_rank, ranks, spans_nodes, nodes)
 
-    def reduce_scatter(self, bytes_per_rank: ArrayLike, ranks: int, spans_nodes: bool) -> Priced:
+    def reduce_scatter(self, bytes_per_rank: ArrayLike, ranks: int, spans_nodes: bool, nodes: int = 0) -> Priced:
         """Each rank holds ranks * bytes_per_rank and ends with the sum of its own part, `bytes_per_rank`."""
-        return self._collective("reduce_scatter", bytes_per_rank, ranks, spans_nodes)
+        return self._collective("reduce_scatter", bytes_per_rank, ranks, spans_nodes, nodes)
 
     def all_to_all(
         self, nvlink_bytes: ArrayLike, nic_bytes: ArrayLike, ranks: int, nodes: int, top_k: int = 8
@@ -297,9 +298,9 @@ class Operators:
             grade = np.where((a == even) & (p == padded) & (other == 0), grade, np.maximum(grade, INTERPOLATED))
         return _priced(ns, ratio, floor, grade, r + other > 0)
 
-    def _collective(self, op: str, bytes_per_rank: ArrayLike, ranks: int, spans_nodes: bool) -> Priced:
+    def _collective(self, op: str, bytes_per_rank: ArrayLike, ranks: int, spans_nodes: bool, nodes: int) -> Priced:
         size = as_sizes(bytes_per_rank)
-        ns, grade = self._links.collective(op, size, ranks, spans_nodes)
+        ns, grade = self._links.collective(op, size, ranks, spans_nodes, nodes)
         return Priced(np.where((size > 0) & (ranks > 1), ns, 0.0), grade)
 
     def _find(self, op: str, key: Key, variant: str, dtype: str, scaled: int = -1) -> tuple[Rates, Residual]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from moesim.arrays import AnyArray, FloatArray, IntArray
-from moesim.cost.experts import ExpertPrices, LayerPrices, MoESums, Ports
+from moesim.cost.experts import Drawn, ExpertPrices, LayerPrices, MoESums, Ports, padded_slots
 from moesim.cost.pricer import Batch, Chunk
-from moesim.cost.touch import touch
-from moesim.dispatch import DispatchPolicy
+from moesim.cost.touch import count_slots, touch
+from moesim.dispatch import DispatchPolicy, assign_ragged
 from moesim.layout import Layout
 from moesim.placement import Placement
+from moesim.routing.batch import BatchRouter
+from moesim.routing.capacity import Phase
 from moesim.workload.pool import RoutingSource, count_steps
 from moesim.workload.replay import Replay
 
@@ -33,7 +35,9 @@ class TokenExperts:
         layout: Layout,
         prices: ExpertPrices,
         seed: int,
+        router: BatchRouter | None = None,
     ) -> None:
+        """`router`: routes every step's tokens together; None: the source's ids stand."""
         self._source = source
         self._replay = replay
         self._placement = placement
@@ -41,8 +45,9 @@ class TokenExperts:
         self._layout = layout
         self._prices = prices
         self._seed = seed
+        self._router = router
         self._node_G = np.arange(layout.ranks) // layout.gpus_per_node
-        self._plain = placement.max_replicas == 1 and not layout.exchanges
+        self._plain = placement.max_replicas == 1 and not layout.exchanges and router is None
         self.kept: dict[int, LayerPrices] = {}
         """layer by layer, the first runs' prices by the tick they start at (for a timeline)"""
         self._slot_total_LS = np.zeros((placement.num_layers, placement.num_slots), np.int64)
@@ -61,7 +66,8 @@ class TokenExperts:
         request_N, position_N = np.tile(request, steps), (position + ahead).ravel()
         offsets = np.arange(steps + 1, dtype=np.int64) * tokens
         busiest = int(np.bincount(rank).max())
-        return self._price(request_N, position_N, offsets, np.tile(rank, steps), np.full(steps, busiest), batch.tick)
+        rank_N, busiest_S = np.tile(rank, steps), np.full(steps, busiest)
+        return self._price(request_N, position_N, offsets, rank_N, busiest_S, batch.tick, "decode")
 
     def mixed_ns(self, batch: Batch, chunks: list[Chunk], paused: list[int], busiest: int) -> tuple[int, MoESums]:
         """See MoECost."""
@@ -73,46 +79,78 @@ class TokenExperts:
             request = np.concatenate([request, np.full(chunk.tokens, chunk.request)])
             position = np.concatenate([position, np.arange(chunk.start, chunk.start + chunk.tokens)])
             rank = np.concatenate([rank, np.full(chunk.tokens, chunk.rank)])
-        ns, detail = self._price(request, position, np.array([0, len(request)]), rank, np.array([busiest]), batch.tick)
+        offsets = np.array([0, len(request)])
+        ns, detail = self._price(request, position, offsets, rank, np.array([busiest]), batch.tick, "prefill")
         return int(ns[0]), detail
 
     def _price(
         self, request_N: IntArray, position_N: IntArray, offsets: IntArray, rank_N: IntArray, busiest_S: IntArray,
-        tick: int,
+        tick: int, phase: Phase,
     ) -> tuple[IntArray, MoESums]:  # fmt: skip
         rows = self._replay.rows(request_N, position_N)
-        ports = None
+        tokens_S = np.diff(offsets) * float(self._source.num_layers)
+        ports = refused_S = pad_LS = None
         if self._plain:
             count_SLE = count_steps(self._source, rows, offsets)
             slot_SLS: AnyArray = np.take_along_axis(count_SLE, self._slot_to_expert[None], axis=2)
         else:
             # a token's own number keys its draws, so that they do not depend on the steps priced with it
             token_N = request_N.astype(np.int64) * (1 << 32) + position_N
-            slot_SLS, ports = self._slots(rows, token_N, offsets, rank_N)
+            ids = self._source.expert_TLK[rows]
+            if self._router is not None:
+                ids, refused_S, room_SL = self._routed(rows, request_N, offsets, rank_N, tick, phase)
+                pad_LS = self._padding(room_SL)
+            slot_SLS, ports = self._slots(ids, token_N, offsets, rank_N)
         self._slot_total_LS += slot_SLS.sum(axis=0)
-        priced = self._prices.price(self._prices.compute(slot_SLS), busiest_S, ports)
+        computed, ports = self._prices.padded(slot_SLS, ports, pad_LS)
+        priced = self._prices.price(computed, busiest_S, ports)
         if len(self.kept) < _KEPT:
             self.kept[tick] = priced.first()
-        sums = priced.sums(ports)
+        kept_S = slot_SLS.sum(axis=(1, 2), dtype=np.float64)
+        none_S = np.zeros(len(kept_S)) if refused_S is None else refused_S
+        sums = priced.sums(ports, Drawn(tokens_S, kept_S + none_S, none_S))
         return sums.total, sums
 
+    def _routed(
+        self, rows: IntArray, request_N: IntArray, offsets: IntArray, rank_N: IntArray, tick: int, phase: Phase
+    ) -> tuple[AnyArray, FloatArray, IntArray]:
+        """Ids [N, L, W] of steps routed one by one, pairs refused [S], rows that experts have room for [S, L]."""
+        assert self._router is not None
+        batches = []
+        for step, (lo, hi) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+            part = slice(lo, hi)
+            batches.append(self._router.route(rows[part], phase, tick + step, rank_N[part], request_N[part]))
+        wide = max(b.expert_NLW.shape[2] for b in batches)
+        none = self._source.num_experts
+        ids = np.concatenate(
+            [
+                np.pad(b.expert_NLW, ((0, 0), (0, 0), (0, wide - b.expert_NLW.shape[2])), constant_values=none)
+                for b in batches
+            ]
+        )
+        refused = np.array([b.dropped_L.sum() for b in batches], np.float64)
+        return ids, refused, np.array([b.room_L for b in batches])
+
+    def _padding(self, room_SL: IntArray) -> FloatArray | None:
+        """Rows of each slot [S, L, slots] where kernels pad to the capacity; None where they do not."""
+        if self._router is None or self._router.capacity is None or not self._router.capacity.pad:
+            return None
+        return padded_slots(room_SL, self._placement)
+
     def _slots(
-        self, rows: IntArray, token_N: IntArray, offsets: IntArray, rank_N: IntArray
+        self, ids: AnyArray, token_N: IntArray, offsets: IntArray, rank_N: IntArray
     ) -> tuple[AnyArray, Ports | None]:
         """Tokens per slot [S, L, slots] and ports, from the slot that dispatch chooses for every token."""
         layout, placement = self._layout, self._placement
-        layers, slots = placement.num_layers, placement.num_slots
+        slots = placement.num_slots
         steps = len(offsets) - 1
         # a data-parallel rank's tokens are dealt out to its tensor-parallel ranks for the exchange
-        turn_N = np.arange(len(rows)) - np.repeat(offsets[:-1], np.diff(offsets))
+        turn_N = np.arange(len(ids)) - np.repeat(offsets[:-1], np.diff(offsets))
         source = rank_N * layout.tp + turn_N % layout.tp
         part = source if layout.exchanges else source // layout.expert_tp
-        ids = self._source.expert_TLK[rows]
-        slot_TLK = self._dispatch.assign(ids, part, placement, self._seed, token_N)
+        slot_TLK = assign_ragged(self._dispatch, ids, part, placement, self._seed, token_N)
         step_N = np.repeat(np.arange(steps), np.diff(offsets))
-        key = slot_TLK + (np.arange(layers, dtype=np.int64) * slots)[:, None]
-        key = key + (step_N * (layers * slots))[:, None, None]
-        count = np.bincount(key.ravel(), minlength=steps * layers * slots).reshape(steps, layers, slots)
+        count = count_slots(slot_TLK, step_N, steps, slots)
         if not layout.exchanges:
             return count, None
         copies = touch(slot_TLK, source, offsets[:-1], placement.slots_per_rank, self._node_G)

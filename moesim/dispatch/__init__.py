@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from moesim.arrays import AnyArray, IntArray
 from moesim.placement import Placement
 
-__all__ = ["DispatchPolicy", "draw_below", "hash_TLK", "split", "split_local"]
+__all__ = ["DispatchPolicy", "assign_ragged", "draw_below", "hash_TLK", "split", "split_local"]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -47,6 +47,23 @@ class DispatchPolicy(Protocol):
         """The same at count level: tokens per expert [..., L, E] -> tokens per slot [..., L, S], sums
         kept."""
         ...
+
+
+def assign_ragged(
+    policy: DispatchPolicy,
+    expert_TLK: AnyArray,
+    source_rank_T: AnyArray,
+    placement: Placement,
+    seed: int,
+    token_T: AnyArray | None = None,
+) -> NDArray[np.int32]:
+    """`policy.assign` where ids may be E, which is no expert: its slot is S, the number of all slots."""
+    none_TLK = expert_TLK == placement.num_experts
+    if not none_TLK.any():
+        return policy.assign(expert_TLK, source_rank_T, placement, seed, token_T)
+    slot_TLK = policy.assign(np.where(none_TLK, 0, expert_TLK), source_rank_T, placement, seed, token_T)
+    slot_TLK[none_TLK] = placement.num_slots
+    return slot_TLK
 
 
 def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -117,18 +117,27 @@ class Router(Spec):
     """tokens may take fewer experts than `context.top_k` (or more, up to `width`)"""
     stateful: ClassVar[bool] = False
     """`route` reads `context.state` and returns a state"""
+    asks_for: ClassVar[tuple[str, ...]] = ()
+    """fields of the context over tokens that it reads: `token_T`, `class_T`, ..."""
+    denoises: ClassVar[bool] = False
+    """a diffusion model's router: `context.progress` is the share of denoising steps done"""
 
     def route(self, score_TE: Floats, context: RoutingContext) -> Routed:
         """Experts and gates of T tokens, distinct experts for each. T may be 0.
 
         Scores are finite or -inf (an expert that must not be taken). Raises ValueError when a token has too few for
-        a mechanism that gives each token a fixed number.
+        a mechanism that gives each token a fixed number, and where parameters and context do not go together; a
+        simulation turns it into bad input.
         """
         raise NotImplementedError
 
     def width(self, top_k: int, num_experts: int) -> int:
         """W: the most experts any token can take, at most `num_experts`."""
         return min(top_k, num_experts)
+
+    def score_columns(self, num_experts: int) -> int:
+        """Columns of scores that `route` wants for a layer of so many experts: one each."""
+        return num_experts
 
     def groups(self, num_groups: int, top_groups: int) -> Groups:
         """The groups it limits a token to, given the model's: none."""

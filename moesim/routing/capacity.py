@@ -1,7 +1,7 @@
 """Capacity: an expert takes at most C tokens of a scope; choices beyond are dropped, or go to another expert.
 
-C = ceil(factor * T * K / E) over the T tokens of a scope, which is one rank's tokens or all of them. Sources: GShard
-(arXiv:2006.16668, algorithm 1: places go in position order, first choices before second ones), Switch
+C = ceil(factor * T * K / E) over the T tokens of a scope: one rank's tokens, one sequence's, or all of them. Sources:
+GShard (arXiv:2006.16668, algorithm 1: places go in position order, first choices before second ones), Switch
 (arXiv:2101.03961, section 2.2), Megatron-LM (`moe_token_drop_policy`: by position or by probability; what is left is
 not renormalised).
 Legend: T tokens, W places a token has, E experts, S scopes, N choices, B bins.
@@ -39,7 +39,8 @@ class CapacitySpec(Spec):
     `position` (the earlier token stays), by `score` (the higher gate stays, the earlier token of equals), or `reroute`
     (as by position, then to the token's next best expert with room). order: by `choice`, first choices of all tokens go
     before second ones; by `token`, all choices of a token before the next token's. pad: kernels compute all C rows of
-    every expert. scope: whose tokens share a capacity, each `rank`'s or `all`. min_capacity: the least C. layers:
+    every expert. scope: whose tokens share a capacity, each `rank`'s, each `sequence`'s (GShard's groups of one
+    sequence) or `all`. min_capacity: the least C. layers:
     factors of single MoE layers, counted from 0. prefill, decode: factors of a phase.
     """
 
@@ -47,7 +48,7 @@ class CapacitySpec(Spec):
     drop: Literal["position", "score", "reroute"] = "position"
     order: Literal["choice", "token"] = "choice"
     pad: bool = False
-    scope: Literal["rank", "all"] = "rank"
+    scope: Literal["rank", "sequence", "all"] = "rank"
     min_capacity: int = Field(default=0, ge=0)
     layers: Mapping[int, float] = Field(default_factory=dict)
     prefill: float | None = Field(default=None, gt=0)

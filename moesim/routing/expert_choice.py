@@ -1,8 +1,9 @@
 """Expert choice: each expert takes its C best tokens; a token gets none, one or many experts.
 
 Source: Zhou et al. 2022 (arXiv:2202.09368), section 3.2: s = softmax over experts, C = T k / E, gates are s. EC-DLM
-lets k follow the denoising step r of a diffusion language model: k(r) = round(kmin + (kmax - kmin) * f(r)). The shapes
-`linear_reverse` (1 - r) and the width 0.22 of `gaussian` are EC-DLM's; `cosine` is taken as (1 - cos(pi r)) / 2.
+(arXiv:2604.01622, its code) lets k follow the denoising steps of a diffusion language model: k = round(kmin + (kmax -
+kmin) * f(r)), r the share of the text that is still masked, here 1 - `context.progress`; f is r, 1 - r, (1 - cos(pi r))
+/ 2, or a Gaussian about 1/2 of width 0.22, rescaled to 0 at both ends and 1 in the middle.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ class Policy(Router):
             )
         return self
 
+    @property
+    def denoises(self) -> bool:  # type: ignore[override]
+        """The schedule follows denoising."""
+        return self.schedule is not None
+
     def width(self, top_k: int, num_experts: int) -> int:
         """A token can be taken by every expert."""
         return num_experts
@@ -75,14 +81,18 @@ class Policy(Router):
     def _per_token(self, context: RoutingContext) -> float:
         if self.schedule is None or self.k_min is None or self.k_max is None:
             return context.top_k if self.experts_per_token is None else self.experts_per_token
-        r = context.progress
+        r = 1 - context.progress
         share = {
             "linear_reverse": 1 - r,
             "linear": r,
             "cosine": (1 - math.cos(math.pi * r)) / 2,
-            "gaussian": math.exp(-((r - 0.5) ** 2) / (2 * _GAUSSIAN_WIDTH**2)),
+            "gaussian": (_bell(r) - _bell(0)) / (1 - _bell(0)),
         }[self.schedule]
         return round(self.k_min + (self.k_max - self.k_min) * share)
+
+
+def _bell(r: float) -> float:
+    return math.exp(-((r - 0.5) ** 2) / (2 * _GAUSSIAN_WIDTH**2))
 
 
 def _scopes(sequence_T: NDArray[np.int64] | None, tokens: int) -> list[tuple[NDArray[np.int64], int]]:

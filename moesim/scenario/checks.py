@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from moesim.dtypes import FLOAT_DTYPES
 from moesim.engine_spec import EngineSpec
 from moesim.errors import Problem
 from moesim.hardware import Cluster
 from moesim.model import MoEModel
+from moesim.routing.capacity import CapacitySpec
 from moesim.scenario.spec import ParallelSpec
 from moesim.scenario.yamlio import YamlPath
+from moesim.training_spec import TrainingSpec
 
-__all__ = ["cross_checks"]
+__all__ = ["cross_checks", "training_checks"]
 
 _Where = Callable[[YamlPath], str]
 
@@ -44,6 +47,68 @@ def cross_checks(
                 f"engine.max_model_len must not exceed the model's positions: {engine.max_model_len} > "
                 f"{model.max_position_embeddings} of {model.name}. Lower it",
             )
+        )
+    return problems
+
+
+def training_checks(
+    where: _Where,
+    model: MoEModel,
+    parallel: ParallelSpec,
+    training: TrainingSpec,
+    placement: Any,
+    capacity: CapacitySpec | None,
+) -> list[Problem]:
+    """What a training run needs besides: a batch that divides, sequences within the model's positions, weights in a
+    format that is trained here, one place for each expert."""
+    problems = []
+
+    def refuse(path: YamlPath, message: str) -> None:
+        problems.append(Problem(where(path), message))
+
+    at_once = training.micro_batch_sequences * parallel.dp * parallel.replicas
+    batch = training.global_batch_sequences
+    if batch % at_once:
+        less, more = batch // at_once * at_once, (batch // at_once + 1) * at_once
+        refuse(
+            ("training", "global_batch_sequences"),
+            "training.global_batch_sequences must be a multiple of micro_batch_sequences * dp * replicas: "
+            f"{batch}, {training.micro_batch_sequences} * {parallel.dp} * {parallel.replicas} = {at_once}. "
+            f"Use {f'{less} or ' if less else ''}{more}",
+        )
+    if training.sequence_tokens > model.max_position_embeddings:
+        refuse(
+            ("training", "sequence_tokens"),
+            f"training.sequence_tokens must not exceed the model's positions: {training.sequence_tokens} > "
+            f"{model.max_position_embeddings} of {model.name}. Lower it",
+        )
+    for key in ("weight_dtype", "expert_dtype") if model.is_moe else ("weight_dtype",):
+        dtype = getattr(model, key)
+        if dtype not in FLOAT_DTYPES:
+            refuse(
+                ("model",),
+                f"training in {dtype} is not simulated yet: model.{key} must be one of {', '.join(FLOAT_DTYPES)}. "
+                f"Set model.{key} to bf16",
+            )
+    reshaped = {
+        "iterations": model.moe_iterations > 1,
+        "pool_layers": model.pool_layers > 1,
+        "expert_widths": bool(model.expert_widths),
+    }
+    for key in [key for key, asked in reshaped.items() if asked]:
+        refuse(("model",), f"model.{key}: training with it is not simulated yet; remove model.{key} or choose a router "
+               "that needs none")  # fmt: skip
+    for phase in ("prefill", "decode"):
+        if getattr(capacity, phase, None) is not None:
+            refuse(("capacity", phase), f"capacity.{phase}: training has no {phase}; set capacity.factor")
+    if capacity is not None and not model.is_moe:
+        refuse(("capacity",), f"capacity: {model.name} is a dense model and has no experts to limit; remove capacity")
+    redundant = getattr(placement, "num_redundant_experts", 0)
+    if redundant:
+        refuse(
+            ("policies", "placement"),
+            f"in training every expert has one place, got num_redundant_experts={redundant}. Set it to 0; whole "
+            "copies of the experts are parallel.replicas",
         )
     return problems
 

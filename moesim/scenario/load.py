@@ -17,14 +17,19 @@ from moesim.engine_spec import EngineSpec
 from moesim.errors import BadInput, Problem
 from moesim.hardware import Cluster, ClusterSpec, DeviceProfile, ProfileSpec
 from moesim.model import ModelSpec, MoEModel, read_hf_config
+from moesim.model_changes import ModelChanges, change_model
 from moesim.placement import PlacementPolicy
 from moesim.policy import load_policy, policy_class, policy_kinds, spec_problems
-from moesim.scenario.checks import cross_checks
+from moesim.routing.capacity import CapacitySpec
+from moesim.scenario.checks import cross_checks, training_checks
 from moesim.scenario.files import NAME, content_hash, find_named, shown
+from moesim.scenario.presets import Preset, apply_preset, presets
 from moesim.scenario.source import Source, rebase
 from moesim.scenario.spec import (
     NOT_YET,
+    ONLY_SERVING,
     RESERVED,
+    SERVING_POLICIES,
     ModelRef,
     ParallelSpec,
     PoliciesSpec,
@@ -33,6 +38,7 @@ from moesim.scenario.spec import (
 )
 from moesim.scenario.yamlio import Marks, YamlPath, load_yaml, parse_yaml
 from moesim.spec import Spec
+from moesim.training_spec import TrainingSpec
 from moesim.workload.requests import RequestsSpec
 from moesim.workload.routing import RoutingSpec
 
@@ -73,7 +79,8 @@ class Policies:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scenario:
-    """Everything `simulate` needs. `base`: the folder that relative paths are named from.
+    """Everything `simulate` needs. `base`: the folder that relative paths are named from. A serving scenario has
+    `requests`, a training scenario `training`.
 
     raw: the mapping as written, with overrides, name and seed in it: what `scenario.yaml` of the results
     says. resolved: the same with every default, models and files by their content; `hash` is over its
@@ -85,7 +92,8 @@ class Scenario:
     model: MoEModel
     cluster: Cluster
     parallel: ParallelSpec
-    requests: RequestsSpec
+    requests: RequestsSpec | None
+    training: TrainingSpec | None
     routing: RoutingSpec
     policies: Policies
     engine: EngineSpec
@@ -95,6 +103,7 @@ class Scenario:
     resolved: dict[str, Any]
     hash: str
     warnings: tuple[str, ...] = ()
+    capacity: CapacitySpec | None = None
 
 
 def load_scenario(path: str | Path, overrides: Sequence[str] = (), seed: int | None = None) -> Scenario:
@@ -129,8 +138,10 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
         source.data["name"] = stem if NAME.fullmatch(stem) else "scenario"
     raw = json.loads(json.dumps(source.data))
     problems = _not_yet(source)
+    training = _one_mode(source, problems)
     for key in [k for k, v in source.data.items() if v is None]:
         del source.data[key]  # `engine:` with nothing under it says nothing
+    preset = apply_preset(source, problems)
     spec = _validate(source, problems)
     policies = _policies(source, spec.policies, problems) if spec.policies is not None else None
     model, model_file = _find_model(source, spec.model, base, problems)
@@ -140,6 +151,9 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
         engine = spec.engine if spec.engine is not None else EngineSpec()
         placement = policies.placement if policies is not None else None
         problems += cross_checks(source.where, model, cluster, spec.parallel, engine, placement)
+        if training and spec.training is not None:
+            capacity = spec.full.capacity if spec.full is not None else None
+            problems += training_checks(source.where, model, spec.parallel, spec.training, placement, capacity)
         if source.data.get("routing") and not model.is_moe:
             message = f"routing: {model.name} is a dense model, so nothing is routed; remove routing"
             problems.append(Problem(source.where(("routing",), key=True), message))
@@ -154,6 +168,11 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
         policies = dataclasses.replace(
             policies, routing=load_policy("routing", kind), kinds={**policies.kinds, "routing": kind}
         )
+    elif preset is not None:
+        policies = dataclasses.replace(policies, kinds={**policies.kinds, "routing": preset.name})
+    if training:
+        kinds = {key: kind for key, kind in policies.kinds.items() if key not in SERVING_POLICIES}
+        policies = dataclasses.replace(policies, kinds=kinds)
     resolved = _resolved(spec.full, model, policies, files)
     resolved["cluster"]["device"] = {"name": cluster.profile.name, "blake2b": profile_hash}
     resolved["model"]["file"] = model_file.name if model_file else ""
@@ -165,6 +184,7 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
         cluster=cluster,
         parallel=spec.full.parallel,
         requests=spec.full.requests,
+        training=spec.full.training,
         routing=spec.full.routing,
         policies=policies,
         engine=spec.full.engine,
@@ -173,8 +193,15 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
         raw=raw,
         resolved=resolved,
         hash=hashlib.blake2b(canonical.encode(), digest_size=8).hexdigest(),
-        warnings=model.warnings,
+        warnings=(*model.warnings, *_reconstructed(preset)),
+        capacity=spec.full.capacity,
     )
+
+
+def _reconstructed(preset: Preset | None) -> tuple[str, ...]:
+    if preset is None or not preset.reconstruction:
+        return ()
+    return (f"routing {preset.name} is a reconstruction: {preset.reconstruction}",)
 
 
 # ---- the mapping
@@ -213,6 +240,28 @@ def _not_yet(source: Source) -> list[Problem]:
     return problems
 
 
+def _one_mode(source: Source, problems: list[Problem]) -> bool:
+    """Whether this is a training scenario. Refuses and takes out what the other mode alone has a use for."""
+    data = source.data
+    if data.get("mode") == "training":
+        for key in [k for k in ONLY_SERVING if data.pop(k, None) is not None]:
+            message = f"{key}: {ONLY_SERVING[key]}; remove {key}, or set mode to serving"
+            problems.append(Problem(source.where((key,), key=True), message))
+        policies = data.get("policies")
+        for key in [k for k in SERVING_POLICIES if isinstance(policies, dict) and policies.pop(k, None) is not None]:
+            message = f"policies.{key}: training has nothing that it decides; remove policies.{key}"
+            problems.append(Problem(source.where(("policies", key), key=True), message))
+        if data.get("training") is None:
+            problems.append(Problem(source.where(("mode",)), "training: is required in mode training and not given"))
+        return True
+    if data.pop("training", None) is not None:
+        message = "training: is read in mode training only; add `mode: training`, or remove training"
+        problems.append(Problem(source.where(("training",), key=True), message))
+    if data.get("requests") is None and data.get("mode", "serving") in (None, "serving"):
+        problems.append(Problem(source.where(("requests",)), "requests: is required and not given"))
+    return False
+
+
 class _Parts:
     """The parts of a scenario that could be read; `full` when all could."""
 
@@ -222,6 +271,7 @@ class _Parts:
         self.cluster: ClusterSpec | None = None
         self.parallel: ParallelSpec | None = None
         self.requests: RequestsSpec | None = None
+        self.training: TrainingSpec | None = None
         self.routing: RoutingSpec | None = None
         self.policies: PoliciesSpec | None = None
         self.engine: EngineSpec | None = None
@@ -232,6 +282,7 @@ _PART_SPECS: dict[str, type[Spec]] = {
     "cluster": ClusterSpec,
     "parallel": ParallelSpec,
     "requests": RequestsSpec,
+    "training": TrainingSpec,
     "routing": RoutingSpec,
     "policies": PoliciesSpec,
     "engine": EngineSpec,
@@ -247,7 +298,7 @@ def _validate(source: Source, problems: list[Problem]) -> _Parts:
         problems += _located(error, source, ScenarioSpec)
     for name, cls in _PART_SPECS.items():
         part: Spec | None = getattr(parts.full, name) if parts.full is not None else None
-        if parts.full is None and (name in source.data or name not in ("model", "cluster", "requests")):
+        if parts.full is None and (name in source.data or name not in ("model", "cluster", "requests", "training")):
             value = source.data.get(name, {})
             try:
                 part = cls.model_validate({"name": value} if name == "model" and isinstance(value, str) else value)
@@ -313,11 +364,11 @@ def _find_model(
     except BadInput as error:
         problems += error.problems
         return None, None
-    dtypes = ref.model_dump(exclude={"name"}, exclude_none=True)
-    if not dtypes:
-        return model, path
+    dtypes = {"weight_dtype", "expert_dtype", "kv_dtype", "activation_dtype"}
+    given = ref.model_dump(include=dtypes, exclude_none=True)
+    changes = ModelChanges(**ref.model_dump(exclude={"name"} | dtypes, exclude_none=True))
     try:
-        return model.with_dtypes(**dtypes), path
+        return change_model(model.with_dtypes(**given) if given else model, changes), path
     except BadInput as error:
         problems += [Problem(source.where(("model",)), f"model: {p.message}") for p in error.problems]
         return None, None
@@ -397,13 +448,18 @@ def _input_files(source: Source, spec: _Parts, base: Path, problems: list[Proble
 
 def _resolved(spec: ScenarioSpec, model: MoEModel, policies: Policies, files: dict[str, str]) -> dict[str, Any]:
     """Everything that decides the result, with no path in it."""
-    out: dict[str, Any] = spec.model_dump(mode="json")
+    training = spec.mode == "training"
+    unused = {*ONLY_SERVING} if training else {"mode", "training"}
+    if spec.capacity is None:
+        unused.add("capacity")
+    out: dict[str, Any] = spec.model_dump(mode="json", exclude=unused)
     for part, digest in files.items():
         out[part]["path"] = {"name": Path(out[part]["path"]).name, "blake2b": digest}
     out["model"] = json.loads(json.dumps(dataclasses.asdict(model)))
     out["policies"] = {
         key: {"kind": policies.kinds[key], **getattr(policies, key).model_dump(mode="json")}
         for key in FAMILY_KEYS.values()
+        if not (training and key in SERVING_POLICIES)
     }
     return out
 
@@ -416,10 +472,15 @@ def scenario_schema() -> dict[str, Any]:
     schema = ScenarioSpec.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "moesim scenario"
+    schema["if"] = {"properties": {"mode": {"const": "training"}}, "required": ["mode"]}
+    foreign = {"anyOf": [{"required": [key]} for key in ONLY_SERVING]}
+    schema["then"] = {"required": ["training"], "not": foreign}
+    schema["else"] = {"required": ["requests"], "not": {"required": ["training"]}}
     properties = schema["$defs"]["PoliciesSpec"]["properties"]
     for family, key in FAMILY_KEYS.items():
         kinds = policy_kinds(family)
-        options: list[dict[str, Any]] = [{"enum": kinds}] if kinds else []
+        named = [*kinds, *presets()] if family == "routing" else kinds
+        options: list[dict[str, Any]] = [{"enum": named}] if named else []
         for kind in kinds:
             option = policy_class(family, kind).model_json_schema(ref_template=f"#/$defs/{family}.{kind}.{{model}}")
             for name, definition in option.pop("$defs", {}).items():

@@ -8,7 +8,7 @@ from typing import Any
 from moesim.errors import BadInput, Problem
 from moesim.scenario.yamlio import Marks, YamlPath, parse_yaml
 
-__all__ = ["Source"]
+__all__ = ["Source", "override_place"]
 
 _MAX_OVERRIDES = 1000
 _MAX_KEYS = 20
@@ -55,8 +55,8 @@ class Source:
 
     def _one(self, text: str) -> None:
         dotted, equals, value_text = text.partition("=")
-        shown = text if len(text) <= 100 else text[:97] + "..."
-        where = f"--set {shown}"
+        where = override_place(text)
+        shown = where.removeprefix("--set ")
         keys = [k.strip() for k in dotted.split(".")]
         if not equals or not all(keys):
             raise BadInput(Problem(where, "an override is written key=value, such as parallel.tp=2"))
@@ -97,6 +97,11 @@ class Source:
             for known in [p for p in table if p[: len(path)] == path]:
                 del table[known]
         self.overridden[path] = text
+
+
+def override_place(text: str) -> str:
+    """How messages name the override `text`."""
+    return f"--set {text if len(text) <= 100 else text[:97] + '...'}"
 
 
 def _takes_name(path: list[str | int], key: str) -> bool:

@@ -13,27 +13,32 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from moesim.engine_spec import EngineSpec
 from moesim.hardware import ClusterSpec
 from moesim.model import Dtype
+from moesim.model_changes import ModelChanges
+from moesim.routing.capacity import CapacitySpec
 from moesim.spec import Spec
+from moesim.training_spec import TrainingSpec
 from moesim.units import Ms
 from moesim.workload.requests import RequestsSpec
 from moesim.workload.routing import RoutingSpec
 
 __all__ = [
     "NOT_YET",
+    "ONLY_SERVING",
     "RESERVED",
+    "SERVING_POLICIES",
     "EngineSpec",
     "ModelRef",
     "ParallelSpec",
     "PoliciesSpec",
     "ScenarioSpec",
     "SloSpec",
+    "TrainingSpec",
 ]
 
 _MAX_RANKS = 1 << 20
 _Degree = Annotated[int, Field(ge=1, le=_MAX_RANKS)]
 
 RESERVED = {
-    "mode": "choosing how to run (search, validation)",
     "communication": "choosing communication libraries",
     "rebalance": "moving experts while serving",
     "tiers": "experts in host memory or NVMe",
@@ -59,13 +64,22 @@ NOT_YET = {
 }
 """Keys of `parallel`, `engine` and the top level that ask for what is not simulated; off is allowed."""
 
+ONLY_SERVING = {
+    "requests": "nothing is asked for while a model trains; the batch stands under training",
+    "engine": "what a serving engine is told; host overhead, CUDA graphs and memory limits stand under training",
+    "slo": "requests have latencies, training steps have none to promise",
+}
+"""Top-level keys that `mode: training` has no use for -> why."""
 
-class ModelRef(Spec):
-    """`model: NAME`, or a mapping with dtypes to change. NAME: a file of workloads/models or a path."""
+SERVING_POLICIES = ("dispatch", "offload", "batching", "balancer")
+"""Keys of `policies` that only serving has."""
+
+
+class ModelRef(ModelChanges):
+    """`model: NAME`, or a mapping with dtypes and dimensions to change. NAME: a file of workloads/models or a path."""
 
     name: Annotated[str, Field(min_length=1, max_length=500)]
     weight_dtype: Dtype | None = None
-    expert_dtype: Dtype | None = None
     kv_dtype: Dtype | None = None
     activation_dtype: Dtype | None = None
 
@@ -127,15 +141,18 @@ class PoliciesSpec(Spec):
 
 
 class ScenarioSpec(Spec):
-    """A deployment, its traffic, its routing, and the policies that run it."""
+    """A deployment, its traffic (or, in `mode: training`, its steps), its routing, and the policies that run it."""
 
+    mode: Literal["serving", "training"] = "serving"
     name: Annotated[str, AfterValidator(_plain_name), Field(min_length=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     model: Annotated[ModelRef, BeforeValidator(_by_name, json_schema_input_type=str | ModelRef)]
     cluster: ClusterSpec
     parallel: ParallelSpec = Field(default_factory=ParallelSpec)
-    requests: RequestsSpec
+    requests: RequestsSpec | None = None
+    training: TrainingSpec | None = None
     routing: RoutingSpec = Field(default_factory=RoutingSpec)
     policies: PoliciesSpec = Field(default_factory=PoliciesSpec)
+    capacity: CapacitySpec | None = None
     engine: EngineSpec = Field(default_factory=EngineSpec)
     slo: SloSpec | None = None

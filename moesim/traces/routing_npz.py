@@ -1,14 +1,14 @@
 """Per-token routing traces: .npz as recorders write them, and a folder of .npy that is memory-mapped.
 
-.npz members: `expert_ids` [T, L, K] (required), `weights` [T, L, K], `sequence_id` [T], `layer_index` [L],
-`num_experts`, `top_k`. The folder holds expert_ids.npy, weights.npy, sequence_start.npy [Q + 1] and
-meta.json. Nothing is unpickled; every size a header declares is compared with the bytes that are there before
-memory is taken.
+.npz members: `expert_ids` [T, L, K] (required), `weights` [T, L, K], `scores` [T, L, E] (the router's logits),
+`sequence_id` [T], `token_id` [T] (of the vocabulary), `phase` [T] (0 prefill, 1 decode), `layer_index` [L],
+`num_experts`, `top_k`. The folder holds expert_ids.npy, weights.npy, scores.npy, sequence_start.npy [Q + 1],
+token_id.npy, phase.npy and meta.json. Nothing is unpickled; every size a header declares is compared with the bytes
+that are there before memory is taken.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -26,7 +26,20 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from moesim.errors import BadInput, Problem
+from moesim.traces._routing_checks import (
+    bad,
+    check_ids,
+    check_integers,
+    check_layers,
+    check_scores_shape,
+    check_shape,
+    experts_of,
+    scalar,
+    sequence_starts,
+    to_scores,
+    to_tokens,
+    to_weights,
+)
 from moesim.workload.pool import RoutingSource, id_dtype
 
 __all__ = ["convert", "read", "write_folder"]
@@ -35,13 +48,15 @@ _GIB = 1 << 30
 NPZ_LIMIT_BYTES = 4 * _GIB
 FOLDER_LIMIT_BYTES = 64 * _GIB
 _META_LIMIT_BYTES = 1 << 20
-_MAX_EXPERTS = 1 << 16
 _DEFLATE_MOST = 1040
 """No deflate stream grows by more than 1032 to 1; a member that claims more lies about its size."""
 _CHUNK_BYTES = 16 << 20
 _DUPLICATE_CHECK_IDS = 1 << 26
 """Ids of a mapped folder searched for duplicates at load: evenly spaced parts of it. `convert` searches
 all."""
+_MEMBERS = (
+    "expert_ids", "weights", "scores", "sequence_id", "token_id", "phase", "layer_index", "num_experts", "top_k",
+)  # fmt: skip
 _BROKEN = (
     zipfile.BadZipFile, zlib.error, tokenize.TokenError,
     EOFError, OSError, ValueError, SyntaxError, RuntimeError, KeyError,
@@ -56,10 +71,6 @@ class _Header:
     data_bytes: int
 
 
-def _bad(path: Path, message: str) -> BadInput:
-    return BadInput(Problem(str(path), message))
-
-
 def read(path: Path, num_experts: int | None = None) -> RoutingSource:
     """The trace at `path` (an .npz file, or a folder that `convert` wrote) as a pool of whole tokens.
 
@@ -69,7 +80,7 @@ def read(path: Path, num_experts: int | None = None) -> RoutingSource:
     if path.is_dir():
         return _read_folder(path)
     if not path.is_file():
-        raise _bad(path, "no such routing trace. Give an .npz file or a folder written by `moesim convert`.")
+        raise bad(path, "no such routing trace. Give an .npz file or a folder written by `moesim convert`.")
     return _read_npz(path, num_experts)
 
 
@@ -81,19 +92,19 @@ def _header(stream: IO[bytes], file_bytes: int, path: Path, name: str) -> _Heade
     there."""
     version = npy.read_magic(stream)
     if version not in ((1, 0), (2, 0)):
-        raise _bad(path, f"{name}: .npy format {version[0]}.{version[1]} is not read, 1.0 and 2.0 are.")
+        raise bad(path, f"{name}: .npy format {version[0]}.{version[1]} is not read, 1.0 and 2.0 are.")
     reader = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, fortran, dtype = reader(stream)
     if dtype.hasobject or dtype.kind not in "iuf":
-        raise _bad(
+        raise bad(
             path,
             f"{name}: an array of integers or floats is needed, got dtype {dtype}. Nothing is unpickled.",
         )
     if any(n < 0 for n in shape):
-        raise _bad(path, f"{name}: the header declares a negative size, {shape}.")
+        raise bad(path, f"{name}: the header declares a negative size, {shape}.")
     needed, there = math.prod(shape) * dtype.itemsize, file_bytes - stream.tell()
     if needed != there:
-        raise _bad(
+        raise bad(
             path,
             f"{name}: the header declares shape {shape} of {dtype}, {needed} bytes, but {there} bytes"
             " follow it."
@@ -107,16 +118,16 @@ def _open_npz(path: Path, limit_bytes: int) -> tuple[zipfile.ZipFile, dict[str, 
     try:
         archive = zipfile.ZipFile(path)
     except _BROKEN as error:
-        raise _bad(path, f"not a readable .npz (zip) file: {error}. Write it with numpy.savez_compressed.") from None
+        raise bad(path, f"not a readable .npz (zip) file: {error}. Write it with numpy.savez_compressed.") from None
     members = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
     if "expert_ids" not in members:
         archive.close()
         found = ", ".join(sorted(members)[:8]) or "nothing"
-        raise _bad(
+        raise bad(
             path,
             f"a routing trace needs an array `expert_ids` [tokens, layers, top_k]; the file has {found}.",
         )
-    for name in ("expert_ids", "weights", "sequence_id", "layer_index", "num_experts", "top_k"):
+    for name in _MEMBERS:
         info = members.get(name)
         if info is None:
             continue
@@ -129,11 +140,11 @@ def _open_npz(path: Path, limit_bytes: int) -> tuple[zipfile.ZipFile, dict[str, 
             problem = f"claims {info.file_size} bytes from {info.compress_size}, more than deflate can make."
         if problem:
             archive.close()
-            raise _bad(path, f"{name}: {problem}")
+            raise bad(path, f"{name}: {problem}")
     total = sum(i.file_size for i in members.values())
     if total > limit_bytes:
         archive.close()
-        raise _bad(
+        raise bad(
             path,
             f"the arrays take {total} bytes uncompressed, over the limit of {limit_bytes} for reading an"
             " .npz into"
@@ -150,124 +161,11 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, name: s
             data = stream.read(header.data_bytes)
             rest = stream.read(1)
     except _BROKEN as error:
-        raise _bad(path, f"{name}: damaged ({error}). Write the file again.") from None
+        raise bad(path, f"{name}: damaged ({error}). Write the file again.") from None
     if len(data) != header.data_bytes or rest:
-        raise _bad(path, f"{name}: {len(data)} bytes of data where {header.data_bytes} are declared.")
+        raise bad(path, f"{name}: {len(data)} bytes of data where {header.data_bytes} are declared.")
     array = np.frombuffer(data, header.dtype).reshape(header.shape, order="F" if header.fortran else "C")
     return array.astype(header.dtype.newbyteorder("="), copy=False)
-
-
-# ----------------------------------------------------------------------------------------------------- checks
-
-
-def _check_shape(shape: tuple[int, ...], path: Path) -> None:
-    if len(shape) != 3:
-        raise _bad(path, f"expert_ids: [tokens, layers, top_k] is needed, got shape {shape}.")
-    if 0 in shape:
-        raise _bad(path, f"expert_ids: at least one token, layer and expert is needed, got shape {shape}.")
-
-
-def _check_ids(ids: NDArray[Any], num_experts: int, path: Path, first: int = 0, duplicates: bool = True) -> None:
-    """Ids are in [0, num_experts) and distinct within a token and layer; `first` is the first token's
-    number."""
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0:
-        token, layer = np.argwhere(ids < 0)[0][:2]
-        hint = (
-            " -1 is the padding of some engines' exports: leave padded tokens out when exporting, ids[(ids"
-            " >= 0)"
-            ".all((1, 2))]."
-            if low == -1
-            else ""
-        )
-        raise _bad(path, f"expert_ids: id {low} at token {first + token}, layer {layer} is below 0.{hint}")
-    if high >= num_experts:
-        token, layer = np.argwhere(ids >= num_experts)[0][:2]
-        raise _bad(
-            path,
-            f"expert_ids: id {int(ids[token, layer].max())} at token {first + token}, layer {layer} with"
-            f" {num_experts}"
-            f" experts (ids go from 0 to {num_experts - 1}). Use the model that the trace was recorded with.",
-        )
-    if not duplicates or ids.shape[2] == 1:
-        return
-    ordered = np.sort(ids, axis=2)
-    same = (ordered[:, :, 1:] == ordered[:, :, :-1]).any(2)
-    if same.any():
-        token, layer = np.argwhere(same)[0]
-        raise _bad(
-            path,
-            f"expert_ids: a token takes {ids.shape[2]} distinct experts, but token {first + token}, layer"
-            f" {layer} has"
-            f" {ids[token, layer].tolist()}. Fused or padded ids cannot be replayed; export the router's"
-            " top-k.",
-        )
-
-
-def _check_integers(array: NDArray[Any], path: Path, name: str) -> None:
-    if array.dtype.kind not in "iu":
-        raise _bad(path, f"{name}: integers are needed, got {array.dtype}. Convert with .astype(int).")
-
-
-def _to_weights(raw: NDArray[Any], path: Path) -> NDArray[np.float16]:
-    with np.errstate(over="ignore", invalid="ignore"):
-        weights = raw.astype(np.float16)
-    if not np.isfinite(weights).all():
-        token = int(np.argwhere(~np.isfinite(weights))[0][0])
-        raise _bad(path, f"weights: finite gate weights are needed, token {token} has NaN, infinity or over 65504.")
-    if weights.min() < 0:
-        token = int(np.argwhere(weights < 0)[0][0])
-        raise _bad(path, f"weights: gate weights are not negative, token {token} has {float(weights.min())}.")
-    return weights
-
-
-def _starts(sequence_id: NDArray[Any], tokens: int, path: Path) -> NDArray[np.int64]:
-    """int64 [Q + 1] from one id a token; the tokens of a sequence must stand together."""
-    _check_integers(sequence_id, path, "sequence_id")
-    if sequence_id.shape != (tokens,):
-        raise _bad(path, f"sequence_id: shape ({tokens},) is needed, one id a token, got {sequence_id.shape}.")
-    first = np.flatnonzero(np.concatenate([[True], sequence_id[1:] != sequence_id[:-1]]))
-    ids, counts = np.unique(sequence_id[first], return_counts=True)
-    if (counts > 1).any():
-        again = ids[counts > 1][0]
-        raise _bad(
-            path,
-            f"sequence_id: a sequence's tokens stand together, but id {again} comes back after another."
-            " Sort the tokens by sequence (stable, so that positions keep their order).",
-        )
-    return np.append(first, tokens).astype(np.int64)
-
-
-def _check_layers(layer_index: NDArray[Any], layers: int, path: Path) -> tuple[int, ...]:
-    _check_integers(layer_index, path, "layer_index")
-    if layer_index.shape != (layers,):
-        raise _bad(path, f"layer_index: one entry a layer, ({layers},), is needed, got {layer_index.shape}.")
-    out = tuple(int(x) for x in layer_index)
-    if out[0] < 0 or any(b <= a for a, b in itertools.pairwise(out)):
-        raise _bad(path, f"layer_index: rising numbers from 0 on are needed, got {list(out)}.")
-    return out
-
-
-def _experts_of(found: dict[str, Any], top_k: int, given: int | None, path: Path) -> int | None:
-    """The number of experts that the file states, or `given`; None when neither does. Checks top_k on the
-    way."""
-    stated = found.get("top_k")
-    if stated is not None and int(stated) != top_k:
-        raise _bad(path, f"top_k: the file states {int(stated)}, but expert_ids holds {top_k} ids a token.")
-    experts = found.get("num_experts", given)
-    if experts is None:
-        return None
-    experts = int(experts)
-    if not top_k <= experts <= _MAX_EXPERTS:
-        raise _bad(path, f"num_experts: between top_k={top_k} and {_MAX_EXPERTS} is needed, got {experts}.")
-    return experts
-
-
-def _scalar(array: NDArray[Any], path: Path, name: str) -> int:
-    _check_integers(array, path, name)
-    if array.size != 1:
-        raise _bad(path, f"{name}: one number is needed, got shape {array.shape}.")
-    return int(array.reshape(()))
 
 
 # ------------------------------------------------------------------------------------------------------- .npz
@@ -278,42 +176,66 @@ def _read_npz(path: Path, given_experts: int | None) -> RoutingSource:
     with archive:
         side = _side_arrays(archive, members, path)
         raw = _member(archive, members["expert_ids"], path, "expert_ids")
-        _check_integers(raw, path, "expert_ids")
-        _check_shape(raw.shape, path)
+        check_integers(raw, path, "expert_ids")
+        check_shape(raw.shape, path)
         tokens, layers, top_k = raw.shape
         warnings = []
-        experts = _experts_of(side, top_k, given_experts, path)
+        experts = experts_of(side, top_k, _experts_scored(archive, members, path) or given_experts, path)
         if experts is None:
             experts = max(int(raw.max()) + 1, top_k)
             warnings.append(f"{path.name} does not say num_experts; {experts} taken from the largest id.")
-        _check_ids(raw, experts, path)
+        check_ids(raw, experts, path)
         weights = None
         if "weights" in members:
             raw_weights = _member(archive, members["weights"], path, "weights")
             if raw_weights.shape != raw.shape:
-                raise _bad(
+                raise bad(
                     path,
                     f"weights: the shape of expert_ids, {raw.shape}, is needed, got {raw_weights.shape}.",
                 )
-            weights = _to_weights(raw_weights, path)
+            weights = to_weights(raw_weights, path)
+        scores = None
+        if "scores" in members:
+            raw_scores = _member(archive, members["scores"], path, "scores")
+            check_scores_shape(raw_scores.shape, raw.shape, experts, path)
+            scores = to_scores(raw_scores, path)
+    token_T, phase_T = _facts(side, tokens, path)
     if "sequence_id" in side:
-        starts = _starts(side["sequence_id"], tokens, path)
+        starts = sequence_starts(side["sequence_id"], tokens, path)
     else:
         starts = np.array([0, tokens], np.int64)
         warnings.append(f"{path.name} has no sequence_id: its {tokens} tokens count as one sequence.")
-    index = _check_layers(side["layer_index"], layers, path) if "layer_index" in side else None
+    index = check_layers(side["layer_index"], layers, path) if "layer_index" in side else None
     ids = np.ascontiguousarray(raw, id_dtype(experts))
-    return RoutingSource(ids, starts, experts, top_k, True, path.name, weights, index, warnings=tuple(warnings))
+    return RoutingSource(
+        ids, starts, experts, top_k, True, path.name, weights, index, warnings=tuple(warnings), score_TLE=scores,
+        token_T=token_T, phase_T=phase_T,
+    )  # fmt: skip
+
+
+def _experts_scored(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], path: Path) -> int | None:
+    """E by the shape of `scores`; None where there are none."""
+    if "scores" not in members:
+        return None
+    shape = _peek(archive, members["scores"], path, "scores").shape
+    return shape[2] if len(shape) == 3 else None
+
+
+def _facts(found: dict[str, Any], tokens: int, path: Path) -> tuple[Any, Any]:
+    """token_T int64 and phase_T uint8, each None where the trace has none."""
+    token = to_tokens(found["token_id"], tokens, path, "token_id") if "token_id" in found else None
+    phase = to_tokens(found["phase"], tokens, path, "phase").astype(np.uint8) if "phase" in found else None
+    return token, phase
 
 
 def _side_arrays(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name in ("sequence_id", "layer_index"):
+    for name in ("sequence_id", "token_id", "phase", "layer_index"):
         if name in members:
             found[name] = _member(archive, members[name], path, name)
     for name in ("num_experts", "top_k"):
         if name in members:
-            found[name] = _scalar(_member(archive, members[name], path, name), path, name)
+            found[name] = scalar(_member(archive, members[name], path, name), path, name)
     return found
 
 
@@ -328,7 +250,7 @@ def _map_npy(path: Path, mapped: bool) -> NDArray[Any]:
             header = _header(stream, size, path.parent, path.name)
             at = stream.tell()
     except _BROKEN as error:
-        raise _bad(path, f"not a readable .npy file ({error}). Convert the trace again.") from None
+        raise bad(path, f"not a readable .npy file ({error}). Convert the trace again.") from None
     if header.data_bytes == 0:
         return np.empty(header.shape, header.dtype)
     data = np.memmap(path, header.dtype, "r", at, header.shape, "F" if header.fortran else "C")
@@ -339,17 +261,17 @@ def _read_meta(path: Path) -> dict[str, Any]:
     file = path / "meta.json"
     try:
         if file.stat().st_size > _META_LIMIT_BYTES:
-            raise _bad(file, f"over {_META_LIMIT_BYTES} bytes. Convert the trace again.")
+            raise bad(file, f"over {_META_LIMIT_BYTES} bytes. Convert the trace again.")
         meta = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
-        raise _bad(path, "a routing folder holds meta.json; this one does not. Write it with moesim convert.") from None
+        raise bad(path, "a routing folder holds meta.json; this one does not. Write it with moesim convert.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise _bad(file, f"not readable JSON ({error}). Convert the trace again.") from None
+        raise bad(file, f"not readable JSON ({error}). Convert the trace again.") from None
     if not isinstance(meta, dict) or meta.get("format") != "moesim-routing":
-        raise _bad(file, 'a mapping with "format": "moesim-routing" is needed. Convert the trace again.')
+        raise bad(file, 'a mapping with "format": "moesim-routing" is needed. Convert the trace again.')
     for name in ("num_experts", "top_k"):
         if not isinstance(meta.get(name), int) or isinstance(meta[name], bool):
-            raise _bad(file, f"{name}: an integer is needed, got {meta.get(name)!r}.")
+            raise bad(file, f"{name}: an integer is needed, got {meta.get(name)!r}.")
     return meta
 
 
@@ -357,32 +279,43 @@ def _read_folder(path: Path) -> RoutingSource:
     meta = _read_meta(path)
     total = sum(f.stat().st_size for f in path.glob("*.npy"))
     if total > FOLDER_LIMIT_BYTES:
-        raise _bad(path, f"the arrays take {total} bytes, over the limit of {FOLDER_LIMIT_BYTES}. Split the trace.")
+        raise bad(path, f"the arrays take {total} bytes, over the limit of {FOLDER_LIMIT_BYTES}. Split the trace.")
     ids = _map_npy(path / "expert_ids.npy", mapped=True)
-    _check_integers(ids, path, "expert_ids.npy")
-    _check_shape(ids.shape, path)
+    check_integers(ids, path, "expert_ids.npy")
+    check_shape(ids.shape, path)
     tokens, layers, top_k = ids.shape
-    experts = _experts_of(meta, top_k, None, path)
+    experts = experts_of(meta, top_k, None, path)
     assert experts is not None
     if ids.dtype != id_dtype(experts) or not ids.flags.c_contiguous:
-        raise _bad(path, f"expert_ids.npy: {id_dtype(experts)} in C order is needed, got {ids.dtype}. Convert again.")
+        raise bad(path, f"expert_ids.npy: {id_dtype(experts)} in C order is needed, got {ids.dtype}. Convert again.")
     _check_mapped_ids(ids, experts, path)
     starts = _map_npy(path / "sequence_start.npy", mapped=False)
-    _check_integers(starts, path, "sequence_start.npy")
+    check_integers(starts, path, "sequence_start.npy")
     starts = starts.astype(np.int64)
     if starts.ndim != 1 or len(starts) < 2 or starts[0] != 0 or starts[-1] != tokens or (np.diff(starts) <= 0).any():
-        raise _bad(path, f"sequence_start.npy: rising row numbers from 0 to {tokens} are needed. Convert again.")
+        raise bad(path, f"sequence_start.npy: rising row numbers from 0 to {tokens} are needed. Convert again.")
     weights = None
     if (path / "weights.npy").exists():
         weights = _map_npy(path / "weights.npy", mapped=True)
         if weights.shape != ids.shape or weights.dtype != np.float16:
-            raise _bad(path, f"weights.npy: float16 {ids.shape} is needed, got {weights.dtype} {weights.shape}.")
+            raise bad(path, f"weights.npy: float16 {ids.shape} is needed, got {weights.dtype} {weights.shape}.")
+    scores = None
+    if (path / "scores.npy").exists():
+        scores = _map_npy(path / "scores.npy", mapped=True)
+        check_scores_shape(scores.shape, ids.shape, experts, path / "scores.npy")
+        if scores.dtype != np.float16:
+            raise bad(path, f"scores.npy: float16 is needed, got {scores.dtype}. Convert again.")
+    side = {n: _map_npy(path / f"{n}.npy", mapped=False) for n in ("token_id", "phase") if (path / f"{n}.npy").exists()}
+    token_T, phase_T = _facts(side, tokens, path)
     index = meta.get("layer_index")
     if index is not None:
         if not isinstance(index, list) or not all(isinstance(x, int) for x in index):
-            raise _bad(path / "meta.json", "layer_index: a list of integers is needed.")
-        index = _check_layers(np.array(index, np.int64), layers, path)
-    return RoutingSource(ids, starts, experts, top_k, True, str(meta.get("source", path.name)), weights, index)
+            raise bad(path / "meta.json", "layer_index: a list of integers is needed.")
+        index = check_layers(np.array(index, np.int64), layers, path)
+    return RoutingSource(
+        ids, starts, experts, top_k, True, str(meta.get("source", path.name)), weights, index, score_TLE=scores,
+        token_T=token_T, phase_T=phase_T,
+    )  # fmt: skip
 
 
 def _check_mapped_ids(ids: NDArray[Any], experts: int, path: Path) -> None:
@@ -392,7 +325,7 @@ def _check_mapped_ids(ids: NDArray[Any], experts: int, path: Path) -> None:
     chunks = -(-ids.shape[0] // step)
     every = max(1, -(-ids.size // _DUPLICATE_CHECK_IDS))
     for i in range(chunks):
-        _check_ids(ids[i * step : (i + 1) * step], experts, path, i * step, duplicates=i % every == 0)
+        check_ids(ids[i * step : (i + 1) * step], experts, path, i * step, duplicates=i % every == 0)
 
 
 def write_folder(source: RoutingSource, dst: Path) -> None:
@@ -403,6 +336,9 @@ def write_folder(source: RoutingSource, dst: Path) -> None:
         np.save(folder / "expert_ids.npy", source.expert_TLK, allow_pickle=False)
         if source.weight_TLK is not None:
             np.save(folder / "weights.npy", source.weight_TLK, allow_pickle=False)
+        if source.score_TLE is not None:
+            np.save(folder / "scores.npy", source.score_TLE, allow_pickle=False)
+        _save_facts(folder, source.token_T, source.phase_T)
         np.save(folder / "sequence_start.npy", source.sequence_start, allow_pickle=False)
         index = None if source.layer_index is None else list(source.layer_index)
         return {
@@ -413,11 +349,17 @@ def write_folder(source: RoutingSource, dst: Path) -> None:
     _atomic_folder(dst, fill)
 
 
+def _save_facts(folder: Path, token_T: NDArray[np.int64] | None, phase_T: NDArray[np.uint8] | None) -> None:
+    for name, array in (("token_id", token_T), ("phase", phase_T)):
+        if array is not None:
+            np.save(folder / f"{name}.npy", array, allow_pickle=False)
+
+
 def _atomic_folder(dst: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
     if dst.exists():
-        raise _bad(dst, "exists already. Give the name of a folder that does not, or remove this one.")
+        raise bad(dst, "exists already. Give the name of a folder that does not, or remove this one.")
     if not dst.parent.is_dir():
-        raise _bad(dst, f"the folder {dst.parent} does not exist. Create it first.")
+        raise bad(dst, f"the folder {dst.parent} does not exist. Create it first.")
     folder = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
     try:
         meta = {"schema_version": 1, "format": "moesim-routing", **fill(folder)}
@@ -425,7 +367,7 @@ def _atomic_folder(dst: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
         folder.chmod(0o755)
         os.rename(folder, dst)
     except OSError as error:
-        raise _bad(dst, f"cannot be written ({error}).") from None
+        raise bad(dst, f"cannot be written ({error}).") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -439,37 +381,46 @@ def convert(src: Path, dst: Path, num_experts: int | None = None) -> None:
     Every id is checked. Raises BadInput, and leaves nothing behind, for a trace that cannot be replayed.
     """
     if not src.is_file():
-        raise _bad(src, "no such .npz file.")
+        raise bad(src, "no such .npz file.")
     archive, members = _open_npz(src, FOLDER_LIMIT_BYTES)
     with archive:
         side = _side_arrays(archive, members, src)
         header = _peek(archive, members["expert_ids"], src, "expert_ids")
-        _check_shape(header.shape, src)
-        experts = _experts_of(side, header.shape[2], num_experts, src)
+        check_shape(header.shape, src)
+        experts = experts_of(side, header.shape[2], _experts_scored(archive, members, src) or num_experts, src)
         if experts is None:
-            raise _bad(src, "num_experts: the file does not say it. Add it to the .npz or give it when converting.")
+            raise bad(src, "num_experts: the file does not say it. Add it to the .npz or give it when converting.")
         if "sequence_id" in side:
-            starts = _starts(side["sequence_id"], header.shape[0], src)
+            starts = sequence_starts(side["sequence_id"], header.shape[0], src)
         else:
             starts = np.array([0, header.shape[0]], np.int64)
+        token_T, phase_T = _facts(side, header.shape[0], src)
         layers = side.get("layer_index")
-        index = None if layers is None else _check_layers(layers, header.shape[1], src)
+        index = None if layers is None else check_layers(layers, header.shape[1], src)
 
         def check(chunk: NDArray[Any], first: int) -> NDArray[Any]:
-            _check_integers(chunk, src, "expert_ids")
-            _check_ids(chunk, experts, src, first)
+            check_integers(chunk, src, "expert_ids")
+            check_ids(chunk, experts, src, first)
             return chunk.astype(id_dtype(experts))
 
         def check_weights(chunk: NDArray[Any], _first: int) -> NDArray[Any]:
-            return _to_weights(chunk, src)
+            return to_weights(chunk, src)
+
+        def check_scores(chunk: NDArray[Any], first: int) -> NDArray[Any]:
+            return to_scores(chunk, src, first)
 
         def fill(folder: Path) -> dict[str, Any]:
             _stream(archive, members["expert_ids"], src, "expert_ids", folder / "expert_ids.npy", check)
             if "weights" in members:
                 shape = _peek(archive, members["weights"], src, "weights").shape
                 if shape != header.shape:
-                    raise _bad(src, f"weights: the shape of expert_ids, {header.shape}, is needed, got {shape}.")
+                    raise bad(src, f"weights: the shape of expert_ids, {header.shape}, is needed, got {shape}.")
                 _stream(archive, members["weights"], src, "weights", folder / "weights.npy", check_weights)
+            if "scores" in members:
+                shape = _peek(archive, members["scores"], src, "scores").shape
+                check_scores_shape(shape, header.shape, experts, src)
+                _stream(archive, members["scores"], src, "scores", folder / "scores.npy", check_scores)
+            _save_facts(folder, token_T, phase_T)
             np.save(folder / "sequence_start.npy", starts, allow_pickle=False)
             return {
                 "num_experts": experts, "top_k": header.shape[2], "source": src.name,
@@ -484,7 +435,7 @@ def _peek(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, name: str
         with archive.open(info) as stream:
             return _header(stream, info.file_size, path, name)
     except _BROKEN as error:
-        raise _bad(path, f"{name}: damaged ({error}). Write the file again.") from None
+        raise bad(path, f"{name}: damaged ({error}). Write the file again.") from None
 
 
 def _stream(
@@ -514,7 +465,7 @@ def _chunks(
         with archive.open(info) as stream:
             header = _header(stream, info.file_size, path, name)
             if header.fortran:
-                raise _bad(
+                raise bad(
                     path,
                     f"{name}: C order is needed to convert in chunks. Use numpy.ascontiguousarray first.",
                 )
@@ -524,7 +475,7 @@ def _chunks(
                 rows = min(step, header.shape[0] - first)
                 data = stream.read(rows * row_bytes)
                 if len(data) != rows * row_bytes:
-                    raise _bad(path, f"{name}: ends after token {first}. The file is cut off; write it again.")
+                    raise bad(path, f"{name}: ends after token {first}. The file is cut off; write it again.")
                 yield first, np.frombuffer(data, header.dtype).reshape(rows, *header.shape[1:])
     except _BROKEN as error:
-        raise _bad(path, f"{name}: damaged ({error}). Write the file again.") from None
+        raise bad(path, f"{name}: damaged ({error}). Write the file again.") from None

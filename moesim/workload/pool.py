@@ -37,11 +37,14 @@ def id_dtype(num_experts: int) -> np.dtype[Any]:
 class RoutingSource:
     """A pool of T whole tokens in Q sequences.
 
-    `expert_TLK`: expert ids, K distinct ones a token and layer; an array or a read-only memory map.
+    `expert_TLK`: expert ids, K distinct ones a token and layer; an array or a read-only memory map. Where `ragged`, a
+    token may take fewer: the places left hold `num_experts`, which is no expert.
     `weight_TLK`: gate weights, float16, or None. `sequence_start`: int64 [Q + 1]; sequence q is rows
     start[q]:start[q+1]. `recorded`: a trace of a real model (else a model's draw). `ideal`: every step's load
     counts as equal over experts. `domain_Q`, `window_Q`: request domain and drift window of each sequence,
-    None where there is only one.
+    None where there is only one. `score_TLE`: the recorded router's logits, float16, by which (with a balancing bias
+    where it has one) the experts were chosen; `token_T`: vocabulary ids; `phase_T`: 0 prefill, 1 decode; each None
+    where nobody recorded it.
     """
 
     expert_TLK: Ids
@@ -55,7 +58,11 @@ class RoutingSource:
     domain_Q: NDArray[np.int16] | None = None
     window_Q: NDArray[np.int16] | None = None
     ideal: bool = False
+    ragged: bool = False
     warnings: tuple[str, ...] = field(default=())
+    score_TLE: NDArray[np.float16] | None = None
+    token_T: NDArray[np.int64] | None = None
+    phase_T: NDArray[np.uint8] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -76,11 +83,31 @@ class RoutingSource:
 
     def count_LE(self) -> NDArray[np.int64]:
         """How often each expert of each layer was taken over the whole pool."""
-        return count_ids(self.expert_TLK, self.num_experts)
+        return self.counted(self.expert_TLK)
 
-    def with_ids(self, expert_TLK: Ids, source: str, *, ideal: bool = False) -> RoutingSource:
-        """The same tokens and sequences with other experts, which no longer count as recorded."""
-        return replace(self, expert_TLK=expert_TLK, weight_TLK=None, recorded=False, source=source, ideal=ideal)
+    def counted(self, expert_TLK: Ids) -> NDArray[np.int64]:
+        """Tokens per layer and expert of ids that read as this pool's do, int64 [L, E]."""
+        return count_ids(expert_TLK, self.num_experts + self.ragged)[:, : self.num_experts]
+
+    def with_ids(
+        self, expert_TLK: Ids, source: str, *, ideal: bool = False, ragged: bool = False, num_experts: int = 0
+    ) -> RoutingSource:
+        """The same tokens and sequences with other experts, which no longer count as recorded.
+
+        Gates and scores go with the old experts; token ids and phases stay.
+        """
+        return replace(
+            self,
+            expert_TLK=expert_TLK,
+            num_experts=num_experts or self.num_experts,
+            top_k=expert_TLK.shape[2],
+            weight_TLK=None,
+            score_TLE=None,
+            recorded=False,
+            source=source,
+            ideal=ideal,
+            ragged=ragged,
+        )
 
     def take_sequences(self, sequence_N: NDArray[np.int64]) -> RoutingSource:
         """A pool of the given sequences, in the given order (rows are copied)."""
@@ -91,6 +118,9 @@ class RoutingSource:
             self,
             expert_TLK=self.expert_TLK[rows],
             weight_TLK=None if self.weight_TLK is None else self.weight_TLK[rows],
+            score_TLE=None if self.score_TLE is None else self.score_TLE[rows],
+            token_T=None if self.token_T is None else self.token_T[rows],
+            phase_T=None if self.phase_T is None else self.phase_T[rows],
             sequence_start=ends,
             domain_Q=None if self.domain_Q is None else self.domain_Q[sequence_N],
             window_Q=None if self.window_Q is None else self.window_Q[sequence_N],
@@ -133,7 +163,7 @@ def count_steps(source: RoutingSource, rows_N: Rows, step_offsets: Rows) -> NDAr
     holds rows_N[step_offsets[s]:step_offsets[s + 1]]. Exact: equal to counting each step by itself.
     """
     steps = len(step_offsets) - 1
-    layers, experts = source.num_layers, source.num_experts
+    layers, experts = source.num_layers, source.num_experts + source.ragged
     count = np.zeros((steps, layers, experts), np.int32)
     flat_TC = source.expert_TLK.reshape(source.num_tokens, layers * source.top_k)
     narrow = _layer_key(layers, experts, source.top_k)
@@ -142,7 +172,7 @@ def count_steps(source: RoutingSource, rows_N: Rows, step_offsets: Rows) -> NDAr
         for step in range(steps):
             rows = rows_N[step_offsets[step] : step_offsets[step + 1]]
             count[step] = count_ids(source.expert_TLK[rows], experts)
-        return count
+        return count[..., : source.num_experts]
     key = narrow.astype(np.int64)
     widest = max(1, _CHUNK_CELLS // cells)
     first = 0
@@ -158,7 +188,7 @@ def count_steps(source: RoutingSource, rows_N: Rows, step_offsets: Rows) -> NDAr
         block = np.bincount(keys.ravel(), minlength=(last - first) * cells)
         count[first:last] = block.reshape(last - first, layers, experts)
         first = last
-    return count
+    return count[..., : source.num_experts]
 
 
 def ideal_counts(tokens_S: NDArray[np.int64], num_layers: int, num_experts: int, top_k: int) -> NDArray[np.int32]:

@@ -20,6 +20,7 @@ from moesim.errors import BadInput, Problem
 from moesim.model import MoEModel
 from moesim.workload.pool import Ids, RoutingSource, count_ids, count_steps, ideal_counts
 from moesim.workload.replay import Replay, Shares
+from moesim.workload.scores import ScoreSpec
 from moesim.workload.synthetic import Groups, SyntheticSpec, generate, popularity_weights
 
 __all__ = [
@@ -38,12 +39,14 @@ order)."""
 class RoutingSpec(SyntheticSpec):
     """`routing:` of a scenario.
 
-    path: a trace (.npz or a converted folder) or per-layer counts (.csv, .json); none: the synthetic model
-    alone. fidelity: `token` follows every token's ids, `count` the tokens per expert, `auto` lets the engine
-    choose. The other keys are the synthetic model's knobs; with counts, the file gives the popularity.
+    path: a trace (.npz or a converted folder) or per-layer counts (.csv, .json); none: the synthetic model alone.
+    scores: where the scores come from that routers need and no trace holds. fidelity: `token` follows every token's
+    ids, `count` the tokens per expert, `auto` lets the engine choose. The other keys are the synthetic model's knobs;
+    with counts, the file gives the popularity.
     """
 
     path: str | None = Field(default=None, min_length=1)
+    scores: ScoreSpec = Field(default_factory=ScoreSpec)
     fidelity: Literal["auto", "token", "count"] = "auto"
 
 
@@ -119,8 +122,8 @@ def _from_trace(spec: RoutingSpec, model: MoEModel, path: Path, where: str) -> R
         problems.append(f"{source.num_experts} experts, {model.name} {model.num_experts}")
     if source.top_k != model.top_k:
         problems.append(f"top_k {source.top_k}, {model.name} {model.top_k}")
-    if source.num_layers > model.num_moe_layers:
-        problems.append(f"{source.num_layers} MoE layers, {model.name} {model.num_moe_layers}")
+    if source.num_layers > model.num_moe_passes:
+        problems.append(f"{source.num_layers} MoE layers, {model.name} {model.num_moe_passes}")
     if problems:
         raise BadInput(
             Problem(
@@ -137,21 +140,21 @@ def _layer_source(given: tuple[int, ...] | None, count: int, model: MoEModel) ->
 
     Layers keep their place where their numbers are the model's; the others repeat the given ones cyclically.
     """
-    if count == model.num_moe_layers:
+    if count == model.num_moe_passes:
         return np.arange(count), ""
     if given is None or not set(given) <= set(model.moe_layers):
-        given = model.moe_layers[:count]
+        given = model.moe_passes[:count]
     place = {layer: i for i, layer in enumerate(given)}
     out, turn = [], 0
-    for layer in model.moe_layers:
+    for layer in model.moe_passes:
         if layer in place:
             out.append(place[layer])
         else:
             out.append(turn % count)
             turn += 1
-    missing = model.num_moe_layers - count
+    missing = model.num_moe_passes - count
     return np.array(out, np.int64), (
-        f"holds {count} of the {model.num_moe_layers} MoE layers of {model.name}; the other {missing} repeat them."
+        f"holds {count} of the {model.num_moe_passes} MoE layers of {model.name}; the other {missing} repeat them."
     )
 
 
@@ -163,8 +166,8 @@ def _in_order(expert_TLK: Ids, order: NDArray[np.int64]) -> Ids:
 def _fill_layers(source: RoutingSource, model: MoEModel, path: Path, where: str) -> RoutingSource:
     order, warning = _layer_source(source.layer_index, source.num_layers, model)
     if not warning:
-        return replace(source, layer_index=model.moe_layers)
-    size = source.num_tokens * model.num_moe_layers * source.top_k * source.expert_TLK.itemsize
+        return replace(source, layer_index=model.moe_passes)
+    size = source.num_tokens * model.num_moe_passes * source.top_k * source.expert_TLK.itemsize
     if size > _FILL_LIMIT_BYTES:
         raise BadInput(
             Problem(where, f"{path} {warning} Filled: {size} bytes, over {_FILL_LIMIT_BYTES}. Cut it.")
@@ -173,7 +176,8 @@ def _fill_layers(source: RoutingSource, model: MoEModel, path: Path, where: str)
         source,
         expert_TLK=_in_order(source.expert_TLK, order),
         weight_TLK=None if source.weight_TLK is None else source.weight_TLK[:, order],
-        layer_index=model.moe_layers,
+        score_TLE=None if source.score_TLE is None else source.score_TLE[:, order],
+        layer_index=model.moe_passes,
         warnings=(*source.warnings, f"{path.name} {warning}"),
     )
 
@@ -184,7 +188,7 @@ def _fill_layers(source: RoutingSource, model: MoEModel, path: Path, where: str)
 def _from_model(
     spec: RoutingSpec, model: MoEModel, path: Path | None, seed: int, groups: Groups, where: str
 ) -> RoutingSource:
-    size = spec.pool_tokens * model.num_moe_layers * model.top_k
+    size = spec.pool_tokens * model.num_moe_passes * model.top_k
     if size > _SIZE_LIMIT_IDS:
         raise BadInput(
             Problem(where, f"pool_tokens {spec.pool_tokens}: {size} ids, over {_SIZE_LIMIT_IDS}. Lower it.")
@@ -202,13 +206,13 @@ def _from_model(
         )
     warnings: tuple[str, ...] = ()
     if path is None:
-        weight_LE = popularity_weights(spec, model.num_moe_layers, model.num_experts, seed)
+        weight_LE = popularity_weights(spec, model.num_moe_passes, model.num_experts, seed)
         name = "synthetic"
     else:
         weight_LE, warnings = _count_weights(spec, model, path, where)
         name = f"synthetic, popularity of {path.name}"
     source = generate(spec, weight_LE, model.top_k, seed, groups, name)
-    return replace(source, layer_index=model.moe_layers, warnings=warnings)
+    return replace(source, layer_index=model.moe_passes, warnings=warnings)
 
 
 def _count_weights(
@@ -220,12 +224,12 @@ def _count_weights(
     reader: Any = importlib.import_module(_READERS["counts"])
     counts = reader.read(path)
     layers, experts = counts.count_LE.shape
-    if experts != model.num_experts or layers > model.num_moe_layers:
+    if experts != model.num_experts or layers > model.num_moe_passes:
         raise BadInput(
             Problem(
                 where,
                 f"counts must have the model's shape, but {path} has {layers} layers of {experts} experts and"
-                f" {model.name} {model.num_moe_layers} of {model.num_experts}. Name the model they were"
+                f" {model.name} {model.num_moe_passes} of {model.num_experts}. Name the model they were"
                 " counted on.",
             )
         )

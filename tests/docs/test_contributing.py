@@ -1,10 +1,11 @@
-"""CONTRIBUTING.md's walk "add a policy in one file", walked."""
+"""CONTRIBUTING.md's walks "add a policy in one file" and "add a router in one file", walked."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SECTION = (ROOT / "CONTRIBUTING.md").read_text().split("## Add a policy in one file")[1].split("\n## ")[0]
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+SECTION = TEXT.split("## Add a policy in one file")[1].split("\n## ")[0]
+ROUTER = TEXT.split("## Add a router in one file")[1].split("\n## ")[0]
 SCENARIO = {
     "name": "walk",
     "model": "deepseek-v2-lite",
@@ -27,8 +30,8 @@ SCENARIO = {
 }  # fmt: skip
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
+def blocks(language: str, section: str = SECTION) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
 
 
 def moesim(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -38,22 +41,38 @@ def moesim(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def hottest(folder: Path, *arguments: str) -> float:
-    """Load of the hottest rank over its layer's mean."""
+def summary(folder: Path, *arguments: str) -> dict[str, Any]:
     done = moesim(folder, "simulate", "walk.yaml", "--json", *arguments)
     assert done.returncode == 0, done.stderr
-    report: dict[str, Any] = json.loads(done.stdout)
-    return float(report["summary"]["balance"]["hottest"]["max_over_mean_load"])
+    report: dict[str, Any] = json.loads(done.stdout)["summary"]
+    return report
+
+
+def hottest(folder: Path, *arguments: str) -> float:
+    """Load of the hottest rank over its layer's mean."""
+    return float(summary(folder, *arguments)["balance"]["hottest"]["max_over_mean_load"])
+
+
+def run_tests(folder: Path, *arguments: str) -> str:
+    """Output of pytest run in `folder`, which passes."""
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package with the walk's file in it."""
+    """The package with the walks' files in it."""
     folder = tmp_path_factory.mktemp("clone")
     shutil.copytree(ROOT / "moesim", folder / "moesim", ignore=shutil.ignore_patterns("__pycache__"))
-    where = re.search(r"Write `(moesim/placement/\w+\.py)`", SECTION)
-    assert where is not None
-    (folder / where[1]).write_text(blocks("python")[0])
+    for section in (SECTION, ROUTER):
+        where = re.search(r"Write `(moesim/\w+/\w+\.py)`", section)
+        assert where is not None
+        (folder / where[1]).write_text(blocks("python", section)[0])
+    presets = folder / "moesim/routing/presets.yaml"
+    presets.write_text(presets.read_text() + "\n" + blocks("yaml", ROUTER)[1])
     (folder / "walk.yaml").write_text(json.dumps(SCENARIO))
     return folder
 
@@ -76,11 +95,7 @@ def test_the_schema_lists_it_and_mistakes_are_answered(clone: Path) -> None:
 
 def test_the_hand_worked_case_of_the_walk_passes(clone: Path) -> None:
     (clone / "test_snake.py").write_text(blocks("python")[1])
-    environment = {**os.environ, "PYTHONPATH": str(clone)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "test_snake.py"]
-    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout
+    assert "1 passed" in run_tests(clone, "test_snake.py")
 
 
 def test_the_same_class_as_a_plugin(tmp_path: Path) -> None:
@@ -89,3 +104,29 @@ def test_the_same_class_as_a_plugin(tmp_path: Path) -> None:
     command = blocks("sh")[1].split()
     assert command[:3] == ["moesim", "simulate", "scenario.yaml"]
     assert hottest(tmp_path, *command[3:]) < hottest(tmp_path)
+
+
+def test_the_router_of_the_walk_runs_in_a_scenario(clone: Path) -> None:
+    as_written = blocks("yaml", ROUTER)[0]
+    assert as_written.split() == ["policies:", "routing:", "{kind:", "close_call,", "margin:", "0.5}"]
+    command = shlex.split(blocks("sh", ROUTER)[0])
+    assert command[:3] == [".venv/bin/moesim", "simulate", "workloads/quickstart.yaml"]
+    assert command[3:] == ["--set", "policies.routing={kind: close_call, margin: 0.5}"]
+    wide, close, cautious = (
+        float(summary(clone, "--set", f"policies.routing={router}")["routing"]["experts_per_token"])
+        for router in ("{kind: close_call, margin: 50.0}", command[4].partition("=")[2], "cautious")
+    )
+    assert wide == 6  # the model's K
+    assert 1 <= cautious < close < wide
+    done = moesim(clone, "check", "walk.yaml", "--set", "policies.routing={kind: close_call, margn: 1.0}")
+    assert done.returncode == 2
+    assert "Did you mean 'margin'?" in done.stderr
+
+
+def test_the_router_of_the_walk_is_held_to_its_promises(clone: Path) -> None:
+    (clone / "test_close_call.py").write_text(blocks("python", ROUTER)[1])
+    assert "1 passed" in run_tests(clone, "test_close_call.py")
+    shutil.copy(ROOT / "tests/conformance/test_routing.py", clone / "test_conformance.py")
+    found = re.search(r"(\d+) passed", run_tests(clone, "test_conformance.py", "-k", "close_call or cautious"))
+    assert found is not None
+    assert int(found[1]) > 30

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from moesim.simulate import simulate
-from tests.build import scenario, tiny_model
+from tests.build import scenario, tiny_model, training_scenario
 
 PAGE = Path(__file__).parents[2] / "docs" / "result-schema.md"
 FIGURES = ("mean", "p50", "p90", "p95", "p99")
@@ -59,9 +59,30 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         },
         "token": {"model": model, "parallel": {"tp": 2, "dp": 2, "ep": 4}, "routing": {"fidelity": "token"}},
         "dense": {"model": tiny_model(folder, moe=None), "parallel": {"tp": 2}},
+        "routed": {
+            "model": {"name": model, "latent_rank": 64},
+            "parallel": {"dp": 4, "ep": 4},
+            "policies": {"routing": "bip"},
+            "capacity": {"factor": 1.0},
+            "routing": {"pool_tokens": 512, "sequence_tokens": 64},
+        },
         "does_not_fit": {"model": model, "engine": {"runtime_memory_gib": 100}},
     }
-    return {name: simulate(scenario(folder, **parts)).to_json() for name, parts in cases.items()}
+    out = {name: simulate(scenario(folder, **parts)).to_json() for name, parts in cases.items()}
+    train: dict[str, dict[str, Any]] = {
+        "train": {
+            "cluster": cases["exchange"]["cluster"],
+            "parallel": {"dp": 4, "ep": 4, "replicas": 2},
+            "capacity": {"factor": 1.0},
+            "training": {"zero_stage": 3, "overlap_grad_reduce": False, "recompute": "full"},
+        },
+        "train_tp": {"parallel": {"tp": 2, "dp": 1, "ep": 1}},
+        "train_dense": {"model": tiny_model(folder, moe=None), "parallel": {"dp": 2}},
+        "train_does_not_fit": {"training": {"runtime_memory_gib": 100}},
+    }
+    for name, parts in train.items():
+        out[name] = simulate(training_scenario(folder, **{"model": model, **parts})).to_json()
+    return out
 
 
 def test_every_key_of_a_result_is_documented(reports: dict[str, dict[str, Any]]) -> None:

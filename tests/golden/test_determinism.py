@@ -29,6 +29,13 @@ CASES: dict[str, dict[str, Any]] = {
         "policies": {"dispatch": "random", "batching": "sglang", "balancer": "session"},
         "engine": {"weights_from": "nvme"},
     },
+    "training": {
+        "mode": "training",
+        "parallel": {"dp": 4, "ep": 4, "replicas": 2},
+        "policies": {"routing": "loss_free"},
+        "capacity": {"factor": 1.0, "drop": "reroute"},
+        "training": {"sequence_tokens": 128, "global_batch_sequences": 16, "steps": 4, "zero_stage": 1},
+    },
     "dense": {"model": {"moe": None}, "engine": {"max_num_seqs": 4, "max_num_batched_tokens": 64}},
 }
 REQUESTS = {
@@ -51,7 +58,7 @@ for name, parts in cases.items():
     host, elapsed = told["provenance"].pop("host"), told["provenance"].pop("elapsed")
     assert host and elapsed
     tables = {}
-    for table in (result.requests_table(), result.steps_table()):
+    for table in result.tables().values():
         for column, values in table.items():
             tables[column] = [str(values.dtype), hashlib.blake2b(values.tobytes()).hexdigest()]
     out[name] = [json.dumps(told), tables]
@@ -79,7 +86,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], .
     for name, given in CASES.items():
         parts = copy.deepcopy(given)
         parts["model"] = tiny_model(folder, **parts.pop("model", {}))
-        parts["requests"] = REQUESTS
+        parts["requests"] = None if "training" in parts else REQUESTS
         cases[name] = parts
         cases[f"{name}, other seed"] = {**parts, "seed": 2}
     return tuple(run(folder, cases, hash_seed) for hash_seed in HASH_SEEDS)
@@ -88,8 +95,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], .
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_the_same_bytes_in_three_processes(results: tuple[dict[str, Any], ...], case: str) -> None:
     text, tables = results[0][case]
-    assert json.loads(text)["summary"]["requests"]["completed"] == REQUESTS["num_requests"]
-    assert {"finish_ns", "start_ns", "duration_ns"} <= set(tables)
+    if case == "training":
+        assert {"step_ns", "maxvio"} <= set(tables)
+    else:
+        assert json.loads(text)["summary"]["requests"]["completed"] == REQUESTS["num_requests"]
+        assert {"finish_ns", "start_ns", "duration_ns"} <= set(tables)
     for other in results[1:]:
         assert digest(other[case][0]) == digest(text)
         assert other[case][1] == tables
@@ -99,7 +109,8 @@ def test_the_same_bytes_in_three_processes(results: tuple[dict[str, Any], ...], 
 def test_another_seed_is_another_run(results: tuple[dict[str, Any], ...], case: str) -> None:
     (text, tables), (other_text, other_tables) = results[0][case], results[0][f"{case}, other seed"]
     assert json.loads(text)["summary"] != json.loads(other_text)["summary"]
-    for column in ("arrival_ns", "finish_ns", "prompt_tokens", "duration_ns"):
+    columns = ("arrival_ns", "finish_ns", "prompt_tokens", "duration_ns")
+    for column in columns if case != "training" else ("step_ns", "maxvio", "dropped_share"):
         assert tables[column] != other_tables[column], column
 
 

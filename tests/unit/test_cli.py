@@ -106,7 +106,7 @@ def test_help_names_every_verb_and_imports_nothing_heavy(tmp_path: Path) -> None
         "print(sorted({'numpy', 'pydantic', 'yaml', 'rich', 'pyarrow', 'scipy', 'simpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    for verb in ("simulate", "check", "schema", "convert", "models", "profiles"):
+    for verb in ("simulate", "compare", "check", "schema", "convert", "models", "profiles"):
         assert f"\n  {verb} " in done.stdout
     assert done.stdout.endswith("[]\n")
 

@@ -250,8 +250,10 @@ def test_expert_choice_is_balanced_exactly():
 @pytest.mark.parametrize(
     ("schedule", "progress", "expected"),
     [
-        ("linear_reverse", 0.0, 32), ("linear_reverse", 1.0, 8), ("linear_reverse", 0.5, 20), ("linear", 0.25, 14),
-        ("cosine", 0.0, 8), ("cosine", 1.0, 32), ("gaussian", 0.5, 32), ("gaussian", 0.72, 8 + round(24 * 0.6065)),
+        # all is masked at progress 0; linear_reverse is 1 - r of the masked share r
+        ("linear_reverse", 0.0, 8), ("linear_reverse", 1.0, 32), ("linear_reverse", 0.5, 20), ("linear", 0.25, 26),
+        ("cosine", 0.0, 32), ("cosine", 1.0, 8), ("gaussian", 0.5, 32), ("gaussian", 0.0, 8),
+        ("gaussian", 0.72, 8 + round(24 * (0.6065 - 0.0755) / (1 - 0.0755))),
     ],
 )  # fmt: skip
 def test_capacity_follows_the_denoising_step(schedule, progress, expected):

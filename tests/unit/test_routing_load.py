@@ -18,7 +18,7 @@ DATA = Path(__file__).parents[2].parent / "shared" / "data" / "routing"
 def model(layers=(1, 2, 3, 4), experts=8, top_k=2, groups=(1, 1)):
     return SimpleNamespace(
         name="small", moe_layers=tuple(layers), num_moe_layers=len(layers), num_experts=experts, top_k=top_k,
-        num_expert_groups=groups[0], top_groups=groups[1],
+        num_expert_groups=groups[0], top_groups=groups[1], moe_passes=tuple(layers), num_moe_passes=len(layers),
     )  # fmt: skip
 
 

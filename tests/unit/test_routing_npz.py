@@ -25,6 +25,9 @@ def arrays(**changes):
         "num_experts": np.array(EXPERTS),
         "top_k": np.array(TOP_K),
         "layer_index": np.array([1, 2, 5]),
+        "scores": np.random.default_rng(2).normal(size=(TOKENS, LAYERS, EXPERTS)).astype(np.float16),
+        "token_id": np.arange(TOKENS) * 3,
+        "phase": np.array([0] * 9 + [1] * 3),
     } | changes
     return {k: v for k, v in out.items() if v is not None}
 
@@ -53,6 +56,33 @@ def test_a_trace_is_read_back(tmp_path):
     assert source.layer_index == (1, 2, 5)
     assert (source.num_experts, source.top_k, source.recorded) == (8, 2, True)
     assert source.weight_TLK.dtype == np.float16
+    np.testing.assert_array_equal(source.score_TLE, arrays()["scores"])
+    assert source.score_TLE.dtype == np.float16
+    assert source.token_T.tolist() == list(range(0, 36, 3))
+    assert source.phase_T.tolist() == [0] * 9 + [1] * 3
+
+
+def test_scores_tokens_and_phases_are_optional(tmp_path):
+    source = routing_npz.read(written(tmp_path, scores=None, token_id=None, phase=None))
+    assert (source.score_TLE, source.token_T, source.phase_T) == (None, None, None)
+
+
+def test_scores_say_how_many_experts_there_are(tmp_path):
+    source = routing_npz.read(written(tmp_path, num_experts=None))
+    assert (source.num_experts, source.warnings) == (EXPERTS, ())
+
+
+def test_facts_of_tokens_keep_step(tmp_path):
+    source = routing_npz.read(written(tmp_path))
+    turned = source.take_sequences(np.array([1, 0]))
+    order = [*range(5, 12), *range(5)]
+    np.testing.assert_array_equal(turned.score_TLE, source.score_TLE[order])
+    np.testing.assert_array_equal(turned.token_T, source.token_T[order])
+    np.testing.assert_array_equal(turned.phase_T, source.phase_T[order])
+    other = source.with_ids(source.expert_TLK, "other")
+    assert other.score_TLE is None, "scores belong to the experts chosen by them"
+    assert other.token_T is source.token_T
+    assert other.phase_T is source.phase_T
 
 
 def test_a_folder_holds_the_same_and_is_mapped(tmp_path):
@@ -63,9 +93,16 @@ def test_a_folder_holds_the_same_and_is_mapped(tmp_path):
     np.testing.assert_array_equal(plain.expert_TLK, mapped.expert_TLK)
     np.testing.assert_array_equal(plain.weight_TLK, mapped.weight_TLK)
     np.testing.assert_array_equal(plain.sequence_start, mapped.sequence_start)
+    assert isinstance(mapped.score_TLE, np.memmap)
+    np.testing.assert_array_equal(plain.score_TLE, mapped.score_TLE)
+    np.testing.assert_array_equal(plain.token_T, mapped.token_T)
+    np.testing.assert_array_equal(plain.phase_T, mapped.phase_T)
     assert mapped.layer_index == plain.layer_index
     routing_npz.write_folder(plain, tmp_path / "again")
-    np.testing.assert_array_equal(routing_npz.read(tmp_path / "again").expert_TLK, plain.expert_TLK)
+    again = routing_npz.read(tmp_path / "again")
+    np.testing.assert_array_equal(again.expert_TLK, plain.expert_TLK)
+    np.testing.assert_array_equal(again.score_TLE, plain.score_TLE)
+    np.testing.assert_array_equal(again.phase_T, plain.phase_T)
 
 
 def test_fortran_order_and_byte_order_are_read(tmp_path):
@@ -74,7 +111,7 @@ def test_fortran_order_and_byte_order_are_read(tmp_path):
 
 
 def test_what_is_missing_is_assumed_and_said(tmp_path):
-    path = written(tmp_path, sequence_id=None, num_experts=None, top_k=None, weights=None)
+    path = written(tmp_path, sequence_id=None, num_experts=None, top_k=None, weights=None, scores=None)
     source = routing_npz.read(path)
     assert source.sequence_start.tolist() == [0, 12]
     assert len(source.warnings) == 2
@@ -85,6 +122,12 @@ def with_id(value):
     ids = arrays()["expert_ids"]
     ids[4, 1, 0] = value
     return ids
+
+
+def with_score(value):
+    scores = np.zeros((TOKENS, LAYERS, EXPERTS), np.float32)
+    scores[7, 2, 3] = value
+    return scores
 
 
 @pytest.mark.parametrize(
@@ -111,6 +154,19 @@ def with_id(value):
         ({"sequence_id": np.full(12, 0.5)}, ["integers"]),
         ({"layer_index": np.array([1, 1, 2])}, ["rising"]),
         ({"layer_index": np.array([1, 2])}, ["layer_index"]),
+        ({"scores": np.zeros((12, 3, 7), np.float16)}, ["scores", "(12, 3, 8)", "(12, 3, 7)"]),
+        ({"scores": np.zeros((11, 3, 8), np.float16)}, ["scores", "(12, 3, 8)"]),
+        ({"scores": np.zeros((12, 24), np.float16)}, ["scores", "(12, 24)"]),
+        ({"scores": np.zeros((12, 3, 8), np.int32)}, ["scores", "int32"]),
+        ({"scores": with_score(np.nan)}, ["scores", "NaN", "token 7"]),
+        ({"scores": with_score(-np.inf)}, ["scores", "token 7"]),
+        ({"scores": with_score(1e6)}, ["scores", "65504", "token 7"]),
+        ({"token_id": np.arange(11)}, ["token_id", "(12,)", "(11,)"]),
+        ({"token_id": np.arange(12) - 1}, ["token_id", "token 0", "-1"]),
+        ({"token_id": np.arange(12) + (1 << 40)}, ["token_id", "2147483647"]),
+        ({"token_id": np.zeros(12)}, ["token_id", "integers"]),
+        ({"phase": np.arange(12)}, ["phase", "token 2", "prefill", "decode"]),
+        ({"phase": np.zeros((12, 1), int)}, ["phase", "(12, 1)"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_replayed_is_refused(tmp_path, changes, words):
@@ -120,6 +176,16 @@ def test_what_cannot_be_replayed_is_refused(tmp_path, changes, words):
         with pytest.raises(BadInput):
             routing_npz.convert(path, tmp_path / "folder")
         assert [p.name for p in tmp_path.iterdir()] == ["trace.npz"], "nothing is left behind"
+
+
+def test_scores_that_declare_more_than_there_is(tmp_path):
+    path = written(tmp_path, scores=None)
+    member = npy("{'descr': '<f2', 'fortran_order': False, 'shape': (12, 3, 1000000000000), }", b"\x00" * 64)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("scores.npy", member)
+    refused(path, "scores", "72000000000000 bytes", "64 bytes")
+    with pytest.raises(BadInput, match="72000000000000"):
+        routing_npz.convert(path, tmp_path / "folder")
 
 
 def test_objects_are_never_unpickled(tmp_path):
@@ -204,6 +270,11 @@ def test_a_bomb_is_refused_by_its_declared_size(tmp_path):
         ("sequence_start.npy", np.array([0, 5, 5, 12])),
         ("sequence_start.npy", np.array([0.0, 12.0])),
         ("weights.npy", np.ones(3, np.float16)),
+        ("scores.npy", np.ones((12, 3, 7), np.float16)),
+        ("scores.npy", np.ones((12, 3, 8), np.float32)),
+        ("scores.npy", "x"),
+        ("token_id.npy", np.arange(5)),
+        ("phase.npy", np.full(12, 2)),
         ("expert_ids.npy", np.zeros((12, 3, 2), np.uint8)),
     ],
 )

@@ -1,0 +1,271 @@
+"""Routing whole batches of a pool's tokens: scores, the policy layer by layer, then the capacity.
+
+A policy that looks at one token at a time gives the pool its experts once (`route_pool`). One that looks at the batch,
+or any policy under a capacity, is asked again for every batch that a simulation forms. Legend: N tokens of a batch, L
+passes through experts, E experts, W places a token has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim.errors import BadInput, Problem
+from moesim.rng import generator
+from moesim.routing import NONE, Arrays, Routed, Router, RoutingContext
+from moesim.routing.capacity import CapacitySpec, Phase, capacity_of, limit
+from moesim.workload.pool import Ids, RoutingSource, id_dtype
+
+__all__ = ["BatchRouter", "ModelFacts", "RoutedBatch", "Scores"]
+
+BINS = 10
+"""tenths of a sequence, for drops by position"""
+_CHUNK = 4096
+_WARM_STEPS, _WARM_TOKENS, _WARM_RATE = 64, 512, 0.03
+_VOCABULARY = 32_768
+
+
+class Scores(Protocol):
+    """What routing asks of a score model (`moesim.workload.scores`)."""
+
+    name: str
+    assumed: str
+    num_experts: int
+
+    def scores(self, rows_N: NDArray[np.int64], layer: int, progress: float = 1.0) -> NDArray[np.float32]:
+        """Router logits [N, E] of rows of the pool, a pure function of (row, layer)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What routers ask of the model. layers: passes through experts; experts: those a layer chooses from."""
+
+    top_k: int
+    experts: int
+    layers: int
+    num_groups: int = 1
+    top_groups: int = 1
+    scoring: Any = "softmax"
+    norm_topk_prob: bool = True
+
+
+class RoutedBatch(NamedTuple):
+    """expert_NLW: ids, E where there is none. wanted_L, dropped_L: (token, expert) pairs chosen, and refused by the
+    capacity. room_L: rows an expert has room for in all scopes together (0: no limit)."""
+
+    expert_NLW: Ids
+    wanted_L: NDArray[np.int64]
+    dropped_L: NDArray[np.int64]
+    room_L: NDArray[np.int64]
+
+
+class BatchRouter:
+    """One policy on one pool. `dropped_bins`, `wanted_bins`: pairs by tenth of their sequence, over all batches."""
+
+    def __init__(
+        self,
+        policy: Router,
+        scores: Scores,
+        source: RoutingSource,
+        facts: ModelFacts,
+        capacity: CapacitySpec | None,
+        seed: int,
+    ) -> None:
+        self.policy = policy
+        self.scores = scores
+        self.capacity = capacity
+        self.facts = facts
+        self._source = source
+        self._seed = seed
+        self.dropped_bins = np.zeros(BINS, np.int64)
+        self.wanted_bins = np.zeros(BINS, np.int64)
+        self._sequence_T = np.repeat(np.arange(source.num_sequences), source.sequence_tokens_Q)
+        self._token_T, self._class_T, assumed = _facts_of_tokens(source, seed)
+        self.warnings = tuple(text for name, text in assumed.items() if name in policy.asks_for)
+        self._states: list[Arrays] = [{} for _ in range(facts.layers)]
+        if policy.stateful:
+            self._warm_up()
+
+    @property
+    def pool_tokens(self) -> int:
+        return self._source.num_tokens
+
+    @property
+    def couples(self) -> bool:
+        """A token's experts depend on its batch."""
+        return self.policy.couples or self.capacity is not None
+
+    def route(
+        self,
+        rows_N: NDArray[np.int64],
+        phase: Phase,
+        step: int,
+        scope_N: NDArray[np.int64] | None = None,
+        request_N: NDArray[np.int64] | None = None,
+    ) -> RoutedBatch:
+        """Experts of the batch that the pool's rows `rows_N` form.
+
+        phase: `prefill` or `decode`. step: keys the draws. scope_N: which tokens share a capacity, numbers from 0
+        (None: all do). request_N: which tokens are of one request (None: consecutive rows of a sequence are).
+        """
+        facts, tokens = self.facts, len(rows_N)
+        sequence_N = self._runs(rows_N, request_N)
+        chosen: list[NDArray[np.int32]] = []
+        wanted, dropped, room = (np.zeros(facts.layers, np.int64) for _ in range(3))
+        if self.capacity is not None and self.capacity.scope != "rank":
+            scope_N = sequence_N if self.capacity.scope == "sequence" else None
+        tokens_S = np.bincount(np.zeros(tokens, np.int64) if scope_N is None else scope_N)
+        carry: Arrays = {}
+        for layer in range(facts.layers):
+            routed, score = self._layer(rows_N, sequence_N, layer, step, carry)
+            carry = routed.carry
+            expert_NW = routed.expert_TK
+            wanted[layer] = int((expert_NW != NONE).sum())
+            factor = None if self.capacity is None else self.capacity.factor_of(layer, phase)
+            if self.capacity is not None and factor is not None and tokens:
+                room_S = self._rooms(tokens_S, factor)
+                room[layer] = room_S.sum()
+                limited = limit(expert_NW, routed.gate_TK, score, room_S, self.capacity, scope_N)
+                dropped[layer] = int(limited.dropped_TW.sum())
+                self._note(rows_N, expert_NW, limited.dropped_TW)
+                expert_NW = limited.expert_TW
+            chosen.append(expert_NW)
+        return RoutedBatch(self._stacked(chosen), wanted, dropped, room)
+
+    def _rooms(self, tokens_S: NDArray[np.int64], factor: float) -> NDArray[np.int64]:
+        """Rows an expert has room for in each scope."""
+        assert self.capacity is not None
+        facts, least = self.facts, self.capacity.min_capacity
+        sizes, which_S = np.unique(tokens_S, return_inverse=True)
+        rooms = [capacity_of(int(n), facts.top_k, facts.experts, factor, least) if n else 0 for n in sizes]
+        return np.array(rooms, np.int64)[which_S]
+
+    def _stacked(self, chosen_L: list[NDArray[np.int32]]) -> Ids:
+        """The layers' choices side by side, as wide as the widest token needs."""
+        none = self.facts.experts
+        used = max(1, *(int((e != NONE).sum(axis=1).max(initial=0)) for e in chosen_L))
+        out = np.full((len(chosen_L[0]), len(chosen_L), used), none, id_dtype(none + 1))
+        for layer, expert_NW in enumerate(chosen_L):
+            part = expert_NW[:, :used]
+            out[:, layer, : part.shape[1]] = np.where(part == NONE, none, part)
+        return out
+
+    def route_pool(self) -> RoutingSource:
+        """The whole pool with this policy's experts, batch by batch of at most 4,096 consecutive rows."""
+        facts, source = self.facts, self._source
+        parts = []
+        for number, lo in enumerate(range(0, source.num_tokens, _CHUNK)):
+            rows = np.arange(lo, min(lo + _CHUNK, source.num_tokens))
+            parts.append(self.route(rows, "prefill", number).expert_NLW)
+        self.dropped_bins[:] = self.wanted_bins[:] = 0
+        wide = max(part.shape[2] for part in parts)
+        ids = np.concatenate([_widened(part, wide, facts.experts) for part in parts])
+        name = f"{type(self.policy).__module__.rpartition('.')[2]} on {self.scores.name} of {source.source}"
+        ragged = bool((ids == facts.experts).any())
+        narrow = ids if ragged else ids.astype(id_dtype(facts.experts))
+        return source.with_ids(narrow, name, ragged=ragged, num_experts=facts.experts)
+
+    def _runs(self, rows_N: NDArray[np.int64], request_N: NDArray[np.int64] | None) -> NDArray[np.int64]:
+        """Numbers of the stretches of tokens that are of one sequence, from 0, not decreasing."""
+        if not len(rows_N):
+            return np.zeros(0, np.int64)
+        if request_N is not None:
+            new = np.diff(request_N) != 0
+        else:
+            new = (np.diff(rows_N) != 1) | (np.diff(self._sequence_T[rows_N]) != 0)
+        return np.concatenate([[0], np.cumsum(new)]).astype(np.int64)
+
+    def _layer(
+        self,
+        rows_N: NDArray[np.int64],
+        sequence_N: NDArray[np.int64],
+        layer: int,
+        step: int,
+        carry: Arrays,
+        training: Router | None = None,
+    ) -> tuple[Routed, NDArray[np.float32]]:
+        """One layer's choice and the scores it was made on; `training`: the policy as it is while training."""
+        facts = self.facts
+        score = self.scores.scores(rows_N, layer)
+        context = RoutingContext(
+            facts.top_k,
+            facts.num_groups,
+            facts.top_groups,
+            facts.scoring,
+            facts.norm_topk_prob,
+            seed=self._seed,
+            step=step,
+            layer=layer,
+            num_layers=facts.layers,
+            training=training is not None,
+            progress=_timestep(step) if getattr(self.policy, "denoises", False) else 1.0,
+            token_T=self._token_T[rows_N],
+            sequence_T=sequence_N,
+            position_T=rows_N - self._source.sequence_start[self._sequence_T[rows_N]],
+            class_T=self._class_T[rows_N],
+            state=self._states[layer],
+            carry=carry,
+        )
+        try:
+            return (training or self.policy).route(score, context), score
+        except ValueError as error:
+            kind = type(self.policy).__module__.rpartition(".")[2]
+            raise BadInput(Problem("policies.routing", f"{kind} cannot route this model's tokens: {error}")) from None
+
+    def _warm_up(self) -> None:
+        """Bring the state to where training would have left it: steps on batches of the pool, with a learning rate
+        that falls from 0.03 to the policy's own where it has one."""
+        rate = getattr(self.policy, "rate", None)
+        rng = generator(self._seed, "routing/warm")
+        for step in range(_WARM_STEPS):
+            policy = self.policy
+            if isinstance(rate, float) and rate < _WARM_RATE:
+                policy = policy.model_copy(
+                    update={"rate": _WARM_RATE * (rate / _WARM_RATE) ** (step / (_WARM_STEPS - 1))}
+                )
+            rows = np.sort(rng.integers(self._source.num_tokens, size=_WARM_TOKENS))
+            sequence_N = self._runs(rows, None)
+            carry: Arrays = {}
+            for layer in range(self.facts.layers):
+                routed, _ = self._layer(rows, sequence_N, layer, step, carry, policy)
+                carry, self._states[layer] = routed.carry, routed.state
+
+    def _note(self, rows_N: NDArray[np.int64], expert_NW: NDArray[np.int32], dropped_NW: NDArray[np.bool_]) -> None:
+        source = self._source
+        sequence_N = self._sequence_T[rows_N]
+        place = (rows_N - source.sequence_start[sequence_N]) * BINS // source.sequence_tokens_Q[sequence_N]
+        self.wanted_bins += np.bincount(place, weights=(expert_NW != NONE).sum(1), minlength=BINS).astype(np.int64)
+        self.dropped_bins += np.bincount(place, weights=dropped_NW.sum(1), minlength=BINS).astype(np.int64)
+
+
+def _timestep(step: int) -> float:
+    """Denoising step of a batch: batches go round the whole schedule."""
+    return (step % 16) / 15
+
+
+def _widened(expert_NLW: Ids, wide: int, none: int) -> Ids:
+    more = wide - expert_NLW.shape[2]
+    out: Any = np.pad(expert_NLW, ((0, 0), (0, 0), (0, more)), constant_values=none)
+    return out  # type: ignore[no-any-return]
+
+
+def _facts_of_tokens(source: RoutingSource, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[str, str]]:
+    """Vocabulary ids and classes of the pool's tokens, and what is assumed of them: ids where the trace has none follow
+    Zipf's law; the class is the sequence's domain, else sequences alternate between two."""
+    recorded = getattr(source, "token_T", None)
+    assumed: dict[str, str] = {}
+    if recorded is None:
+        share = 1.0 / np.arange(1, _VOCABULARY + 1)
+        drawn = generator(seed, "routing/token").random(source.num_tokens)
+        recorded = np.searchsorted(np.cumsum(share / share.sum()), drawn).clip(0, _VOCABULARY - 1)
+        assumed |= {"token_T": "vocabulary ids are assumed: drawn from Zipf's law, as the routing source has none"}
+    class_Q = source.domain_Q
+    if class_Q is None:
+        class_Q = (np.arange(source.num_sequences) % 2).astype(np.int16)
+        assumed |= {"class_T": "classes of tokens are assumed: sequences alternate between two (see routing.domains)"}
+    class_T = np.repeat(class_Q.astype(np.int64), source.sequence_tokens_Q)
+    return np.asarray(recorded, np.int64), class_T, assumed

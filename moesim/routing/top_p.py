@@ -1,0 +1,51 @@
+"""Dynamic top-p: the likeliest experts until their probabilities add up to more than p, the last one included.
+
+Source: Huang et al. 2024, "Harder Tasks Need More Experts" (arXiv:2403.07652), section 3; p = 0.4, probabilities
+are the weights as they are (`norm_topk_prob: false`). As in the authors' code the sum must exceed p, and one that
+only equals it takes one expert more; where it never exceeds p all experts are taken. The entropy loss of training
+shapes the scores and is no part of the rule.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from moesim.routing import NONE, Floats, Routed, Router, RoutingContext
+from moesim.routing.gating import descending, softmax_rows, weigh
+
+__all__ = ["Policy"]
+
+
+class Policy(Router):
+    """p: probability to be exceeded. most: cap on experts a token; none: all. norm_topk_prob: divide the chosen
+    gates by their sum; none: as the model does."""
+
+    ragged: ClassVar[bool] = True
+
+    p: float = Field(default=0.4, gt=0, le=1)
+    most: int | None = Field(default=None, ge=1)
+    norm_topk_prob: bool | None = None
+
+    def route(self, score_TE: Floats, context: RoutingContext) -> Routed:
+        """The smallest prefix, by falling probability, whose sum exceeds p (arXiv:2403.07652, section 3).
+
+        As wide as the hungriest token of the batch. Always softmax, whatever the model scores by.
+        """
+        prob_TE = softmax_rows(score_TE)
+        order_TE = descending(score_TE)[:, : self.width(context.top_k, score_TE.shape[1])]
+        sorted_TE = np.take_along_axis(prob_TE, order_TE, 1)
+        before_TE = np.zeros_like(sorted_TE)
+        np.cumsum(sorted_TE[:, :-1], axis=1, out=before_TE[:, 1:])
+        taken_TE = (before_TE <= self.p) if self.p < 1 else np.ones_like(sorted_TE, bool)
+        taken_TE &= ~np.isneginf(np.take_along_axis(score_TE, order_TE, 1))
+        widest = max(1, int(taken_TE.sum(1).max(initial=0)))
+        expert_TW = np.where(taken_TE, order_TE, NONE)[:, :widest].astype(np.int32)
+        normalise = context.norm_topk_prob if self.norm_topk_prob is None else self.norm_topk_prob
+        return Routed(expert_TW, weigh(prob_TE, expert_TW, normalise))
+
+    def width(self, top_k: int, num_experts: int) -> int:
+        """`most`, or all experts."""
+        return min(self.most or num_experts, num_experts)

@@ -1,0 +1,156 @@
+"""simulate_training(scenario) -> TrainingResult: routes and prices every step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from moesim.cost.backward import ExpertPasses, Passes
+from moesim.cost.experts import ExpertPrices
+from moesim.cost.operators import Operators
+from moesim.dtypes import dtype_bytes
+from moesim.errors import Infeasible
+from moesim.layout import Layout
+from moesim.placement import Placement, PlacementContext
+from moesim.scenario.load import Scenario
+from moesim.training.memory import balanced_rows, require_fit
+from moesim.training.reduce import Buckets, LinkBytes, optimizer_ops
+from moesim.training.result import Loads, TrainingResult
+from moesim.training.routing import ScoreSource, StepRouter
+from moesim.training.scores import training_scores
+from moesim.training.step import StepClock
+
+__all__ = ["simulate_training"]
+
+
+def simulate_training(
+    scenario: Scenario, seed: int | None = None, *, progress: Callable[[float], None] | None = None
+) -> TrainingResult:
+    """Run the steps of a scenario in `mode: training`. `progress` is told the share of steps that are done.
+
+    Returns a result that is not feasible, with reasons, where a rank's memory does not hold what it keeps. Raises
+    BadInput for routing that cannot be used.
+    """
+    training, model, parallel = scenario.training, scenario.model, scenario.parallel
+    assert training is not None
+    seed = scenario.seed if seed is None else seed
+    layout = Layout.of(model, scenario.cluster, parallel.tp, parallel.dp, parallel.ep)
+    result = TrainingResult(scenario, seed, layout, warnings=scenario.warnings)
+    ops = Operators(scenario.cluster.profile, training.cuda_graph)
+    replicas = parallel.replicas
+    began = time.perf_counter()
+    try:
+        tokens = training.micro_batch_sequences * training.sequence_tokens
+        place = (model, scenario.cluster, layout, training, replicas)
+        result.memory = require_fit(*place, balanced_rows(model, layout, tokens), "with experts loaded alike")
+        router, experts = None, None
+        if model.is_moe:
+            scores = training_scores(scenario, seed)
+            router = _router(scenario, layout, scores, seed)
+            result.routing, result.assumed, result.sampling = scores.name, scores.assumed, router.sampling
+            prices = ExpertPrices(model, layout, ops, model.num_experts // layout.ep)
+            act = dtype_bytes(model.activation_dtype)
+            experts = ExpertPasses(prices, ops, training.recompute, act)
+            times = 3 if training.recompute == "full" else 2
+            result.exchange_bytes = times * (prices.dispatch_bytes + prices.combine_bytes)
+            result.warnings = (*result.warnings, *_warnings(scenario, layout, router, scores))
+        buckets = Buckets(model, layout, ops, training, replicas)
+        result.micro_batches = training.global_batch_sequences // (
+            training.micro_batch_sequences * layout.dp * replicas
+        )
+        clock = StepClock(
+            model,
+            training,
+            Passes(model, layout, ops, training),
+            experts,
+            buckets,
+            optimizer_ops(model, layout, ops, training, replicas),
+            result.micro_batches,
+            replicas,
+        )
+        result.reduce_bytes = _bytes_summed(buckets, training.zero_stage, result.micro_batches)
+        _steps(result, router, clock, progress)
+        if result.loads:
+            most = max((load.most_rows_L for load in result.loads), key=lambda rows_L: float(rows_L.sum()))
+            result.memory = require_fit(*place, most, "on the rank whose experts got most tokens")
+    except Infeasible as error:
+        result.reasons = error.reasons
+        result.times = []
+    result.elapsed_s = time.perf_counter() - began
+    return result
+
+
+def _steps(
+    result: TrainingResult,
+    router: StepRouter | None,
+    clock: StepClock,
+    progress: Callable[[float], None] | None,
+) -> None:
+    training = result.scenario.training
+    assert training is not None
+    for step in range(training.steps):
+        measured = step >= training.measured_from_step
+        routing = None if router is None else router.route(step)
+        result.times.append(clock.step(routing, result.ledger if measured else None))
+        if routing is not None:
+            result.loads.append(Loads.of(routing, result.layout.ep))
+            if measured:
+                result.wanted_N += routing.wanted_N
+                result.dropped_N += routing.dropped_N
+        if progress is not None:
+            progress((step + 1) / training.steps)
+    clock.book_constants(result.ledger, training.steps - training.measured_from_step)
+
+
+def _router(scenario: Scenario, layout: Layout, scores: ScoreSource, seed: int) -> StepRouter:
+    training = scenario.training
+    assert training is not None
+    return StepRouter(
+        scenario.model,
+        layout,
+        training,
+        scenario.policies.routing,
+        _placement(scenario, layout),
+        scenario.capacity,
+        scores,
+        scenario.parallel.replicas,
+        seed,
+    )
+
+
+def _placement(scenario: Scenario, layout: Layout) -> Placement:
+    """Where experts sit from the first step on: nothing is known of their loads then."""
+    model = scenario.model
+    context = PlacementContext(
+        num_ranks=layout.ep,
+        num_nodes=max(1, min(layout.nodes, layout.ep)),
+        num_groups=model.num_expert_groups,
+    )
+    return scenario.policies.placement.place(np.ones((model.num_moe_layers, model.num_experts)), context)
+
+
+def _bytes_summed(buckets: Buckets, stage: int, micro_batches: int) -> LinkBytes:
+    """Sums of gradients and gathers of weights in one step: ZeRO 2 sums after every micro-batch, ZeRO 3 gathers for
+    every pass."""
+    sums = micro_batches if stage >= 2 else 1
+    gathers = {0: 0, 1: 1, 2: 1, 3: 2 * micro_batches}[stage]
+    reduced, gathered = buckets.reduce_bytes, buckets.gather_bytes
+    return LinkBytes(*(sums * r + gathers * g for r, g in zip(reduced, gathered, strict=True)))
+
+
+def _warnings(scenario: Scenario, layout: Layout, router: StepRouter, scores: ScoreSource) -> list[str]:
+    out = [f"routing: {scores.assumed}"] if scores.assumed else []
+    sampling, replicas = router.sampling, scenario.parallel.replicas
+    if sampling.routed < sampling.real:
+        out.append(
+            f"routing: of each rank's {sampling.real:,} tokens a micro-batch {sampling.routed:,} are routed and stand "
+            "for all, which makes loads more uneven than all would be; training.routing_tokens raises the number"
+        )
+    if layout.meets and layout.expert_tp > 1:
+        out.append(
+            f"parallel: each expert is split over {layout.expert_tp} ranks, which gather all tokens; for whole copies "
+            f"of the experts use dp={max(1, layout.ep // layout.tp)}, replicas={replicas * layout.expert_tp}"
+        )
+    return out

@@ -1,0 +1,197 @@
+"""Routers, capacities and reshaped models inside the engine: what is conserved, and that no cut of a run shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moesim.errors import BadInput
+from moesim.simulate import RunResult, simulate
+from tests.build import scenario
+
+LAYOUT = {"tp": 1, "dp": 4, "ep": 4}
+POOL = {"pool_tokens": 512, "sequence_tokens": 64, "popularity_zipf": 0.8}
+ROUTERS = {
+    "bip": "bip",
+    "expert_choice": "expert_choice",
+    "loss_free": "loss_free",
+    "top_p": {"kind": "top_p", "p": 0.5},
+    "null_experts": {"kind": "null_experts", "null_experts": 16},
+}
+
+
+PROMPTS = {"format": "closed_loop", "concurrency": 16, "num_requests": 16, "prompt_tokens": 256, "output_tokens": 1}
+MIXED = {"format": "poisson", "rate_per_s": 300.0, "num_requests": 12, "prompt_tokens": 30, "output_tokens": 12}
+
+
+def run(folder: Path, fidelity: str = "count", **parts: object) -> RunResult:
+    routing = {**POOL, "fidelity": fidelity}
+    return simulate(scenario(folder, parallel=LAYOUT, routing=routing, **{"requests": MIXED, **parts}))
+
+
+def stats(result: RunResult) -> tuple[float, float, float]:
+    """Tokens times passes, pairs wanted, pairs dropped."""
+    assert result.explanation is not None
+    tokens, wanted, dropped = result.explanation.stats[6:9]
+    return float(tokens), float(wanted), float(dropped)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_token_of_every_pass_is_routed(tmp_path: Path, name: str) -> None:
+    result = run(tmp_path, "token", policies={"routing": ROUTERS[name]})
+    assert result.outcome is not None
+    computed = result.outcome.requests.prompt_tokens + result.outcome.requests.output_tokens - 1
+    tokens, wanted, dropped = stats(result)
+    assert tokens == 3 * int(computed.sum())  # three MoE layers
+    assert dropped == 0
+    figures = result.to_json()["summary"]["routing"]
+    assert figures["experts_per_token"] == pytest.approx(wanted / tokens)
+    assert figures["scores"]["model"]
+    if name in ("bip", "loss_free"):
+        assert wanted == 4 * tokens
+
+
+@pytest.mark.parametrize("name", ["bip", "top_p", "expert_choice"])
+@pytest.mark.parametrize("capacity", [None, {"factor": 1.0}])
+def test_run_ahead_routes_the_same_steps(tmp_path: Path, name: str, capacity: object) -> None:
+    ahead, single = (
+        run(tmp_path, "token", policies={"routing": ROUTERS[name]}, capacity=capacity, engine={"run_ahead": flag})
+        for flag in (True, False)
+    )
+    assert ahead.outcome is not None
+    assert single.outcome is not None
+    np.testing.assert_array_equal(ahead.outcome.requests.finish_ns, single.outcome.requests.finish_ns)
+    np.testing.assert_allclose(stats(ahead), stats(single))
+
+
+@pytest.mark.parametrize("fidelity", ["count", "token"])
+def test_expert_choice_is_even_and_bip_nearly(tmp_path: Path, fidelity: str) -> None:
+    def worst(policy: str) -> float:
+        done = run(tmp_path, fidelity, policies={"routing": policy}, requests=PROMPTS)
+        return float(done.to_json()["summary"]["balance"]["lockstep"])
+
+    plain, bip, choice = worst("topk"), worst("bip"), worst("expert_choice")
+    assert choice < bip < plain
+    assert choice < 1.01
+    assert bip < 1.15
+
+
+@pytest.mark.parametrize("fidelity", ["count", "token"])
+@pytest.mark.parametrize("drop", ["position", "score", "reroute"])
+def test_a_capacity_drops_and_less_work_is_done(tmp_path: Path, fidelity: str, drop: str) -> None:
+    shares = []
+    for factor in (0.5, 1.0, 2.0):
+        done = run(tmp_path, fidelity, capacity={"factor": factor, "drop": drop, "scope": "all"}, requests=PROMPTS)
+        tokens, wanted, dropped = stats(done)
+        assert wanted == pytest.approx(4 * tokens)
+        report = done.to_json()["summary"]
+        assert report["drops"]["share"] == pytest.approx(dropped / wanted)
+        assert report["routing"]["experts_per_token"] == pytest.approx((wanted - dropped) / tokens)
+        assert all(share is None or 0 <= share <= 1 for share in report["drops"]["by_position"])
+        shares.append(dropped / wanted)
+    assert shares[0] > shares[1] >= shares[2]
+    assert shares[0] >= 0.48  # room for half of the choices, rounded up for each of 64 experts
+    if drop == "reroute":
+        assert shares[1] < 0.05
+    else:
+        assert shares[1] > shares[2]
+
+
+def test_drops_fall_on_the_ends_of_sequences_where_sequences_have_capacities(tmp_path: Path) -> None:
+    """OpenMoE's drop-towards-the-end (arXiv:2402.01739, section 4.2): places go in order, so late tokens find none."""
+    done = run(
+        tmp_path, "count", capacity={"factor": 1.0, "scope": "sequence", "order": "token"},
+        requests=PROMPTS,
+    )  # fmt: skip
+    share = done.to_json()["summary"]["drops"]["by_position"]
+    assert share[0] < 0.25 * share[-1]
+
+
+def test_padding_to_the_capacity_takes_the_same_time_whatever_the_skew(tmp_path: Path) -> None:
+    def expert_ns(zipf: float, pad: bool) -> int:
+        done = simulate(
+            scenario(
+                tmp_path, parallel=LAYOUT, routing={**POOL, "popularity_zipf": zipf, "fidelity": "count"},
+                capacity={"factor": 1.0, "pad": pad},
+                requests=PROMPTS,
+            )
+        )  # fmt: skip
+        assert done.explanation is not None
+        return sum(done.explanation.ns[name] for name in ("dispatch", "experts", "combine"))
+
+    assert expert_ns(0.0, True) == expert_ns(1.5, True)
+    assert expert_ns(0.0, False) != expert_ns(1.5, False)
+
+
+def model(folder: Path, **changes: object) -> dict[str, object]:
+    from tests.build import tiny_model
+
+    return {"name": tiny_model(folder), **changes}
+
+
+def test_iterations_visit_the_experts_again(tmp_path: Path) -> None:
+    once, twice = (run(tmp_path, model=model(tmp_path, iterations=n)) for n in (1, 2))
+    assert stats(twice)[0] / stats(once)[0] == pytest.approx(2, rel=0.02)
+    assert once.memory is not None
+    assert twice.memory is not None
+    assert twice.memory.expert_weights == once.memory.expert_weights
+    assert once.explanation is not None
+    assert twice.explanation is not None
+    for name in ("dispatch", "experts", "combine", "router"):
+        assert twice.explanation.ns[name] / twice.explanation.steps == pytest.approx(
+            2 * once.explanation.ns[name] / once.explanation.steps, rel=0.15
+        )
+
+
+def test_layers_that_share_a_pool_keep_its_weights_once(tmp_path: Path) -> None:
+    plain = run(tmp_path)
+    shared = run(tmp_path, model=model(tmp_path, pool_layers=0, pool_share=0.5))
+    assert plain.memory is not None
+    assert shared.memory is not None
+    assert shared.scenario.model.num_experts == 96  # half of three layers of 64
+    assert shared.memory.expert_weights * 2 == plain.memory.expert_weights
+    placement = shared.experts.placement.slot_to_expert_LS  # type: ignore[union-attr]
+    assert (placement == placement[0]).all()
+
+
+def test_small_experts_cost_less(tmp_path: Path) -> None:
+    plain = run(tmp_path)
+    mixed = run(tmp_path, model=model(tmp_path, expert_widths=[1.0, 0.25]))
+    latent = run(tmp_path, model=model(tmp_path, latent_rank=64))
+    ternary = run(tmp_path, model=model(tmp_path, expert_dtype="ternary"))
+    assert plain.explanation is not None
+    for other, share in ((mixed, 1.0), (latent, 0.25), (ternary, 0.125)):
+        assert other.explanation is not None
+        assert other.explanation.ns["experts"] < plain.explanation.ns["experts"]
+        assert other.memory is not None
+        assert plain.memory is not None
+        # contiguous ranks: the fullest holds large experts only
+        assert other.memory.expert_weights == pytest.approx(share * plain.memory.expert_weights)
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        ({"model": {"split": 7}}, "split must divide the experts' intermediate size"),
+        ({"model": {"expert_widths": [1.0, 0.5, 0.1]}}, "expert_widths gives equal blocks"),
+        ({"model": {"pool_share": 0.5}}, "give pool_layers too"),
+        ({"capacity": {"pad": True}}, "a capacity needs a factor"),
+        ({"policies": {"routing": "bipp"}}, "Did you mean 'bip"),
+        ({"policies": {"routing": {"kind": "bip", "iteration": 2}}}, "Did you mean 'iterations'"),
+    ],
+)
+def test_bad_input_is_told(tmp_path: Path, part: dict[str, dict[str, object]], text: str) -> None:
+    parts: dict[str, object] = dict(part)
+    if "model" in parts:
+        parts["model"] = model(tmp_path, **part["model"])
+    with pytest.raises(BadInput, match=text):
+        scenario(tmp_path, parallel=LAYOUT, **parts)
+
+
+def test_parameters_that_do_not_go_together_are_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="partition cannot route this model's tokens: every class needs a pool"):
+        run(tmp_path, policies={"routing": {"kind": "partition", "pools": 1}})
+    with pytest.raises(BadInput, match="cannot route this model's tokens"):
+        run(tmp_path, policies={"routing": {"kind": "null_experts", "top_k": 200}})
