@@ -114,7 +114,7 @@ def _check(has_nan: bool, too_few: bool, k: int) -> None:
 
 
 def _lower(key_NE: NDArray[np.int64], out_NK: NDArray[np.int32]) -> tuple[bool, bool]:
-    """Ids from the lower halves of the first keys of sorted rows; and whether a row holds a NaN, or too few open ones."""
+    """Ids from the lower halves of the first keys of sorted rows; whether a row holds NaN, or too few open ones."""
     k = out_NK.shape[1]
     out_NK[:] = key_NE[:, :k]
     edge = key_NE[:, [0, -1, k - 1]] >> 32
