@@ -26,11 +26,12 @@ from moesim.workload.scores_tail import (
     FIT_TOKENS,
     GumbelTail,
     SpacedTail,
-    choice_scale,
     cut_time,
+    faded,
     fit_spacing,
     hill,
     salt,
+    tail_scale,
     uniform,
 )  # fmt: skip
 
@@ -51,6 +52,9 @@ _LEAST_WEIGHT = 2.0**-25
 _LEAST_MASS = 1e-5
 _WHOLE = 2e-2
 """Sums of K float16 weights that lie this near to each other (relative) are normalised."""
+DEFAULT_FADE = 0.45
+"""Exponent on the popularity below the K-th where recorded ids have no weights: what `scores_tail.tail_scale` finds in
+the same trace"""
 _LATEST = 1e6
 """Stands for a time that never comes (all experts are taken)"""
 _CACHE_BYTES = 256 << 20
@@ -268,7 +272,8 @@ class DrawnScores(_Pool):
             scale_E = (-np.log1p(-share_E)) ** self.spec.popularity
             # given the time of the first arrival after the K, the K came at any time before it
             cut = min(cut_time(scale_E, self.source.top_k + 1), _LATEST)
-            tail: GumbelTail | SpacedTail = GumbelTail(scale_E, self.temperature, cut)
+            tail_E = faded(scale_E, DEFAULT_FADE, cut) if self.source.recorded and cut < _LATEST else scale_E
+            tail: GumbelTail | SpacedTail = GumbelTail(tail_E, self.temperature, cut)
             if self.spec.model == "spaced":
                 tail = SpacedTail(self.temperature, 1.0, self.source.top_k)
             self._layers[layer] = (scale_E, cut, tail)
@@ -325,7 +330,9 @@ def _fit_tail(expert_TK: Ints, score_TK: Floats32, num_experts: int, spec: Score
         if temperature is None:
             known = float(hill(score_TK).mean()) if top_k > 1 and tokens else DEFAULT_TEMPERATURE
             temperature = float(np.clip(known, 0.2, 20.0))
-        scale_E = choice_scale(expert_TK, num_experts, top_k // 2) ** spec.popularity
-        return GumbelTail(scale_E, temperature, cut_time(scale_E, top_k))
+        scale_E, cut = tail_scale(expert_TK, num_experts)
+        if spec.popularity != 1.0 and np.isfinite(cut):
+            scale_E = faded(scale_E, spec.popularity, cut)
+        return GumbelTail(scale_E, temperature, cut)
     scale, power = fit_spacing(score_TK) if top_k > 1 and tokens else (DEFAULT_TEMPERATURE, 1.0)
     return SpacedTail(scale if spec.temperature is None else spec.temperature, power, top_k)

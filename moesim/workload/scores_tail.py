@@ -23,7 +23,10 @@ from numpy.typing import NDArray
 from moesim.rng import generator
 from moesim.workload.replay import _splitmix64
 
-__all__ = ["GumbelTail", "SpacedTail", "choice_scale", "cut_time", "fit_spacing", "hill", "salt", "uniform"]
+__all__ = [
+    "GumbelTail", "SpacedTail", "choice_fade", "choice_scale", "cut_time", "faded", "fit_spacing", "hill", "salt",
+    "tail_scale", "uniform",
+]  # fmt: skip
 
 Floats32 = NDArray[np.float32]
 Floats = NDArray[np.float64]
@@ -34,6 +37,9 @@ FIT_TOKENS = 8192
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _ROUNDS = 30
 _NEWTON = 5
+"""After four steps the mass of ESFT's tails is right to 3e-7 of the whole; the fifth is for the
+extremes. The number is fixed, so that a row's scores do not depend on its batch."""
+_FADE_STEPS = 6
 _FAR = np.float32(80.0)
 """exp of more is not needed: exp(-80) is 0 next to any probability"""
 _START_ROWS = 128
@@ -97,6 +103,57 @@ def choice_scale(expert_TK: NDArray[Any], num_experts: int, first: int = 0) -> F
         if done:
             break
     return v_E
+
+
+def choice_fade(expert_TK: NDArray[Any], scale_E: Floats) -> Floats:
+    """Exponents [K]: at rank j experts come with chances in proportion to v**exponent_j. Maximum likelihood, a rank by
+    itself (Newton's steps from 1).
+
+    They fall from rank to rank in recorded traces: a token that has not taken a popular expert so far is one that does
+    not want it. 1 where the scales are all alike.
+    """
+    id_TK = expert_TK[_some(len(expert_TK))].astype(np.int64)
+    log_E = np.log(scale_E)
+    out = np.ones(id_TK.shape[1])
+    for j in range(len(out)):
+        gain = float(log_E[id_TK[:, j]].sum())
+        for _ in range(_FADE_STEPS):
+            weight_E = np.exp(out[j] * log_E)
+            sums = []
+            for power in range(3):
+                term_E = weight_E * log_E**power
+                sums.append(term_E.sum() - term_E[id_TK[:, :j]].sum(1))
+            mean_T = sums[1] / sums[0]
+            variance = float(np.sum(sums[2] / sums[0] - mean_T**2))
+            if variance < 1e-9 * max(1, len(id_TK)):
+                break
+            out[j] = np.clip(out[j] + np.clip((gain - mean_T.sum()) / variance, -0.5, 0.5), -1.0, 3.0)
+    return out
+
+
+def tail_scale(expert_TK: NDArray[Any], num_experts: int) -> tuple[Floats, float]:
+    """Plackett-Luce weights of the experts below the K-th [E], and the `cut_time` of the K-th.
+
+    The exponents' straight line over ranks 1 .. K is followed to rank K + K / 3 (0.1 to 1 there), and the scale keeps
+    the rate with which experts come just after the K-th. expert_TK: most wanted first.
+    """
+    top_k = expert_TK.shape[1]
+    scale_E = choice_scale(expert_TK, num_experts)
+    cut = cut_time(scale_E, top_k)
+    if top_k < 2 or top_k >= num_experts or not len(expert_TK):
+        return scale_E, cut
+    fade_K = choice_fade(expert_TK, scale_E)
+    slope, level = np.polyfit(np.arange(1, top_k + 1), fade_K, 1)
+    fade = float(np.clip(level + slope * (top_k + max(1.0, top_k / 3)), 0.1, 1.0))
+    return faded(scale_E, fade, cut), cut
+
+
+def faded(scale_E: Floats, fade: float, cut: float) -> Floats:
+    """scale**fade, with the same total rate of those that have not come by the cut."""
+    left_E = np.exp(-scale_E * cut)
+    out_E: Floats = scale_E**fade
+    out_E *= (scale_E * left_E).sum() / (out_E * left_E).sum()
+    return out_E
 
 
 def cut_time(scale_E: Floats, top_k: int) -> float:

@@ -10,7 +10,18 @@ import pytest
 from moesim.errors import BadInput
 from moesim.workload.pool import RoutingSource
 from moesim.workload.scores import DrawnScores, RecordedScores, ScoreModel, ScoreSpec, score_model
-from moesim.workload.scores_tail import GumbelTail, SpacedTail, choice_scale, cut_time, fit_spacing, hill, uniform
+from moesim.workload.scores_tail import (
+    GumbelTail,
+    SpacedTail,
+    choice_fade,
+    choice_scale,
+    cut_time,
+    faded,
+    fit_spacing,
+    hill,
+    tail_scale,
+    uniform,
+)  # fmt: skip
 from moesim.workload.synthetic import SyntheticSpec, generate
 
 Kind = Literal["gumbel", "spaced"]
@@ -218,6 +229,42 @@ def test_choice_scale_finds_plackett_luce_weights():
     ranked = np.argsort(rng.exponential(1, (8000, 10)) / v_E, axis=1)[:, :4]
     np.testing.assert_allclose(choice_scale(ranked, 10), v_E, rtol=0.1)
     np.testing.assert_allclose(choice_scale(ranked, 10, first=2), v_E, rtol=0.15)
+
+
+def test_popularity_fades_below_the_k_th_as_it_does_from_rank_to_rank():
+    rng = np.random.default_rng(0)
+    v_E = np.exp(rng.normal(0, 1, 20))
+    plain = np.argsort(rng.exponential(1, (6000, 20)) / v_E, axis=1)[:, :4]
+    np.testing.assert_allclose(choice_fade(plain, v_E), 1, atol=0.1)
+    # tokens that want experts of their own beside the popular ones: each has a taste that lasts over its ranks
+    taste = np.exp(rng.normal(0, 1.5, (6000, 20)))
+    mixed = np.argsort(rng.exponential(1, (6000, 20)) / (v_E * taste), axis=1)
+    fade = choice_fade(mixed[:, :4], choice_scale(mixed[:, :4], 20))
+    assert (np.diff(fade) < 0).all()
+    for ranked, low, high in ((plain[:, :4], 0.85, 1.0), (mixed[:, :4], 0.3, 0.9)):
+        scale_E, cut = tail_scale(ranked, 20)
+        slope = np.polyfit(np.log(choice_scale(ranked, 20)), np.log(scale_E), 1)[0]
+        assert low < slope <= high + 1e-9
+        assert cut_time(choice_scale(ranked, 20), 4) == cut
+    # the next rank is foretold better with it than without
+    scale_E, _ = tail_scale(mixed[:, :4], 20)
+    found = np.bincount(mixed[:, 4], minlength=20) / 6000
+
+    def foretold(v_E):
+        left = np.ones((6000, 20)) * v_E
+        np.put_along_axis(left, mixed[:, :4], 0.0, 1)
+        return (left / left.sum(1, keepdims=True)).mean(0)
+
+    apart = [np.abs(foretold(v) - found).sum() for v in (scale_E, choice_scale(mixed[:, :4], 20))]
+    assert apart[0] < 0.7 * apart[1]
+
+
+def test_fading_keeps_the_rate_just_after_the_cut():
+    scale_E = np.array([0.1, 1.0, 3.0])
+    left_E = np.exp(-0.5 * scale_E)
+    out_E = faded(scale_E, 0.5, 0.5)
+    assert (out_E * left_E).sum() == pytest.approx((scale_E * left_E).sum())
+    assert out_E[2] / out_E[0] == pytest.approx(np.sqrt(30))
 
 
 def test_cut_time_of_equal_experts_is_known():
