@@ -9,6 +9,7 @@ and of each column (reconstruction).
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import ClassVar, Literal
 
@@ -40,7 +41,7 @@ class Policy(Router):
         rows, columns = row_TR.shape[1], column_TC.shape[1]
         k = self.top_k or context.top_k
         check_top_k(k, rows * columns)
-        if self.columns == "experts" and np.isneginf(score_TE).any():
+        if self.columns == "experts" and score_TE.min(initial=0) == -np.inf:
             sum_TE = (row_TR[:, :, None] + column_TC[:, None, :]).reshape(score_TE.shape)
             expert_TK = top_ids(np.where(np.isneginf(score_TE), -np.inf, sum_TE), k)
         else:
@@ -60,14 +61,16 @@ class Policy(Router):
     def _factors(self, score_TE: Floats) -> tuple[Floats, Floats]:
         """Scores of rows and columns of the grid, float64: their sums of float32 scores are exact."""
         width = score_TE.shape[1]
-        wide_TE = score_TE.astype(np.float64)
         if self.columns == "factors":
             if width % 2:
                 raise ValueError(f"scores of rows and columns come in halves: {width} columns of scores, an odd number")
+            wide_TE = score_TE.astype(np.float64)
             return wide_TE[:, : width // 2], wide_TE[:, width // 2 :]
         rows = grid_rows(width)
-        grid = wide_TE.reshape(len(score_TE), rows, width // rows)
-        return grid.max(2), grid.max(1)
+        grid = score_TE.reshape(len(score_TE), rows, width // rows)
+        across = functools.reduce(np.maximum, (grid[:, :, c] for c in range(grid.shape[2])))  # max(2), narrow as it is
+        down = functools.reduce(np.maximum, (grid[:, r] for r in range(rows)))
+        return across.astype(np.float64), down.astype(np.float64)
 
     def score_columns(self, num_experts: int) -> int:
         """Rows and columns of the grid where those are what is scored."""
