@@ -153,7 +153,8 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
         problems += cross_checks(source.where, model, cluster, spec.parallel, engine, placement)
         if training and spec.training is not None:
             capacity = spec.full.capacity if spec.full is not None else None
-            problems += training_checks(source.where, model, spec.parallel, spec.training, placement, capacity)
+            routing = spec.routing if spec.routing is not None else RoutingSpec()
+            problems += training_checks(source.where, model, spec.parallel, spec.training, placement, capacity, routing)
         if source.data.get("routing") and not model.is_moe:
             message = f"routing: {model.name} is a dense model, so nothing is routed; remove routing"
             problems.append(Problem(source.where(("routing",), key=True), message))
