@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from moesim.spec import Spec
 from moesim.units import GiB, Us
-from moesim.workload.scores_training import TrainingScoresSpec
 
 __all__ = ["Recompute", "TrainingSpec"]
 
@@ -43,7 +42,6 @@ class TrainingSpec(Spec):
     progress_end: Annotated[float, Field(ge=0, le=1)] = 1.0
     packing: Literal["none"] = "none"
     routing_tokens: int | None = Field(default=None, ge=1, le=1 << 22)
-    scores: TrainingScoresSpec = Field(default_factory=TrainingScoresSpec)
     routing_scope: Literal["rank", "micro_batch"] = "rank"
     cuda_graph: bool = False
     host_overhead_us: Us = 250.0

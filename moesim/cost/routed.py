@@ -21,7 +21,7 @@ from moesim.workload.pool import RoutingSource
 from moesim.workload.routing import load_routing
 from moesim.workload.scores import score_model
 
-__all__ = ["figures", "pool_source", "route_source"]
+__all__ = ["figures", "pool_source", "route_source", "scored_model"]
 
 _SAMPLE = 2048
 
@@ -61,7 +61,7 @@ def route_source(scenario: Scenario, seed: int) -> tuple[RoutingSource, BatchRou
 def pool_source(scenario: Scenario, seed: int) -> RoutingSource:
     """The pool before any router has run: what the trace or the synthetic model says. Raises BadInput."""
     model, policy = scenario.model, scenario.policies.routing
-    seen = _scored(model, policy.score_columns(model.num_experts)) if _needs_scores(scenario) else model
+    seen = scored_model(model, policy.score_columns(model.num_experts)) if _needs_scores(scenario) else model
     return load_routing(scenario.routing, seen, scenario.base, seed, None if policy.from_scores else policy)
 
 
@@ -69,7 +69,7 @@ def _needs_scores(scenario: Scenario) -> bool:
     return bool(scenario.policies.routing.from_scores or scenario.capacity is not None)
 
 
-def _scored(model: MoEModel, columns: int) -> MoEModel:
+def scored_model(model: MoEModel, columns: int) -> MoEModel:
     """The model as its scores see it: one expert for each column of them."""
     if columns == model.num_experts:
         return model

@@ -129,12 +129,24 @@ class BatchRouter:
             if self.capacity is not None and factor is not None and tokens:
                 room_S = self._rooms(tokens_S, factor)
                 room[layer] = room_S.sum()
-                limited = limit(expert_NW, routed.gate_TK, score, room_S, self.capacity, scope_N)
+                limited = limit(expert_NW, routed.gate_TK, self._by_expert(score), room_S, self.capacity, scope_N)
                 dropped[layer] = int(limited.dropped_TW.sum())
                 self._note(rows_N, expert_NW, limited.dropped_TW)
                 expert_NW = limited.expert_TW
             chosen.append(expert_NW)
         return RoutedBatch(self._stacked(chosen), wanted, dropped, room)
+
+    def _by_expert(self, score_NX: NDArray[np.float32]) -> NDArray[np.float32] | None:
+        """Scores that name a next best expert; None where columns are rows and columns of a grid."""
+        assert self.capacity is not None
+        if score_NX.shape[1] == self.facts.experts:
+            return score_NX
+        if self.capacity.drop == "reroute":
+            message = (
+                "drop: reroute needs a score for each expert, which this router does not make; use position or score"
+            )
+            raise BadInput(Problem("capacity.drop", message))
+        return None
 
     def _rooms(self, tokens_S: NDArray[np.int64], factor: float) -> NDArray[np.int64]:
         """Rows an expert has room for in each scope."""

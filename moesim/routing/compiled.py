@@ -74,11 +74,14 @@ def _sum_exp(score_NE: Any, most_N: Any, out_N: Any) -> None:
         out_N[n] = total
 
 
-@_compiled(_read(numba.int64, 2), numba.int32[:, ::1])
-def _lower(key_NE: Any, out_NK: Any) -> None:
+@_compiled(_read(numba.int64, 2), numba.int32[:, ::1], numba.boolean[::1])
+def _lower(key_NE: Any, out_NK: Any, flag_2: Any) -> None:
+    last, top_k = key_NE.shape[1] - 1, out_NK.shape[1]
     for n in range(out_NK.shape[0]):
-        for k in range(out_NK.shape[1]):
+        for k in range(top_k):
             out_NK[n, k] = np.int32(key_NE[n, k] & 0x7FFFFFFF)
+        flag_2[0] |= key_NE[n, 0] >> 32 < ~0x7F800000 or key_NE[n, last] >> 32 > 0x7F800000
+        flag_2[1] |= key_NE[n, top_k - 1] >> 32 >= 0x7F800000
 
 
 @_compiled(_read(numba.float32, 2), _read(numba.int32, 2), numba.float32[:, ::1])
@@ -88,9 +91,11 @@ def _at(value_TE: Any, expert_TW: Any, out_TW: Any) -> None:
             out_TW[t, w] = value_TE[t, max(expert_TW[t, w], 0)]
 
 
-def lower(key_NE: NDArray[np.int64], out_NK: NDArray[np.int32]) -> None:
+def lower(key_NE: NDArray[np.int64], out_NK: NDArray[np.int32]) -> tuple[bool, bool]:
     """As `select._lower`."""
-    _lower(key_NE, out_NK)
+    flag_2 = np.zeros(2, bool)
+    _lower(key_NE, out_NK, flag_2)
+    return bool(flag_2[0]), bool(flag_2[1])
 
 
 def at(value_TE: NDArray[np.float32], expert_TW: NDArray[np.int32]) -> NDArray[np.float32]:

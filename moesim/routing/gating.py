@@ -11,49 +11,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.routing import Floats, Routed, RoutingContext
-from moesim.routing.select import NONE, sigmoid, top_ids
+from moesim.routing.select import NONE, chosen, ranked, sigmoid, softmax, top_ids
 
-__all__ = ["compact", "descending", "known", "open_ids", "plain", "probabilities", "softmax_rows", "weigh"]
-
-
-def softmax_rows(score_TE: Floats) -> Floats:
-    """Softmax over each row, of the scores' dtype; a row without a score above -inf is all 0."""
-    top_T1 = score_TE.max(1, keepdims=True, initial=-np.inf)
-    out: Floats = np.exp(score_TE - np.where(np.isneginf(top_T1), 0, top_T1).astype(score_TE.dtype))
-    out /= np.maximum(out.sum(1, keepdims=True), np.finfo(out.dtype).tiny)
-    return out
+__all__ = ["compact", "descending", "known", "open_ids", "plain", "probabilities", "weigh"]
 
 
 def probabilities(score_TE: Floats, context: RoutingContext) -> Floats:
     """Gates of all experts before the choice, [T, E]: softmax or sigmoid as the model scores; 0 for -inf."""
-    return sigmoid(score_TE) if context.scoring == "sigmoid" else softmax_rows(score_TE)
+    return sigmoid(score_TE) if context.scoring == "sigmoid" else softmax(score_TE)
 
 
 def open_ids(score_TE: Floats, k: int) -> NDArray[np.int32]:
     """As `top_ids`, but where a row has fewer than `k` scores above -inf its last places hold NONE; [T, min(k, E)]."""
-    if np.isnan(score_TE).any():
-        raise ValueError("scores must not be NaN")
-    left, row = score_TE.copy(), np.arange(len(score_TE))
-    out = np.full((len(score_TE), min(k, score_TE.shape[1])), NONE, np.int32)
-    for i in range(out.shape[1]):
-        best = left.argmax(1)
-        out[:, i] = np.where(np.isneginf(left[row, best]), NONE, best)
-        left[row, best] = -np.inf
-    return out
+    _refuse_nan(score_TE)
+    return ranked(score_TE, score_TE > -np.inf, min(k, score_TE.shape[1]))
 
 
 def descending(score_TE: Floats) -> NDArray[np.int64]:
     """All ids by falling score, of equal scores the lowest first, [T, E]."""
-    if np.isnan(score_TE).any():
+    _refuse_nan(score_TE)
+    return ranked(score_TE, np.ones(score_TE.shape, bool), score_TE.shape[1]).astype(np.int64)
+
+
+def _refuse_nan(score_TE: Floats) -> None:
+    if np.isnan(score_TE.max(initial=0)):
         raise ValueError("scores must not be NaN")
-    return np.argsort(-score_TE, axis=1, kind="stable")
 
 
 def weigh(gate_TE: Floats, expert_TW: NDArray[np.int32], normalise: bool) -> Floats:
     """Gates of the chosen, [T, W]: 0 at NONE, divided by their sum if asked (equal ones where the sum is 0)."""
     taken_TW = expert_TW != NONE
-    gate_TW = np.take_along_axis(gate_TE, np.maximum(expert_TW, 0).astype(np.int64), 1)
-    gate_TW = np.where(taken_TW, gate_TW, 0).astype(gate_TE.dtype)
+    gate_TW = np.where(taken_TW, chosen(gate_TE, expert_TW), 0).astype(gate_TE.dtype)
     if not normalise:
         return gate_TW
     sum_T1 = gate_TW.sum(1, keepdims=True)

@@ -14,8 +14,8 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from moesim.routing import NONE, Floats, Routed, Router, RoutingContext
-from moesim.routing.gating import plain, softmax_rows
+from moesim.routing import NONE, Floats, Routed, Router, RoutingContext, softmax
+from moesim.routing.gating import plain
 from moesim.routing.select import check_top_k
 
 __all__ = ["Policy"]
@@ -46,6 +46,6 @@ class Policy(Router):
         gate_TK = np.zeros((tokens, context.top_k), score_TE.dtype)
         expert_TK[runs], gate_TK[runs] = routed.expert_TK, routed.gate_TK
         if context.layer >= self.free_layers:
-            norm_T = np.sqrt((softmax_rows(score_TE).astype(np.float64) ** 2).sum(1))
+            norm_T = np.sqrt((softmax(score_TE).astype(np.float64) ** 2).sum(1))
             stopped_T = stopped_T | (norm_T / (1 + context.layer) ** self.power < self.threshold)
         return Routed(expert_TK, gate_TK, carry={"stopped_T": np.array(stopped_T)})

@@ -14,8 +14,8 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from moesim.routing import Floats, Routed, Router, RoutingContext
-from moesim.routing.gating import compact, open_ids, softmax_rows, weigh
+from moesim.routing import Floats, Routed, Router, RoutingContext, softmax
+from moesim.routing.gating import compact, open_ids, weigh
 from moesim.routing.select import check_top_k
 
 __all__ = ["Policy"]
@@ -45,7 +45,7 @@ class Policy(Router):
         all_TE = score_TE if self.given else np.concatenate([score_TE, self._null(score_TE, context)], axis=1)
         picked_TK = open_ids(all_TE, k)
         expert_TW = compact(picked_TK, (picked_TK >= 0) & (picked_TK < true))[:, : self.width(context.top_k, true)]
-        return Routed(expert_TW, weigh(softmax_rows(all_TE)[:, :true], expert_TW, True))
+        return Routed(expert_TW, weigh(softmax(all_TE)[:, :true], expert_TW, True))
 
     def _null(self, score_TE: Floats, context: RoutingContext) -> Floats:
         """Logits of the null columns, [T, n]."""

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from moesim.routing import Floats, Routed, Router, RoutingContext
-from moesim.routing.gating import descending, softmax_rows, weigh
+from moesim.routing import Floats, Routed, Router, RoutingContext, softmax
+from moesim.routing.gating import descending, weigh
 from moesim.routing.select import check_top_k, top_ids
 
 __all__ = ["Policy"]
@@ -47,13 +47,13 @@ class Policy(Router):
             expert_TK = _best_sums(row_TR, column_TC, k)
         place_TK = expert_TK.astype(np.int64)
         if self.gates == "joint":
-            gate_TK = np.take_along_axis(softmax_rows(row_TR), place_TK // columns, 1)
-            gate_TK = gate_TK * np.take_along_axis(softmax_rows(column_TC), place_TK % columns, 1)
+            gate_TK = np.take_along_axis(softmax(row_TR), place_TK // columns, 1)
+            gate_TK = gate_TK * np.take_along_axis(softmax(column_TC), place_TK % columns, 1)
         else:
             sum_TK = np.take_along_axis(row_TR, place_TK // columns, 1) + np.take_along_axis(
                 column_TC, place_TK % columns, 1
             )
-            gate_TK = softmax_rows(sum_TK)
+            gate_TK = softmax(sum_TK)
         here_TK = np.broadcast_to(np.arange(k, dtype=np.int32), expert_TK.shape)
         return Routed(expert_TK, weigh(gate_TK.astype(score_TE.dtype), here_TK, context.norm_topk_prob))
 

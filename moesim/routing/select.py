@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
-    "NONE", "check_top_k", "close_as", "each_chunk", "gates_of", "kth_highest", "load_of", "normalised", "ranked",
-    "sigmoid", "softmax", "softmax_gates", "top_ids",
+    "NONE", "check_top_k", "chosen", "close_as", "each_chunk", "gates_of", "kth_highest", "load_of", "normalised",
+    "ranked", "sigmoid", "softmax", "softmax_gates", "top_ids",
 ]  # fmt: skip
 
 Floats = NDArray[Any]
@@ -99,11 +99,8 @@ def top_ids(score_TE: Floats, k: int) -> NDArray[np.int32]:
     def work(at: slice) -> None:
         key = make(score_TE[at])
         key.sort(1)
-        take(key, expert_TK[at])
-        edge = key[:, [0, -1, k - 1]] >> 32
-        _check(
-            bool((edge[:, 0] < _HIGHEST).any() or (edge[:, 1] > _CLOSED).any()), bool((edge[:, 2] >= _CLOSED).any()), k
-        )
+        has_nan, too_few = take(key, expert_TK[at])
+        _check(has_nan, too_few, k)
 
     each_chunk(score_TE, work)
     return expert_TK
@@ -116,9 +113,12 @@ def _check(has_nan: bool, too_few: bool, k: int) -> None:
         raise ValueError(f"a token has fewer than {k} experts with a score above -inf")
 
 
-def _lower(key_NE: NDArray[np.int64], out_NK: NDArray[np.int32]) -> None:
-    """The lower halves of the first keys of each row: ids."""
-    out_NK[:] = key_NE[:, : out_NK.shape[1]]
+def _lower(key_NE: NDArray[np.int64], out_NK: NDArray[np.int32]) -> tuple[bool, bool]:
+    """Ids from the lower halves of the first keys of sorted rows; whether a row holds NaN, or too few open ones."""
+    k = out_NK.shape[1]
+    out_NK[:] = key_NE[:, :k]
+    edge = key_NE[:, [0, -1, k - 1]] >> 32
+    return bool((edge[:, 0] < _HIGHEST).any() or (edge[:, 1] > _CLOSED).any()), bool((edge[:, 2] >= _CLOSED).any())
 
 
 def _keys(score_NE: Floats) -> NDArray[np.int64]:
@@ -215,7 +215,7 @@ def softmax_gates(score_TE: Floats, expert_TK: NDArray[np.int32], normalise: boo
 
     Each token's first expert must have its highest score. Normalised, the other experts cancel out.
     """
-    chosen_TK = _at(score_TE, expert_TK)
+    chosen_TK = chosen(score_TE, expert_TK)
     most_T1 = chosen_TK[:, :1]
     out: Floats = np.exp(chosen_TK - most_T1)
     if normalise:
@@ -246,8 +246,8 @@ def sigmoid(score_TE: Floats) -> Floats:
     return out
 
 
-def _at(value_TE: Floats, expert_TW: NDArray[np.int32]) -> Floats:
-    """The values in each token's columns; any of them at NONE."""
+def chosen(value_TE: Floats, expert_TW: NDArray[np.int32]) -> Floats:
+    """The values in the columns that each token's ids name, [T, W]; any of its values at NONE."""
     fast = _compiled(value_TE)
     out: Floats
     if fast is not None:
@@ -267,7 +267,7 @@ def normalised(gate_TW: Floats) -> Floats:
 
 def gates_of(gate_TE: Floats, expert_TW: NDArray[np.int32], normalise: bool, scale: float = 1.0) -> Floats:
     """The chosen columns of `gate_TE` [T, W], 0 at NONE, divided by their sum where asked, times `scale`."""
-    gate_TW = _at(gate_TE, expert_TW)
+    gate_TW = chosen(gate_TE, expert_TW)
     gate_TW[expert_TW == NONE] = 0
     out: Floats = normalised(gate_TW) if normalise else gate_TW
     return out if scale == 1 else out * out.dtype.type(scale)

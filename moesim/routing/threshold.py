@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 
 from moesim.routing import NONE, Floats, Routed, Router, RoutingContext
 from moesim.routing.gating import open_ids, probabilities, weigh
+from moesim.routing.select import chosen
 
 __all__ = ["Policy"]
 
@@ -48,7 +49,7 @@ class Policy(Router):
         """Experts at or above the token's threshold, the best `least` always and at most `most_in(layer)`."""
         most = self.most_in(context.layer, context.num_layers, score_TE.shape[1])
         picked_TK = open_ids(score_TE, most)
-        reach_TK = np.take_along_axis(score_TE, np.maximum(picked_TK, 0).astype(np.int64), 1) >= self._floor(score_TE)
+        reach_TK = chosen(score_TE, picked_TK) >= self._floor(score_TE)
         reach_TK[:, : self.least] = True
         expert_TW = np.where(reach_TK, picked_TK, NONE).astype(np.int32)
         expert_TW = expert_TW[:, : max(1, int((expert_TW != NONE).sum(1).max(initial=0)))]

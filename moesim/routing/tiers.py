@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from moesim.routing import Floats, Routed, Router, RoutingContext
-from moesim.routing.gating import open_ids, plain, probabilities, softmax_rows, weigh
+from moesim.routing import Floats, Routed, Router, RoutingContext, softmax
+from moesim.routing.gating import open_ids, plain, probabilities, weigh
 from moesim.routing.select import check_top_k
 
 __all__ = ["Policy"]
@@ -95,7 +95,7 @@ class Policy(Router):
 
 def importance(score_TE: Floats) -> NDArray[np.float64]:
     """Entropy of each token's softmax over the highest possible, 0 .. 1, rounded to 12 digits."""
-    prob_TE = softmax_rows(score_TE).astype(np.float64)
+    prob_TE = softmax(score_TE).astype(np.float64)
     nats_T = -(prob_TE * np.log(np.where(prob_TE > 0, prob_TE, 1))).sum(1)
     out: NDArray[np.float64] = np.round(nats_T / max(np.log(score_TE.shape[1]), 1e-300), 12)
     return out

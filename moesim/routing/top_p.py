@@ -13,8 +13,9 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from moesim.routing import NONE, Floats, Routed, Router, RoutingContext
-from moesim.routing.gating import descending, softmax_rows, weigh
+from moesim.routing import NONE, Floats, Routed, Router, RoutingContext, softmax
+from moesim.routing.gating import descending, weigh
+from moesim.routing.select import chosen
 
 __all__ = ["Policy"]
 
@@ -34,13 +35,13 @@ class Policy(Router):
 
         As wide as the hungriest token of the batch. Always softmax, whatever the model scores by.
         """
-        prob_TE = softmax_rows(score_TE)
-        order_TE = descending(score_TE)[:, : self.width(context.top_k, score_TE.shape[1])]
-        sorted_TE = np.take_along_axis(prob_TE, order_TE, 1)
+        prob_TE = softmax(score_TE)
+        order_TE = descending(score_TE)[:, : self.width(context.top_k, score_TE.shape[1])].astype(np.int32)
+        sorted_TE = chosen(prob_TE, order_TE)
         before_TE = np.zeros_like(sorted_TE)
         np.cumsum(sorted_TE[:, :-1], axis=1, out=before_TE[:, 1:])
         taken_TE = (before_TE <= self.p) if self.p < 1 else np.ones_like(sorted_TE, bool)
-        taken_TE &= ~np.isneginf(np.take_along_axis(score_TE, order_TE, 1))
+        taken_TE &= chosen(score_TE, order_TE) > -np.inf
         widest = max(1, int(taken_TE.sum(1).max(initial=0)))
         expert_TW = np.where(taken_TE, order_TE, NONE)[:, :widest].astype(np.int32)
         normalise = context.norm_topk_prob if self.norm_topk_prob is None else self.norm_topk_prob

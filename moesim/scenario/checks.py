@@ -102,10 +102,11 @@ def training_checks(
                "that needs none")  # fmt: skip
     if "fidelity" in routing.model_fields_set:
         refuse(("routing", "fidelity"), "routing.fidelity: training routes tokens; remove routing.fidelity")
-    if routing.model_fields_set and training.scores.model_fields_set:
+    if routing.names_pool and "training_scores" in routing.model_fields_set:
         refuse(
-            ("training", "scores"),
-            "training.scores draws the scores of a training run, and routing gives a pool of them; remove one",
+            ("routing", "training_scores"),
+            "routing.training_scores draws the scores of a training run, but routing gives a pool whose scores are "
+            "used over and over; remove one",
         )
     for phase in ("prefill", "decode"):
         if getattr(capacity, phase, None) is not None:

@@ -450,9 +450,11 @@ def _input_files(source: Source, spec: _Parts, base: Path, problems: list[Proble
 def _resolved(spec: ScenarioSpec, model: MoEModel, policies: Policies, files: dict[str, str]) -> dict[str, Any]:
     """Everything that decides the result, with no path in it."""
     training = spec.mode == "training"
-    unused = {*ONLY_SERVING} if training else {"mode", "training"}
+    unused: dict[str, Any] = dict.fromkeys(ONLY_SERVING if training else ("mode", "training"), True)
+    if not training:
+        unused["routing"] = {"training_scores"}
     if spec.capacity is None:
-        unused.add("capacity")
+        unused["capacity"] = True
     out: dict[str, Any] = spec.model_dump(mode="json", exclude=unused)
     for part, digest in files.items():
         out[part]["path"] = {"name": Path(out[part]["path"]).name, "blake2b": digest}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.cost.routed import pool_source
-from moesim.errors import BadInput, Problem
+from moesim.cost.routed import scored_model
 from moesim.scenario.load import Scenario
 from moesim.training.routing import ScoreSource
+from moesim.workload.routing import load_routing
 from moesim.workload.scores import ScoreModel, score_model
 from moesim.workload.scores_training import TrainingScores
 
@@ -16,24 +16,21 @@ __all__ = ["training_scores"]
 
 
 def training_scores(scenario: Scenario, seed: int) -> ScoreSource:
-    """Scores of the scenario's tokens: of its `routing` where it says anything of one (popularity then stays as it is),
-    else a training run's, whose popularity and temperature change with progress. Raises BadInput for a file that
-    cannot be used.
+    """Scores of the scenario's tokens: of a training run, whose popularity and temperature change with its progress
+    (`routing.training_scores`), or those of a pool where the scenario names a trace, counts or a knob of the synthetic
+    model. Raises BadInput for a file that cannot be used.
     """
-    model, training = scenario.model, scenario.training
+    routing, training = scenario.routing, scenario.training
     assert training is not None
-    if scenario.routing.model_fields_set:
-        pool = pool_source(scenario, seed)
-        made = score_model(pool, scenario.routing.scores, seed, model.norm_topk_prob, model.scoring)
+    model = scored_model(scenario.model, scenario.policies.routing.score_columns(scenario.model.num_experts))
+    if routing.names_pool:
+        pool = load_routing(routing, model, scenario.base, seed, None)
+        made = score_model(pool, routing.scores, seed, model.norm_topk_prob, model.scoring)
         return _Repeated(made, pool.num_tokens)
-    spec = training.scores
+    spec = routing.training_scores
     if "sequence_tokens" not in spec.model_fields_set:
         spec = spec.model_copy(update={"sequence_tokens": training.sequence_tokens})
-    columns = scenario.policies.routing.score_columns(model.num_experts)
-    if model.top_k > columns:
-        message = f"this router scores {columns} columns, fewer than the {model.top_k} experts a token of {model.name}"
-        raise BadInput(Problem("policies.routing", message))
-    return TrainingScores(spec, model.num_moe_layers, columns, model.top_k, seed)
+    return TrainingScores(spec, model.num_moe_layers, model.num_experts, model.top_k, seed)
 
 
 class _Repeated:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 __all__ = ["Ids", "RoutingSource", "count_ids", "count_steps", "id_dtype", "ideal_counts"]
 
-Ids = NDArray[np.uint8] | NDArray[np.uint16]
+Ids = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.uint32]
 Rows = NDArray[np.int64]
 
 _CHUNK_IDS = 1 << 17
@@ -29,8 +29,8 @@ _CHUNK_CELLS = 1 << 20
 
 
 def id_dtype(num_experts: int) -> np.dtype[Any]:
-    """The narrowest dtype for expert ids: uint8 up to 256 experts, uint16 beyond."""
-    return np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
+    """The narrowest dtype for expert ids: uint8 up to 256 experts, uint16 up to 65,536."""
+    return np.dtype(np.uint8 if num_experts <= 256 else np.uint16 if num_experts <= 65_536 else np.uint32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

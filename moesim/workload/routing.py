@@ -21,6 +21,7 @@ from moesim.model import MoEModel
 from moesim.workload.pool import Ids, RoutingSource, count_ids, count_steps, ideal_counts
 from moesim.workload.replay import Replay, Shares
 from moesim.workload.scores import ScoreSpec
+from moesim.workload.scores_training import TrainingScoresSpec
 from moesim.workload.synthetic import Groups, SyntheticSpec, generate, popularity_weights
 
 __all__ = [
@@ -40,14 +41,21 @@ class RoutingSpec(SyntheticSpec):
     """`routing:` of a scenario.
 
     path: a trace (.npz or a converted folder) or per-layer counts (.csv, .json); none: the synthetic model alone.
-    scores: where the scores come from that routers need and no trace holds. fidelity: `token` follows every token's
-    ids, `count` the tokens per expert, `auto` lets the engine choose. The other keys are the synthetic model's knobs;
-    with counts, the file gives the popularity.
+    scores: where the scores come from that routers need and no trace holds. training_scores: how those of a training
+    run change (`mode: training`), where neither a path nor a knob of the synthetic model is given. fidelity: `token`
+    follows every token's ids, `count` the tokens per expert, `auto` lets the engine choose. The other keys are the
+    synthetic model's knobs; with counts, the file gives the popularity.
     """
 
     path: str | None = Field(default=None, min_length=1)
     scores: ScoreSpec = Field(default_factory=ScoreSpec)
+    training_scores: TrainingScoresSpec = Field(default_factory=TrainingScoresSpec)
     fidelity: Literal["auto", "token", "count"] = "auto"
+
+    @property
+    def names_pool(self) -> bool:
+        """A trace, counts or a knob of the synthetic model is given."""
+        return self.path is not None or bool(self.model_fields_set & set(SyntheticSpec.model_fields))
 
 
 class PoolPolicy(Protocol):

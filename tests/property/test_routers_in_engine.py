@@ -195,3 +195,23 @@ def test_parameters_that_do_not_go_together_are_bad_input(tmp_path: Path) -> Non
         run(tmp_path, policies={"routing": {"kind": "partition", "pools": 1}})
     with pytest.raises(BadInput, match="cannot route this model's tokens"):
         run(tmp_path, policies={"routing": {"kind": "null_experts", "top_k": 200}})
+
+
+def test_sixty_five_thousand_experts_have_room_for_no_expert(tmp_path: Path) -> None:
+    """Ids of 65,536 experts fill 16 bits; the place of a dropped choice must not read as expert 0."""
+    done = simulate(
+        scenario(
+            tmp_path, parallel={"dp": 2, "ep": 2}, routing={"pool_tokens": 64, "sequence_tokens": 64},
+            model=model(tmp_path, num_experts=65_536, intermediate_size=1, router_columns=512),
+            policies={"routing": {"kind": "product", "columns": "factors"}}, capacity={"factor": 1.0, "scope": "all"},
+            requests={"format": "closed_loop", "concurrency": 2, "num_requests": 2, "prompt_tokens": 64,
+                      "output_tokens": 1},
+        )
+    )  # fmt: skip
+    tokens, wanted, dropped = stats(done)
+    assert wanted == pytest.approx(4 * tokens)
+    assert done.experts is not None
+    batch = done.experts.router.route(np.arange(64), "prefill", 0)  # type: ignore[union-attr]
+    assert batch.expert_NLW.dtype == np.uint32
+    assert (batch.expert_NLW == 65_536).sum() >= batch.dropped_L.sum()
+    assert 0 < dropped < wanted
