@@ -63,8 +63,8 @@ def scenario(folder: Path, model: str | None = None, **parts: Any) -> Scenario:
 
 
 def training_scenario(folder: Path, model: str | dict[str, Any] | None = None, **parts: Any) -> Scenario:
-    """A training scenario of the tiny model on 8 ranks of datasheet H100s, steps of 32 sequences of 128 tokens; keys of
-    `training` are added to these, other `parts` replace top-level keys."""
+    """A training scenario of the tiny model on 8 ranks of datasheet H100s, steps of 32 sequences of 128 tokens in the
+    middle of a run; keys of `training` are added to these, other `parts` replace top-level keys."""
     data: dict[str, Any] = {
         "name": "test",
         "mode": "training",
@@ -79,6 +79,8 @@ def training_scenario(folder: Path, model: str | dict[str, Any] | None = None, *
         "global_batch_sequences": 32,
         "micro_batch_sequences": 1,
         "steps": 3,
+        "progress_start": 0.5,
+        "progress_end": 0.5,
         **parts.get("training", {}),
     }
     return scenario_from_dict({k: v for k, v in data.items() if v is not None}, folder)

@@ -14,6 +14,7 @@ from moesim.routing.capacity import CapacitySpec
 from moesim.scenario.spec import ParallelSpec
 from moesim.scenario.yamlio import YamlPath
 from moesim.training_spec import TrainingSpec
+from moesim.workload.routing import RoutingSpec
 
 __all__ = ["cross_checks", "training_checks"]
 
@@ -58,6 +59,7 @@ def training_checks(
     training: TrainingSpec,
     placement: Any,
     capacity: CapacitySpec | None,
+    routing: RoutingSpec,
 ) -> list[Problem]:
     """What a training run needs besides: a batch that divides, sequences within the model's positions, weights in a
     format that is trained here, one place for each expert."""
@@ -98,6 +100,14 @@ def training_checks(
     for key in [key for key, asked in reshaped.items() if asked]:
         refuse(("model",), f"model.{key}: training with it is not simulated yet; remove model.{key} or choose a router "
                "that needs none")  # fmt: skip
+    if "fidelity" in routing.model_fields_set:
+        refuse(("routing", "fidelity"), "routing.fidelity: training routes tokens; remove routing.fidelity")
+    if routing.names_pool and "training_scores" in routing.model_fields_set:
+        refuse(
+            ("routing", "training_scores"),
+            "routing.training_scores draws the scores of a training run, but routing gives a pool whose scores are "
+            "used over and over; remove one",
+        )
     for phase in ("prefill", "decode"):
         if getattr(capacity, phase, None) is not None:
             refuse(("capacity", phase), f"capacity.{phase}: training has no {phase}; set capacity.factor")

@@ -153,7 +153,8 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
         problems += cross_checks(source.where, model, cluster, spec.parallel, engine, placement)
         if training and spec.training is not None:
             capacity = spec.full.capacity if spec.full is not None else None
-            problems += training_checks(source.where, model, spec.parallel, spec.training, placement, capacity)
+            routing = spec.routing if spec.routing is not None else RoutingSpec()
+            problems += training_checks(source.where, model, spec.parallel, spec.training, placement, capacity, routing)
         if source.data.get("routing") and not model.is_moe:
             message = f"routing: {model.name} is a dense model, so nothing is routed; remove routing"
             problems.append(Problem(source.where(("routing",), key=True), message))
@@ -449,9 +450,11 @@ def _input_files(source: Source, spec: _Parts, base: Path, problems: list[Proble
 def _resolved(spec: ScenarioSpec, model: MoEModel, policies: Policies, files: dict[str, str]) -> dict[str, Any]:
     """Everything that decides the result, with no path in it."""
     training = spec.mode == "training"
-    unused = {*ONLY_SERVING} if training else {"mode", "training"}
+    unused: dict[str, Any] = dict.fromkeys(ONLY_SERVING if training else ("mode", "training"), True)
+    if not training:
+        unused["routing"] = {"training_scores"}
     if spec.capacity is None:
-        unused.add("capacity")
+        unused["capacity"] = True
     out: dict[str, Any] = spec.model_dump(mode="json", exclude=unused)
     for part, digest in files.items():
         out[part]["path"] = {"name": Path(out[part]["path"]).name, "blake2b": digest}

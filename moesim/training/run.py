@@ -146,7 +146,7 @@ def _warnings(scenario: Scenario, layout: Layout, router: StepRouter, scores: Sc
     if sampling.routed < sampling.real:
         out.append(
             f"routing: of each rank's {sampling.real:,} tokens a micro-batch {sampling.routed:,} are routed and stand "
-            "for all, which makes loads more uneven than all would be; training.routing_tokens raises the number"
+            "for all, which makes loads more uneven (and drops more) than all would; training.routing_tokens raises it"
         )
     if layout.meets and layout.expert_tp > 1:
         out.append(

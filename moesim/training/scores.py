@@ -1,4 +1,4 @@
-"""The scores that routers see while a model trains."""
+"""The scores that routers see while a model trains: drawn for the whole run, or a pool's taken over and over."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from moesim.training.routing import ScoreSource
 from moesim.workload.routing import load_routing
 from moesim.workload.scores import ScoreModel, score_model
 from moesim.workload.scores_training import TrainingScores
-from moesim.workload.synthetic import SyntheticSpec
 
 __all__ = ["training_scores"]
 
@@ -19,16 +18,19 @@ __all__ = ["training_scores"]
 def training_scores(scenario: Scenario, seed: int) -> ScoreSource:
     """Scores of the scenario's tokens: of a training run, whose popularity and temperature change with its progress
     (`routing.training_scores`), or those of a pool where the scenario names a trace, counts or a knob of the synthetic
-    model.
+    model. Raises BadInput for a file that cannot be used.
     """
-    routing = scenario.routing
+    routing, training = scenario.routing, scenario.training
+    assert training is not None
     model = scored_model(scenario.model, scenario.policies.routing.score_columns(scenario.model.num_experts))
-    if routing.path is None and not set(routing.model_fields_set) & set(SyntheticSpec.model_fields):
-        spec = routing.training_scores
-        return TrainingScores(spec, model.num_moe_layers, model.num_experts, model.top_k, seed)
-    pool = load_routing(routing, model, scenario.base, seed, None)
-    made = score_model(pool, routing.scores, seed, model.norm_topk_prob, model.scoring)
-    return _Repeated(made, pool.num_tokens)
+    if routing.names_pool:
+        pool = load_routing(routing, model, scenario.base, seed, None)
+        made = score_model(pool, routing.scores, seed, model.norm_topk_prob, model.scoring)
+        return _Repeated(made, pool.num_tokens)
+    spec = routing.training_scores
+    if "sequence_tokens" not in spec.model_fields_set:
+        spec = spec.model_copy(update={"sequence_tokens": training.sequence_tokens})
+    return TrainingScores(spec, model.num_moe_layers, model.num_experts, model.top_k, seed)
 
 
 class _Repeated:

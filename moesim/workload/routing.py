@@ -52,6 +52,11 @@ class RoutingSpec(SyntheticSpec):
     training_scores: TrainingScoresSpec = Field(default_factory=TrainingScoresSpec)
     fidelity: Literal["auto", "token", "count"] = "auto"
 
+    @property
+    def names_pool(self) -> bool:
+        """A trace, counts or a knob of the synthetic model is given."""
+        return self.path is not None or bool(self.model_fields_set & set(SyntheticSpec.model_fields))
+
 
 class PoolPolicy(Protocol):
     """What loading needs of a routing policy (moesim/routing/)."""

@@ -117,6 +117,7 @@ class TrainingScores:
         loading = rng.standard_normal((num_layers, spec.features, num_experts))
         self._loading_LFE = (loading * (spec.feature_spread / max(1, spec.features) ** 0.5)).astype(np.float32)
         self._bias: dict[tuple[int, int], Floats32] = {}
+        self._load: dict[float, Floats] = {}
         self._middle: dict[int, tuple[Floats32, Floats]] = {}
 
     def quality_LE(self, progress: float) -> Floats:
@@ -129,7 +130,9 @@ class TrainingScores:
 
     def load_LE(self, progress: float) -> Floats:
         """The expected share of a layer's choices that each expert has, [L, E], without any balancing."""
-        return congestion_load(self.quality_LE(progress), gamma_eff(progress))
+        if progress not in self._load:
+            self._load[progress] = congestion_load(self.quality_LE(progress), gamma_eff(progress))
+        return self._load[progress]
 
     def temperature(self, progress: float) -> float:
         """Factor on the logits: the higher, the sharper a token's softmax; the choice does not depend on it."""

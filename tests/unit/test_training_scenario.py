@@ -100,6 +100,9 @@ def test_what_training_has_no_use_for_is_refused(extra: str, place: str, words: 
         (["parallel.ep=3"], "parallel.ep must divide"),
         (["capacity.factor=-1"], "capacity.factor"),
         (["mode=search"], "'serving' or 'training'"),
+        (["routing.fidelity=count"], "remove routing.fidelity"),
+        (["routing.popularity_zipf=1", "routing.training_scores.drift=1"], "gives a pool"),
+        (["routing.training_scores.drift=-1"], "routing.training_scores.drift"),
     ],
 )
 def test_bad_values_are_told(overrides: list[str], words: str) -> None:

@@ -188,7 +188,10 @@ def _keys() -> Iterator[Case]:
         "request=1": "'requests'",
     }.items():
         yield Case(f"key-{key}", near, sets=(key,))
-    for key in ("mode", "communication", "rebalance", "tiers", "tune"):
+    yield Case("mode", "'serving' or 'training'", sets=("mode=x",))
+    yield Case("mode-training-of-requests", "nothing is asked for while a model trains", sets=("mode=training",))
+    yield Case("training-of-serving", "is read in mode training only", sets=("training={steps: 3}",))
+    for key in ("communication", "rebalance", "tiers", "tune"):
         yield Case(f"reserved-{key}", "not simulated yet", sets=(f"{key}=x",))
     for key in (
         "parallel.pp=2", "parallel.pipeline_parallel_size=4", "engine.enable_prefix_caching=true",
