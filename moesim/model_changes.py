@@ -30,7 +30,7 @@ class ModelChanges(Spec):
     (DeepSeekMoE's fine-grained experts). shared: shared experts of a routed expert's size, added. latent_rank: experts
     work at this width, behind projections that a layer's experts share (MoLE). iterations: passes through a layer's
     experts, each with a router of its own (Chain-of-Experts). pool_layers: consecutive MoE layers whose experts form
-    one pool (ReXMoE; 0: all layers, UniPool), of which pool_share exists. expert_widths: relative sizes of equal blocks
+    one pool (ReXMoE; 0: all layers, UniPool), of which pool_share exists, to the next multiple of 8. expert_widths: relative sizes of equal blocks
     of experts. expert_dtype: number format of routed experts. router_columns: scores a router computes. execution:
     weights read once for each expert in use, or for each (token, expert) pair.
     """
@@ -72,7 +72,8 @@ def change_model(model: MoEModel, changes: ModelChanges) -> MoEModel:
     if pool_layers > model.num_moe_layers:
         raise BadInput(f"pool_layers: {pool_layers} layers cannot share a pool in {model.num_moe_layers} MoE layers")
     if changes.pool_layers is not None:
-        experts = max(top_k, round(experts * pool_layers * (changes.pool_share or 1.0)))
+        block = math.gcd(experts, 8)  # a pool of a size that ranks can share as they share a layer's experts
+        experts = max(top_k, round(experts * pool_layers * (changes.pool_share or 1.0) / block) * block)
     elif changes.pool_share is not None:
         raise BadInput("pool_share says how much of a pool exists: give pool_layers too")
     more: dict[str, Any] = {}
