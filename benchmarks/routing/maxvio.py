@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--real", type=Path, default=results / "validation" / "routing_maxvio.json")
     parser.add_argument("--scores", type=Path, default=results / "routing-lm" / "none" / "scores.npy")
     parser.add_argument("--out", type=Path, default=results / "validation" / "routing_maxvio_simulated.json")
-    parser.add_argument("--plot", type=Path, default=results / "validation" / "routing_maxvio.png")
+    parser.add_argument("--plot", type=Path, default=results / "validation" / "routing_maxvio_beside.png")
     options = parser.parse_args()
     real = json.loads(options.real.read_text("utf-8"))
     measured = {name: np.array(row["maxvio_S"]) for name, row in real["methods"].items()}

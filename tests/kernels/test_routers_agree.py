@@ -121,7 +121,15 @@ def test_sinkhorn(shape, temperature, iterations):
     policy = sim_sinkhorn.Policy(temperature=temperature, iterations=iterations)
     score_TE = scores(shape)
     choice = routers.sinkhorn(tensor(score_TE), 4, temperature=temperature, iterations=iterations)
-    agree(policy.route(score_TE, context()), choice)
+    routed = policy.route(score_TE, context())
+    np.testing.assert_allclose(choice.gate_TK.numpy(), routed.gate_TK, rtol=0, atol=1e-5)
+    # a plan's entries are equal but for rounding where columns even out all that told them apart (one token): which of
+    # them come first is then nobody's choice, and only there
+    ordered_TE = np.sort(sim_sinkhorn.plan(score_TE, temperature, iterations), axis=1)
+    clear_T = (np.diff(ordered_TE[:, -5:], axis=1) > 1e-6 * ordered_TE[:, -4:]).all(1)
+    exact_T = clear_T | (np.ptp(score_TE, axis=1) == 0)
+    np.testing.assert_array_equal(choice.expert_TK.numpy()[exact_T], routed.expert_TK[exact_T])
+    assert len(score_TE) < 2 or exact_T.mean() > 0.99
 
 
 @pytest.mark.parametrize("shape", SHAPES)
