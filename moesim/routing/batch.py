@@ -24,7 +24,9 @@ __all__ = ["BatchRouter", "ModelFacts", "RoutedBatch", "Scores"]
 BINS = 10
 """tenths of a sequence, for drops by position"""
 _CHUNK = 4096
-_WARM_STEPS, _WARM_TOKENS, _WARM_RATE = 64, 512, 0.03
+_WARM_TOKENS, _WARM_RATE = 512, 0.03
+_WARM_STEPS = (64, 16)
+"""of routers that learn at a rate, and of those whose state is made anew from the loads"""
 _VOCABULARY = 32_768
 
 
@@ -232,13 +234,13 @@ class BatchRouter:
         """Bring the state to where training would have left it: steps on batches of the pool, with a learning rate
         that falls from 0.03 to the policy's own where it has one."""
         rate = getattr(self.policy, "rate", None)
+        steps = _WARM_STEPS[not isinstance(rate, float)]
         rng = generator(self._seed, "routing/warm")
-        for step in range(_WARM_STEPS):
+        for step in range(steps):
             policy = self.policy
             if isinstance(rate, float) and rate < _WARM_RATE:
-                policy = policy.model_copy(
-                    update={"rate": _WARM_RATE * (rate / _WARM_RATE) ** (step / (_WARM_STEPS - 1))}
-                )
+                falling = _WARM_RATE * (rate / _WARM_RATE) ** (step / (steps - 1))
+                policy = policy.model_copy(update={"rate": falling})
             rows = np.sort(rng.integers(self._source.num_tokens, size=_WARM_TOKENS))
             sequence_N = self._runs(rows, None)
             carry: Arrays = {}
