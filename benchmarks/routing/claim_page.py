@@ -76,10 +76,16 @@ def page(sections: Sequence[Section]) -> str:
         " DeepSeek-V2-Lite traces `intent` and `summary` (64 experts, 6 recorded a token, 26 layers; scores below the"
         " sixth are drawn). No paper here used that model, so these figures say how far a claim carries over.",
         "",
+        "## All claims",
+        "",
         *table(
-            ("paper", "set-up", "fitted", "claim", "ours", "verdict"),
-            [(r.paper, r.setup, r.fitted, r.claim, r.ours, f"**{r.verdict}**") for r in rows],
+            ("verdict", "paper", "set-up", "fitted", "claim", "ours"),
+            [(f"**{r.verdict}**", r.paper, r.setup, r.fitted, r.claim, r.ours) for r in rows],
         ),
+        "## Missed, and why",
+        "",
+        *(f"- {r.paper}; {r.setup}: **{r.claim}**, ours {r.ours}. {r.why}" for r in rows if r.verdict == MISSED),
+        "",
     ]
     for section in sections:
         lines += [f"## {section.title}", "", *_reasons(section), *section.lines]
@@ -95,5 +101,5 @@ def shown(section: Section) -> str:
 
 
 def _reasons(section: Section) -> list[str]:
-    out = [f"- **{row.verdict}** ({row.paper}): {row.why}" for row in section.rows if row.why]
+    out = [f"- **{row.verdict}** ({row.paper}): {row.why}" for row in section.rows if row.why and row.verdict != MISSED]
     return [*out, ""] if out else []
