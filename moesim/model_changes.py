@@ -30,9 +30,9 @@ class ModelChanges(Spec):
     (DeepSeekMoE's fine-grained experts). shared: shared experts of a routed expert's size, added. latent_rank: experts
     work at this width, behind projections that a layer's experts share (MoLE). iterations: passes through a layer's
     experts, each with a router of its own (Chain-of-Experts). pool_layers: consecutive MoE layers whose experts form
-    one pool (ReXMoE; 0: all layers, UniPool), of which pool_share exists, to the next multiple of 8. expert_widths: relative sizes of equal blocks
-    of experts. expert_dtype: number format of routed experts. router_columns: scores a router computes. execution:
-    weights read once for each expert in use, or for each (token, expert) pair.
+    one pool (ReXMoE; 0: all layers, UniPool), of which pool_share exists, to the next multiple of 8. expert_widths:
+    relative sizes of equal blocks of experts. expert_dtype: number format of routed experts. router_columns: scores a
+    router computes. execution: weights read once for each expert in use, or for each (token, expert) pair.
     """
 
     num_experts: _Factor | None = None

@@ -49,12 +49,9 @@ class Policy(Router):
 
     def _null(self, score_TE: Floats, context: RoutingContext) -> Floats:
         """Logits of the null columns, [T, n]."""
-        open_TE = ~np.isneginf(score_TE)
-        wide_TE = np.where(open_TE, score_TE, 0).astype(np.float64)
-        number_T1 = np.maximum(open_TE.sum(1, keepdims=True), 1)
-        mean_T1 = wide_TE.sum(1, keepdims=True) / number_T1
-        spread_T1 = np.sqrt((np.where(open_TE, wide_TE - mean_T1, 0) ** 2).sum(1, keepdims=True) / number_T1)
-        noise_TE = context.generator("routing/null_experts").standard_normal((len(score_TE), self.null_experts))
+        mean_T1, spread_T1 = _moments(score_TE)
+        shape = (len(score_TE), self.null_experts)
+        noise_TE = context.generator("routing/null_experts").standard_normal(shape, np.float32)
         null: Floats = (mean_T1 + self.null_logit + self.null_spread * spread_T1 * noise_TE).astype(score_TE.dtype)
         return null
 
@@ -65,3 +62,16 @@ class Policy(Router):
     def width(self, top_k: int, num_experts: int) -> int:
         """All K choices may be true."""
         return min(self.top_k or top_k, num_experts)
+
+
+def _moments(score_TE: Floats) -> tuple[Floats, Floats]:
+    """Mean and standard deviation of each row's scores above -inf, [T, 1]."""
+    if score_TE.min(initial=0) > -np.inf:
+        mean_T1 = score_TE.mean(1, keepdims=True)
+        away_TE = (score_TE - mean_T1).astype(np.float64)  # squares of huge scores leave float32
+        return mean_T1, np.sqrt(np.einsum("te,te->t", away_TE, away_TE)[:, None] / score_TE.shape[1])
+    open_TE = score_TE > -np.inf
+    number_T1 = np.maximum(open_TE.sum(1, keepdims=True), 1)
+    mean_T1 = np.where(open_TE, score_TE, 0).sum(1, keepdims=True) / number_T1
+    away_TE = np.where(open_TE, score_TE - mean_T1, 0)
+    return mean_T1, np.sqrt((away_TE**2).sum(1, keepdims=True) / number_T1)

@@ -135,8 +135,27 @@ def _keys(score_NE: Floats) -> NDArray[np.int64]:
 
 
 def _top_of_doubles(score_TE: Floats, k: int) -> NDArray[np.int32]:
-    """`top_ids` for scores that do not fit into a key with their id."""
+    """`top_ids` for scores that do not fit into a key with their id: rounded to float32 they rank alike but for what
+    the rounding makes equal, and the few rows with such a tie are ranked exactly."""
     _check(bool(np.isnan(score_TE).any()), False, k)
+    expert_TK = np.empty((len(score_TE), k), np.int32)
+    unsure_T = np.zeros(len(score_TE), bool)
+
+    def work(at: slice) -> None:
+        with np.errstate(over="ignore"):
+            key = _keys(score_TE[at].astype(np.float32))
+        key.sort(1)
+        expert_TK[at] = key[:, :k]  # the lower half
+        value = key[:, : k + 1] >> 32
+        unsure_T[at] = (value[:, 1:] == value[:, :-1]).any(1) | (value[:, k - 1] >= _CLOSED)
+
+    each_chunk(score_TE, work)
+    if unsure_T.any():
+        expert_TK[unsure_T] = _exact(score_TE[unsure_T], k)
+    return expert_TK
+
+
+def _exact(score_TE: Floats, k: int) -> NDArray[np.int32]:
     row = np.arange(len(score_TE))
     if k > _PASSES:
         ids = np.argsort(-score_TE, axis=1, kind="stable")[:, :k]

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from moesim.routing import Floats, Routed, Router, RoutingContext, softmax
+from moesim.routing import Floats, Routed, Router, RoutingContext
 from moesim.routing.gating import open_ids, plain, probabilities, weigh
 from moesim.routing.select import check_top_k
 
@@ -94,8 +94,17 @@ class Policy(Router):
 
 
 def importance(score_TE: Floats) -> NDArray[np.float64]:
-    """Entropy of each token's softmax over the highest possible, 0 .. 1, rounded to 12 digits."""
-    prob_TE = softmax(score_TE).astype(np.float64)
-    nats_T = -(prob_TE * np.log(np.where(prob_TE > 0, prob_TE, 1))).sum(1)
-    out: NDArray[np.float64] = np.round(nats_T / max(np.log(score_TE.shape[1]), 1e-300), 12)
-    return out
+    """Entropy of each token's softmax over the highest possible, 0 .. 1, rounded to 5 digits (12 of float64 scores).
+
+    H = log Z - sum over experts of p z, z the scores less the row's highest and Z the sum of their exponentials.
+    """
+    if not len(score_TE):
+        return np.zeros(0)
+    below_TE = score_TE - score_TE.max(1, keepdims=True)
+    np.maximum(below_TE, -80, out=below_TE)  # whose exponential adds nothing
+    weight_TE = np.exp(below_TE)
+    total_T = weight_TE.sum(1, dtype=np.float64)
+    nats_T = np.log(total_T) - np.einsum("te,te->t", weight_TE, below_TE) / total_T
+    digits = 5 if score_TE.dtype == np.float32 else 12
+    out: NDArray[np.float64] = np.round(nats_T / max(np.log(score_TE.shape[1]), 1e-300), digits)
+    return np.clip(out, 0, 1)

@@ -206,7 +206,9 @@ def test_a_trace_is_recorded_and_read_back(tmp_path, text, trained):
     np.testing.assert_array_equal(source.expert_TLK, chosen)
     np.testing.assert_allclose(source.weight_TLK.astype(np.float32).sum(2), 1, atol=2e-3)
     # what was decoded from the cache is what the model makes of the whole sequence at once
-    token_S = source.token_T[48:72]
+    byte_T = np.concatenate(trace.token_T).astype(np.int64)
+    np.testing.assert_array_equal(source.token_T, [list(dict.fromkeys(byte_T.tolist())).index(b) for b in byte_T])
+    token_S = byte_T[48:72]
     frozen = router.frozen()
     with torch.no_grad():
         model(torch.from_numpy(token_S)[None], lambda score_TE, layer: frozen(score_TE.half().float(), layer))

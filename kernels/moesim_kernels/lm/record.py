@@ -116,6 +116,14 @@ def record(
     return trace
 
 
+def by_appearance(token_T: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Tokens numbered in the order of their first appearance: a trace says which are alike, not what the text was."""
+    _, first_V, which_T = np.unique(token_T, return_index=True, return_inverse=True)
+    rank_V = np.empty(len(first_V), np.uint8)
+    rank_V[np.argsort(first_V)] = np.arange(len(first_V))
+    return rank_V[which_T]
+
+
 def save_trace(trace: Trace, router: Router, path: Path) -> None:
     """Write [T, ...] arrays: expert_ids, weights (gates), scores (the router's logits), token_id, phase (0 prefill, 1
     decode), sequence_id; layer_index, num_experts, top_k; bias [L, E], added to the sigmoid of the scores for choosing,
@@ -124,7 +132,7 @@ def save_trace(trace: Trace, router: Router, path: Path) -> None:
         "expert_ids": np.concatenate(trace.expert_TLK),
         "weights": np.concatenate(trace.gate_TLK),
         "scores": np.concatenate(trace.score_TLE),
-        "token_id": np.concatenate(trace.token_T),
+        "token_id": by_appearance(np.concatenate(trace.token_T)),
         "phase": np.concatenate(trace.phase_T),
         "sequence_id": np.concatenate(trace.sequence_T),
         "layer_index": np.arange(router.sizes.layers, dtype=np.int16),
