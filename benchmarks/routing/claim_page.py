@@ -76,10 +76,26 @@ def page(sections: Sequence[Section]) -> str:
         " DeepSeek-V2-Lite traces `intent` and `summary` (64 experts, 6 recorded a token, 26 layers; scores below the"
         " sixth are drawn). No paper here used that model, so these figures say how far a claim carries over.",
         "",
+        "**Not blind.** Tolerances and what is *asked* of a row are ours, and most were written with a first run's"
+        " figures"
+        " on the table. Changed after figures had been seen: the row on MaxVio at most 1 (added when the real curves"
+        " missed"
+        " the stricter 0.3, which stays); scores of ESFT taken about each token's mean instead of as log"
+        " probabilities, on"
+        " which sigmoid gates with u = 1e-2 do not settle; Upcycling's 13B read as cut off (13.7B misses 13B by 5.1 %);"
+        " OpenMoE's balanced mix judged at factor 2.0 alone (at 1.25 it would have passed the 10 % asked before); tails"
+        " compared on scores about the mean (as log probabilities 3 of 36 pairs changed places, all of `loss_free`).",
+        "",
+        "## All claims",
+        "",
         *table(
-            ("paper", "set-up", "fitted", "claim", "ours", "verdict"),
-            [(r.paper, r.setup, r.fitted, r.claim, r.ours, f"**{r.verdict}**") for r in rows],
+            ("verdict", "paper", "set-up", "fitted", "claim", "ours"),
+            [(f"**{r.verdict}**", r.paper, r.setup, r.fitted, r.claim, r.ours) for r in rows],
         ),
+        "## Missed, and why",
+        "",
+        *(f"- {r.paper}; {r.setup}: **{r.claim}**, ours {r.ours}. {r.why}" for r in rows if r.verdict == MISSED),
+        "",
     ]
     for section in sections:
         lines += [f"## {section.title}", "", *_reasons(section), *section.lines]
@@ -95,5 +111,5 @@ def shown(section: Section) -> str:
 
 
 def _reasons(section: Section) -> list[str]:
-    out = [f"- **{row.verdict}** ({row.paper}): {row.why}" for row in section.rows if row.why]
+    out = [f"- **{row.verdict}** ({row.paper}): {row.why}" for row in section.rows if row.why and row.verdict != MISSED]
     return [*out, ""] if out else []

@@ -38,22 +38,30 @@ def _bare(axes: Any) -> None:
     axes.set_axisbelow(True)
 
 
-def plot_maxvio(ours: Mapping[str, Curve], theirs: Mapping[str, Curve], large: Mapping[str, Curve]) -> str:
-    """MaxVio by step, a panel for each kind of scores."""
-    panels = [(t, c) for t, c in (("real training", theirs), ("simulated, same sizes", ours),
-                                  ("recorded ESFT scores, 64 experts", large)) if c]  # fmt: skip
-    figure = _figure(4.3 * len(panels), 3.6)
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (title, curves) in zip(all_axes, panels, strict=True):
+TITLES = {
+    "real": "real training", "recorded": "simulated, recorded scores", "generated": "simulated, generated scores",
+    "ESFT": "recorded ESFT scores, 64 experts",
+}  # fmt: skip
+
+
+def plot_maxvio(found: Mapping[str, Mapping[str, Curve]]) -> str:
+    """MaxVio by step, a panel for each kind of scores; means of 5 steps."""
+    figure = _figure(3.4 * len(found), 3.7)
+    all_axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for axes, (kind, curves) in zip(all_axes, found.items(), strict=True):
         for method, curve in curves.items():
-            axes.plot(np.arange(1, len(curve) + 1), np.maximum(curve, 0.01), color=COLOURS[method], linewidth=1.1,
-                      label=method)  # fmt: skip
-        axes.set(title=title, xlabel="step", xscale="log", yscale="log", ylim=(0.009, 12))
+            total = np.concatenate([[0.0], np.cumsum(curve)])
+            high = np.arange(1, len(curve) + 1)
+            low = np.maximum(0, high - 5)
+            smooth = (total[high] - total[low]) / (high - low)
+            axes.plot(high, np.maximum(smooth, 0.01), color=COLOURS[method], linewidth=1.1, label=method)
+        axes.set(xlabel="step", xscale="log", yscale="log", ylim=(0.009, 12))
+        axes.set_title(TITLES[kind], fontsize=10)
         _bare(axes)
     all_axes[0].set_ylabel("MaxVio of the batch (0.01: or less)")
     handles, labels = max((axes.get_legend_handles_labels() for axes in all_axes), key=lambda hl: len(hl[1]))
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    return _save(figure, "routing_maxvio.png")
+    return _save(figure, "routing_balance.png")
 
 
 def plot_drops(shares: Mapping[tuple[str, float], Curve]) -> str:

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
-from claim_page import DATA
+from claim_page import DATA, ROOT
 from numpy.typing import NDArray
 
 from moesim.routing import NONE, Routed, Router, RoutingContext
@@ -40,6 +40,14 @@ def esft_layer(name: str, layer: int, tail: str = "gumbel") -> Scores | None:
     """All tokens of one layer, [T, 64]."""
     model, source = esft_scores(name, tail), esft(name)
     return None if model is None or source is None else model.scores(np.arange(source.num_tokens), layer)
+
+
+@functools.cache
+def own_layers(name: str = "auxiliary_loss") -> tuple[Scores, ...]:
+    """Scores of this project's own small model, every layer [T, 16], recorded whole (workloads/routing/README.md)."""
+    source = read(ROOT / "workloads" / "routing" / f"stdlib_moe_{name}.npz")
+    model = score_model(source, ScoreSpec(), SEED, True)
+    return tuple(model.scores(np.arange(source.num_tokens), layer) for layer in range(source.num_layers))
 
 
 def drawn(experts: int, top_k: int, layers: int = 1, tail: str = "gumbel", temperature: float | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from claim_page import FITTED, MISSED, NOT_CHECKED, REPRODUCED, ROOT, SHAPE, Row, Section, table, within
-from claim_scores import bisect, drawn, esft, esft_layer, experts_per_token, load_E, routed
+from claim_scores import bisect, drawn, esft, esft_layer, experts_per_token, load_E, own_layers, routed
 from numpy.typing import NDArray
 
 from moesim.model import MoEModel
@@ -35,11 +35,11 @@ LOAD_DIGITS = 0.005
 HELD_OUT = 0.10
 
 
-def expert_flop_share(model: MoEModel, context: int = 0) -> float:
-    """Share of routed experts in a token's FLOP: all products, head included, and attention over `context` tokens."""
+def expert_flop_share(model: MoEModel, seen: int = 0) -> float:
+    """Share of routed experts in a token's FLOP: all products, head included, and attention to `seen` tokens."""
     dense = sum(g.n * g.k * g.batch * g.layers for g in model.gemms(1) if g.phase != "decode")
     a = model.attention
-    dense += context * a.num_heads * (a.head_dim + a.v_head_dim) * model.num_layers
+    dense += seen * a.num_heads * (a.head_dim + a.v_head_dim) * model.num_layers
     experts = model.num_moe_layers * model.top_k * (3 if model.gated_mlp else 2) * (
         model.expert_hidden * model.moe_intermediate_size
     )  # fmt: skip
@@ -64,7 +64,7 @@ def fit_logit(score_TE: Scores, nulls: int, k: int, goal: float, spread: float =
 
 
 def mixtral_scores() -> dict[str, Scores]:
-    """Scores over 8 experts: drawn under two models, and recorded ones of 8 columns out of 64 in four layers."""
+    """Scores over 8 experts: drawn under two models, and recorded ones of some columns, four layers each."""
     rows = np.arange(8192)
     out = {tail: drawn(8, 2, tail=tail)[1].scores(rows, 0) for tail in ("gumbel", "spaced")}
     if esft("summary") is not None:
@@ -73,6 +73,7 @@ def mixtral_scores() -> dict[str, Scores]:
         out["ESFT, 8 of 64 columns"] = np.concatenate(
             [part[:2048][:, c] for part, c in zip(layers, columns, strict=True) if part is not None]
         )
+    out["own model, 8 of 16 columns"] = np.concatenate([score[:2048, ::2] for score in own_layers()])
     return out
 
 
@@ -215,6 +216,7 @@ def top_p() -> Section:
     mean = float(np.mean(by_layer))
     recorded = [esft_layer("summary", layer) for layer in range(26)]
     real = [top_p_count(score) for score in recorded if score is not None]
+    own = [top_p_count(score) for score in own_layers()]
     rows = [
         Row(
             f"{TOP_P}, README", "drawn scores, 16 experts (their number is not public), 12 MoE layers, p = 0.4",
@@ -232,10 +234,11 @@ def top_p() -> Section:
             f"{TOP_P} (others' account)", "the same, layer by layer", f"one temperature, {fitted[16]:.2f}",
             "about 4 experts in the bottom layer, 1 in the top one",
             f"{min(by_layer):.2f} to {max(by_layer):.2f} in all layers"
-            + (f"; recorded scores: {real[0]:.1f} at the bottom, {real[-1]:.1f} at the top of 64" if real else ""),
+            + f"; recorded: own model {own[0]:.1f} at the bottom, {own[-1]:.1f} at the top"
+            + (f", ESFT {real[0]:.1f} and {real[-1]:.1f}" if real else ""),
             MISSED,
-            "One temperature makes all layers alike; a temperature a layer would be twelve numbers fitted to two. The"
-            " recorded router, trained for a fixed top-6 without an entropy loss, does not sharpen with depth either.",
+            "One temperature makes all layers alike; a temperature a layer would be twelve numbers fitted to two."
+            " Recorded routers, trained for a fixed top-k without an entropy loss, do not sharpen with depth either.",
         ),
     ]  # fmt: skip
     lines = ["Experts a token by p: drawn scores at the temperature fitted at p = 0.4, and recorded scores.", ""]
@@ -245,6 +248,8 @@ def top_p() -> Section:
         body.append(
             (f"drawn, {e} experts, temperature {fitted[e]:.2f}", *(f"{top_p_count(score, p):.2f}" for p in P_GRID))
         )
+    means = [np.mean([top_p_count(s, p) for s in own_layers()]) for p in P_GRID]
+    body.append(("own model, 16 experts, mean of 4 layers, nothing fitted", *(f"{m:.2f}" for m in means)))
     if real:
         means = [np.mean([top_p_count(s, p) for s in recorded[::5] if s is not None]) for p in P_GRID]
         body.append(("ESFT summary, 64 experts, mean of 6 layers", *(f"{m:.1f}" for m in means)))
@@ -264,6 +269,7 @@ def expert_choice() -> Section:
             score = esft_layer(name, layer)
             if score is not None:
                 cases.append((f"ESFT {name}, layer {layer}", score, 6, 8192))
+    cases += [(f"own model, layer {layer}", score, 2, 4224) for layer, score in enumerate(own_layers())]
     body, exact = [], []
     for name, score, top_k, tokens in cases:
         found = routed(ExpertChoice(), score[:tokens], top_k)
@@ -277,7 +283,7 @@ def expert_choice() -> Section:
             f"{low:.0f} to {high:.0f}", each_T.max(), f"{100 * (each_T == 0).mean():.1f} %",
         ))  # fmt: skip
     row = Row(
-        "Expert choice, arXiv:2202.09368", "drawn and recorded scores, E = 8 and 64, T = 1,000 to 8,192", "nothing",
+        "Expert choice, arXiv:2202.09368", "drawn and recorded scores, E = 8, 16 and 64, T = 1,000 to 8,192", "nothing",
         "max / mean load = 1 exactly", f"1 exactly in {sum(exact)} of {len(exact)} cases",
         REPRODUCED if all(exact) else MISSED,
         "Where T K / E is not whole the load is as even, but a token has a little less than K experts in the mean."
@@ -342,8 +348,8 @@ SCHEDULES = ("linear_reverse", "linear", "cosine", "gaussian")
 
 
 def ec_dlm_k(policy: ExpertChoice, score_TE: Scores, r: float) -> float:
-    """Experts a token of one sequence at mask ratio r."""
-    return experts_per_token(routed(policy, score_TE, 20, progress=r))
+    """Experts a token of one sequence at mask ratio r, which is what is left of the progress."""
+    return experts_per_token(routed(policy, score_TE, 20, progress=1 - r))
 
 
 def schedules() -> Section:
@@ -371,9 +377,7 @@ def schedules() -> Section:
             f"{mean['linear']:.2f}, {mean['linear_reverse']:.2f}, {mean['cosine']:.2f}, static {static:.2f};"
             f" Gaussian {mean['gaussian']:.2f}",
             REPRODUCED if even else MISSED,
-            "Equal cost is how the scripts' k_min, k_max and k are chosen. Our Gaussian keeps its tails, theirs is"
-            " rescaled"
-            " to 0 at both ends, so its cost is not compared.",
+            "Equal cost is how the code's k_min, k_max and k are chosen; of the Gaussian no cost is published.",
         ),
         Row(
             "SMoE-Dropout, arXiv:2303.01610 (code)", "16 experts, k from 8 to 16 at 0, 25, 50, 75, 100 % of the"
