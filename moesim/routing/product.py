@@ -92,6 +92,8 @@ def _best_sums(row_TR: Floats, column_TC: Floats, k: int) -> NDArray[np.int32]:
     A sum among the k best has its row among the k best rows and its column among the k best columns, ties by id
     included: k rows before its own would give k better sums in its column.
     """
+    if k >= max(row_TR.shape[1], column_TC.shape[1]):  # all rows and columns are candidates
+        return top_ids((row_TR[:, :, None] + column_TC[:, None]).reshape(len(row_TR), -1), k)
     row_TK, column_TK = _candidates(row_TR, k), _candidates(column_TC, k)
     value_TKK = np.take_along_axis(row_TR, row_TK, 1)[:, :, None] + np.take_along_axis(column_TC, column_TK, 1)[:, None]
     flat = (len(row_TR), row_TK.shape[1] * column_TK.shape[1])

@@ -147,12 +147,32 @@ def _top_of_doubles(score_TE: Floats, k: int) -> NDArray[np.int32]:
         key.sort(1)
         expert_TK[at] = key[:, :k]  # the lower half
         value = key[:, : k + 1] >> 32
-        unsure_T[at] = (value[:, 1:] == value[:, :-1]).any(1) | (value[:, k - 1] >= _CLOSED)
+        tied_N = (value[:, 1:] == value[:, :-1]).any(1)
+        closed_N = value[:, k - 1] >= _CLOSED
+        tied_N[tied_N] = _rounded_alike(score_TE[at][tied_N], key[tied_N], k)
+        unsure_T[at] = tied_N | closed_N
 
     each_chunk(score_TE, work)
     if unsure_T.any():
         expert_TK[unsure_T] = _exact(score_TE[unsure_T], k)
     return expert_TK
+
+
+def _rounded_alike(score_NE: Floats, key_NE: NDArray[np.int64], k: int) -> NDArray[np.bool_]:
+    """Whether neighbours among the first k of a row's sorted keys are equal as float32 only; true equals stand right,
+    the lowest id first. Equals of the k-th that stand behind it are looked at too."""
+    edge = key_NE[:, : k + 1] >> 32
+    out = _unlike_equals(score_NE, key_NE[:, :k])
+    over_N = ~out & (edge[:, -1] == edge[:, k - 1]) if edge.shape[1] > k else np.zeros(len(out), bool)
+    out[over_N] = _unlike_equals(score_NE[over_N], key_NE[over_N])
+    return out
+
+
+def _unlike_equals(score_NE: Floats, key_NJ: NDArray[np.int64]) -> NDArray[np.bool_]:
+    value_NJ = np.take_along_axis(score_NE, key_NJ & 0xFFFFFFFF, 1)
+    alike_NJ = key_NJ[:, 1:] >> 32 == key_NJ[:, :-1] >> 32
+    out: NDArray[np.bool_] = (alike_NJ & (value_NJ[:, 1:] != value_NJ[:, :-1])).any(1)
+    return out
 
 
 def _exact(score_TE: Floats, k: int) -> NDArray[np.int32]:

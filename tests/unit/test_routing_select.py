@@ -170,3 +170,19 @@ def test_compiled_code_needs_no_folder_to_write_to():
         "print(compiled.keys(np.zeros((1, 2), np.float32)).tolist())"
     )
     assert run(code) == str([[-(1 << 32), -(1 << 32) + 1]])
+
+
+@pytest.mark.parametrize("levels", [0.5, 2, 50])
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(3000, 64, 8), (500, 16, 16), (500, 9, 1), (300, 200, 40)])
+def test_doubles_that_float32_takes_for_equal_keep_their_order(levels, tokens, experts, k):
+    rng = np.random.default_rng(5)
+    near = np.round(rng.normal(0, 1, (tokens, experts)) * levels) / levels
+    score = near + rng.integers(0, 3, near.shape) * 1e-12  # three values that one float32 stands for
+    np.testing.assert_array_equal(top_ids(score, k), np.argsort(-score, axis=1, kind="stable")[:, :k])
+
+
+def test_doubles_beyond_float32():
+    score = np.array([[1e300, 2e300, -1e300, 0.0], [-1e300, -2e300, -np.inf, -3e300]])
+    np.testing.assert_array_equal(top_ids(score, 3), [[1, 0, 3], [0, 1, 3]])
+    with pytest.raises(ValueError, match="fewer than 4"):
+        top_ids(score, 4)
