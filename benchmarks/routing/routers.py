@@ -33,10 +33,9 @@ TARGETS = {"topk": (8, 20), "bip": (2, 2), "sinkhorn": (2, 2)}
 """Million assignments a second in NumPy and compiled; other routers, in one pass, 3."""
 LARGE_S = (2.0, 1.0)
 WHY = (
-    "What costs most in the slower ones: `null_experts` draws a normal number for each null column and takes each row's"
-    " deviation in float64; `product` adds and compares sums of the grid in float64, where ties of float32 scores stay"
-    " ties; `tiers` takes the entropy of each row in float64; `top_p` ranks all experts of a row; `growing_topk` makes"
-    " a matrix product in float64."
+    "What costs most in the slower ones: `null_experts` draws a normal number for each null column; `product` compares"
+    " sums of the grid in float64, which float32 would round together; `growing_topk` makes a matrix product in float64"
+    " and many choices; `bip` sorts rows and columns once for each sweep."
 )
 
 
