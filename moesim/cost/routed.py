@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from moesim.dispatch import split
+from moesim.errors import BadInput, Problem
 from moesim.model import MoEModel
 from moesim.placement import Placement
 from moesim.rng import generator
@@ -19,11 +20,12 @@ from moesim.routing.batch import BatchRouter, ModelFacts
 from moesim.scenario.load import Scenario
 from moesim.workload.pool import RoutingSource
 from moesim.workload.routing import load_routing
-from moesim.workload.scores import score_model
+from moesim.workload.scores import ScoreModel, score_model
 
-__all__ = ["figures", "pool_source", "route_source", "scored_model"]
+__all__ = ["figures", "fitted_generator", "pool_source", "route_source", "scored_model"]
 
 _SAMPLE = 2048
+_GENERATED = 8192
 
 
 def route_source(scenario: Scenario, seed: int) -> tuple[RoutingSource, BatchRouter | None, BatchRouter | None]:
@@ -45,15 +47,20 @@ def route_source(scenario: Scenario, seed: int) -> tuple[RoutingSource, BatchRou
     )
     spec = scenario.routing.scores
 
-    def router(kind: str) -> BatchRouter:
-        chosen = spec.model_copy(update={"model": kind})
-        scores = score_model(base, chosen, seed, model.norm_topk_prob, model.scoring)
-        return BatchRouter(policy, scores, base, facts, scenario.capacity, seed)
+    def router(kind: str) -> tuple[BatchRouter, RoutingSource]:
+        pool: RoutingSource
+        scores: ScoreModel
+        if kind == "generator":
+            scores, pool = fitted_generator(base, seed)
+        else:
+            chosen = spec.model_copy(update={"model": kind})
+            scores, pool = score_model(base, chosen, seed, model.norm_topk_prob, model.scoring), base
+        return BatchRouter(policy, scores, pool, facts, scenario.capacity, seed), pool
 
-    first = router(spec.model)
-    other = router("spaced" if spec.model == "gumbel" else "gumbel") if first.scores.assumed else None
+    first, pool = router(spec.model)
+    other = router("gumbel" if spec.model != "gumbel" else "spaced")[0] if first.scores.assumed else None
     source = first.route_pool()
-    if not policy.from_scores and base.recorded:
+    if not policy.from_scores and pool.recorded:
         source = replace(source, recorded=True, source=base.source)
     return replace(source, warnings=base.warnings), first, other
 
@@ -65,8 +72,22 @@ def pool_source(scenario: Scenario, seed: int) -> RoutingSource:
     return load_routing(scenario.routing, seen, scenario.base, seed, None if policy.from_scores else policy)
 
 
+def fitted_generator(trace: RoutingSource, seed: int) -> tuple[ScoreModel, RoutingSource]:
+    """A generator of scores fitted to `trace`, and a pool of its tokens."""
+    from moesim.workload.scores_synthetic import SyntheticScores, fit
+
+    if not trace.recorded or trace.weight_TLK is None:
+        message = (
+            f"a generator is fitted to a trace with gate weights, and {trace.source} is none. Give routing.path one"
+        )
+        raise BadInput(Problem("routing.scores.model", message))
+    made = SyntheticScores(fit(trace), _GENERATED, seed)
+    return made, replace(made.pool(), layer_index=trace.layer_index, warnings=trace.warnings)
+
+
 def _needs_scores(scenario: Scenario) -> bool:
-    return bool(scenario.policies.routing.from_scores or scenario.capacity is not None)
+    made = scenario.routing.scores.model == "generator"
+    return bool(scenario.policies.routing.from_scores or scenario.capacity is not None or made)
 
 
 def scored_model(model: MoEModel, columns: int) -> MoEModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.cost.routed import scored_model
+from moesim.cost.routed import fitted_generator, scored_model
 from moesim.scenario.load import Scenario
 from moesim.training.routing import ScoreSource
 from moesim.workload.routing import load_routing
@@ -25,6 +25,9 @@ def training_scores(scenario: Scenario, seed: int) -> ScoreSource:
     model = scored_model(scenario.model, scenario.policies.routing.score_columns(scenario.model.num_experts))
     if routing.names_pool:
         pool = load_routing(routing, model, scenario.base, seed, None)
+        if routing.scores.model == "generator":
+            drawn, pool = fitted_generator(pool, seed)
+            return _Repeated(drawn, pool.num_tokens)
         made = score_model(pool, routing.scores, seed, model.norm_topk_prob, model.scoring)
         return _Repeated(made, pool.num_tokens)
     spec = routing.training_scores

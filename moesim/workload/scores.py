@@ -82,11 +82,12 @@ class ScoreSpec(Spec):
     """`routing.scores:` of a scenario: how scores that no trace holds are made.
 
     model: `gumbel` (popularity and Gumbel noise) or `spaced` (the recorded ranks' spacing goes on, experts in random
-    order). temperature: of the Gumbel noise, or the scale of the spacing; none: fitted to the trace, 0.55 where there
+    order) below a token's K-th; or `generator`, which is fitted to the trace and draws 8,192 tokens of its own in its
+    place. temperature: of the Gumbel noise, or the scale of the spacing; none: fitted to the trace, 0.55 where there
     are no weights. popularity: exponent on the fitted popularity of the `gumbel` model, 0: all experts alike.
     """
 
-    model: Literal["gumbel", "spaced"] = "gumbel"
+    model: Literal["gumbel", "spaced", "generator"] = "gumbel"
     temperature: float | None = Field(default=None, ge=0.2, le=20)
     popularity: float = Field(default=1.0, ge=0, le=4)
 

@@ -215,3 +215,55 @@ def test_sixty_five_thousand_experts_have_room_for_no_expert(tmp_path: Path) -> 
     assert batch.expert_NLW.dtype == np.uint32
     assert (batch.expert_NLW == 65_536).sum() >= batch.dropped_L.sum()
     assert 0 < dropped < wanted
+
+
+TRACE = Path(__file__).parents[2] / "workloads" / "routing" / "stdlib_moe_loss_free.npz"
+
+
+@pytest.mark.parametrize("mode", ["serving", "training"])
+def test_a_generator_fitted_to_a_trace_takes_its_place(tmp_path: Path, mode: str) -> None:
+    parts: dict[str, object] = {
+        "model": "stdlib-moe-16e", "cluster": {"device": "cpu_epyc_1thread", "nodes": 1, "gpus_per_node": 1},
+        "parallel": {"dp": 1, "ep": 1}, "policies": {"routing": "bip"},
+        "routing": {"path": str(TRACE), "scores": {"model": "generator"}},
+        "engine": {"max_model_len": 256, "cuda_graph": False},
+        "requests": {"format": "closed_loop", "concurrency": 2, "num_requests": 2, "prompt_tokens": 64,
+                     "output_tokens": 2},
+    }  # fmt: skip
+    if mode == "training":
+        del parts["engine"]
+        parts |= {
+            "requests": None,
+            "mode": "training",
+            "training": {"sequence_tokens": 64, "global_batch_sequences": 1, "micro_batch_sequences": 1, "steps": 1},
+        }
+    done = simulate(scenario(tmp_path, **parts))
+    report = done.to_json()
+    assert any("drawn from a model fitted to stdlib_moe_loss_free.npz" in text for text in report["warnings"])
+    if mode == "serving":
+        scores = report["summary"]["routing"]["scores"]
+        assert scores["other"]["score_model"] == "recorded scores"  # of this trace nothing else need be assumed
+        assert scores["figures"]["max_over_mean_expert"] < 1.5
+
+
+def test_a_generator_needs_a_trace(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="a generator is fitted to a trace with gate weights"):
+        simulate(
+            scenario(tmp_path, parallel=LAYOUT, routing={**POOL, "scores": {"model": "generator"}}, requests=MIXED)
+        )
+
+
+def test_recorded_scores_choose_what_was_recorded(tmp_path: Path) -> None:
+    """The trace holds all scores and the bias that was added to their sigmoid: nothing is left to assume."""
+    from moesim.traces import routing_npz
+    from moesim.workload.scores import ScoreSpec, score_model
+
+    source = routing_npz.read(TRACE)
+    scores = score_model(source, ScoreSpec(), 1, True)
+    assert scores.assumed == ""
+    bias_LE = np.load(TRACE)["bias"]
+    for layer in range(source.num_layers):
+        score_TE = scores.scores(np.arange(source.num_tokens), layer)
+        gate_TE = 1 / (1 + np.exp(-score_TE)) + bias_LE[layer].astype(np.float32)
+        chosen_TK = np.argsort(-gate_TE, axis=1, kind="stable")[:, :2]
+        assert (chosen_TK == source.expert_TLK[:, layer]).mean() > 0.999  # sigmoids may round together
