@@ -135,6 +135,8 @@ class MoEModel:
     """width that experts work at, behind projections that all experts of a layer share (MoLE); 0: hidden_size"""
     router_columns: int = 0
     """scores a token's router computes (2 sqrt(E) for product keys); 0: one an expert"""
+    ungated_experts: bool = False
+    """routed experts are two matrices where the model's other feed-forwards are gated (PEER's one-row experts)"""
     expert_execution: Literal["expert_centric", "token_centric"] = "expert_centric"
     """weights are read once for each expert in use, or once for each (token, expert) pair (PEER)"""
 
@@ -190,8 +192,18 @@ class MoEModel:
 
     @property
     def num_expert_sets(self) -> int:
-        """Different sets of `num_experts` experts that exist: one a MoE layer unless layers share a pool."""
+        """Different sets of `num_experts` experts: one a MoE layer unless layers share a pool."""
         return -(-len(self.moe_layers) // self.pool_layers)
+
+    @property
+    def expert_sets_held(self) -> float:
+        """How many sets of `num_experts` experts exist: of a pool that the last layers are too few to fill, a part."""
+        return len(self.moe_layers) / self.pool_layers
+
+    @property
+    def gated_experts(self) -> bool:
+        """A routed expert has three matrices (gate, up, down), else two."""
+        return self.gated_mlp and not self.ungated_experts
 
     @property
     def set_of_pass(self) -> tuple[int, ...]:
@@ -303,11 +315,11 @@ class MoEModel:
         """ONE routed expert of one layer, of relative size 1; 0 for a dense model."""
         if not self.is_moe:
             return 0
-        bias = (2 if self.gated_mlp else 1) * self.moe_intermediate_size + self.expert_hidden
+        bias = (2 if self.gated_experts else 1) * self.moe_intermediate_size + self.expert_hidden
         return self._expert_matrices() + (bias if self.expert_bias else 0)
 
     def _expert_matrices(self) -> int:
-        return (3 if self.gated_mlp else 2) * self.expert_hidden * self.moe_intermediate_size
+        return (3 if self.gated_experts else 2) * self.expert_hidden * self.moe_intermediate_size
 
     def experts_params(self) -> int:
         """All routed experts of one set, smaller ones by their size."""
@@ -356,7 +368,7 @@ class MoEModel:
             + self.final_norm_params()
             + self.num_layers * self.attention_params()
             + self.num_moe_layers * (self.moe_layer_params() - self.experts_params())
-            + self.num_expert_sets * self.experts_params()
+            + round(self.expert_sets_held * self.experts_params())
             + len(self.dense_layers) * self.dense_ffn_params()
             + self.extra_params
         )
@@ -367,7 +379,7 @@ class MoEModel:
         Publishers differ in whether they count those tables, hence in the second digit of "A3B".
         """
         visited = self.num_moe_layers * min(self.top_k * self.moe_iterations, self.num_experts) * self.expert_params()
-        return self.total_params() - self.num_expert_sets * self.experts_params() + visited
+        return self.total_params() - round(self.expert_sets_held * self.experts_params()) + visited
 
     def mtp_params(self) -> int:
         """All multi-token-prediction modules: a projection of 2 hidden states, a decoder layer and three
@@ -462,7 +474,8 @@ class MoEModel:
                 out.append(Gemm("latent_in", latent, hidden, self.weight_dtype, "moe", passes))
                 out.append(Gemm("latent_out", hidden, latent, self.weight_dtype, "moe", passes))
             if self.shared_intermediate_size:
-                out += self._ffn_gemms("shared", _ceil(self.shared_intermediate_size, tp), "moe", sparse)
+                passes = self.num_moe_passes
+                out += self._ffn_gemms("shared", _ceil(self.shared_intermediate_size, tp), "moe", passes)
             if self.shared_gate:
                 out.append(Gemm("shared_gate", 1, hidden, self.base_dtype, "moe", sparse))
         if dense:

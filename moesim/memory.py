@@ -83,7 +83,7 @@ def rank_memory(
     dense_weights = model.weight_bytes_dense_rank(layout.tp) + model.mla_absorbed_bytes_rank(layout.tp)
     experts = 0
     if model.is_moe:
-        experts = int(model.num_expert_sets * slots_per_part * model.expert_bytes()) // layout.expert_tp
+        experts = int(model.expert_sets_held * slots_per_part * model.expert_bytes()) // layout.expert_tp
     runtime = int(engine.runtime_memory_gib * _GIB)
     fixed = dense_weights + experts + activations + exchange + runtime
     return RankMemory(

@@ -27,7 +27,8 @@ _Size = Annotated[int, Field(ge=1, le=MAX_DIMENSION)]
 class ModelChanges(Spec):
     """num_experts, top_k, intermediate_size: replaced. upcycle: experts copied so many times, as many a token as before
     (Expert Upcycling). split: every expert cut into so many smaller ones, of which a token takes as many times more
-    (DeepSeekMoE's fine-grained experts). shared: shared experts of a routed expert's size, added. latent_rank: experts
+    (DeepSeekMoE's fine-grained experts). shared: shared experts of a routed expert's size (before intermediate_size
+    replaces it), added. gated_experts: false makes routed experts of two matrices. latent_rank: experts
     work at this width, behind projections that a layer's experts share (MoLE). iterations: passes through a layer's
     experts, each with a router of its own (Chain-of-Experts). pool_layers: consecutive MoE layers whose experts form
     one pool (ReXMoE; 0: all layers, UniPool), of which pool_share exists, to the next multiple of 8. expert_widths:
@@ -41,6 +42,7 @@ class ModelChanges(Spec):
     upcycle: _Factor | None = None
     split: _Factor | None = None
     shared: Annotated[int, Field(ge=0, le=1024)] | None = None
+    gated_experts: bool | None = None
     latent_rank: _Size | None = None
     iterations: Annotated[int, Field(ge=1, le=64)] | None = None
     pool_layers: Annotated[int, Field(ge=0, le=4096)] | None = None
@@ -88,7 +90,9 @@ def change_model(model: MoEModel, changes: ModelChanges) -> MoEModel:
             num_experts=experts,
             top_k=top_k,
             moe_intermediate_size=size,
-            shared_intermediate_size=model.shared_intermediate_size + (changes.shared or 0) * size,
+            shared_intermediate_size=model.shared_intermediate_size
+            + (changes.shared or 0) * (model.moe_intermediate_size // (changes.split or 1)),
+            ungated_experts=model.ungated_experts if changes.gated_experts is None else not changes.gated_experts,
             expert_hidden_size=changes.latent_rank or model.expert_hidden_size,
             moe_iterations=changes.iterations or model.moe_iterations,
             pool_layers=pool_layers,

@@ -199,15 +199,9 @@ class DenseTables:
         return out
 
     def _moe_again(self) -> list[Part]:
-        """A further pass through a layer's experts: residual and norm, its own router."""
-        m = self._model
-        return [
-            self._part("norm", "elementwise", self._rows(4 * m.hidden_size)),
-            self._part("router", "gemm", *self._gemms("moe", "router")),
-            self._part("top_k", "elementwise", self._rows(2 * m.num_scores + 4 * m.top_k)),
-            *self._latent(),
-            *([] if self._layout.meets else self._all_reduce("ffn_all_reduce")),
-        ]
+        """A further pass through a layer's experts: its own router, and the shared expert again (Chain-of-Experts runs
+        it in every iteration)."""
+        return self._moe_block()
 
     def _latent(self) -> list[Part]:
         """Projections into and out of the width that experts work at, where it is not the hidden size."""

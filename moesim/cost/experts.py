@@ -132,7 +132,7 @@ class ExpertPrices:
             local_experts=slots_per_part,
             top_k=model.top_k,
             dtype=model.expert_dtype,
-            gated=model.gated_mlp,
+            gated=model.gated_experts,
         )
         act = dtype_bytes(model.activation_dtype)
         light = model.expert_dtype in ("fp8", "fp8_block")

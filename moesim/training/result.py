@@ -34,7 +34,7 @@ def model_flop_per_token(model: MoEModel, sequence_tokens: int, experts_per_toke
     discount for causal masks.
     """
     products: float = sum(g.n * g.k * g.batch * g.layers for g in model.gemms(1) if g.phase != "decode")
-    matrices = (3 if model.gated_mlp else 2) * model.expert_hidden * model.moe_intermediate_size
+    matrices = (3 if model.gated_experts else 2) * model.expert_hidden * model.moe_intermediate_size
     products += model.num_moe_layers * experts_per_token * matrices if model.is_moe else 0
     a = model.attention
     seen = sum(min(sequence_tokens, window) if window else sequence_tokens for window in model.window_of_layer)

@@ -283,7 +283,7 @@ def test_presets_say_where_they_come_from(name):
         CapacitySpec.model_validate(row["capacity"])
     assert set(row.get("model", {})) <= {
         "upcycle", "split", "shared", "latent_rank", "iterations", "pool_layers", "pool_share", "expert_widths",
-        "expert_dtype", "router_columns", "execution", "num_experts", "top_k", "intermediate_size",
+        "expert_dtype", "gated_experts", "router_columns", "execution", "num_experts", "top_k", "intermediate_size",
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moesim.errors import BadInput
+from moesim.model import MoEModel
 from moesim.simulate import RunResult, simulate
 from tests.build import scenario
 
@@ -267,3 +268,23 @@ def test_recorded_scores_choose_what_was_recorded(tmp_path: Path) -> None:
         gate_TE = 1 / (1 + np.exp(-score_TE)) + bias_LE[layer].astype(np.float32)
         chosen_TK = np.argsort(-gate_TE, axis=1, kind="stable")[:, :2]
         assert (chosen_TK == source.expert_TLK[:, layer]).mean() > 0.999  # sigmoids may round together
+
+
+def test_dimensions_by_hand(tmp_path: Path) -> None:
+    """The tiny model: hidden 256, 64 gated experts of 128, three MoE layers."""
+
+    def changed(**changes: object) -> MoEModel:
+        return scenario(tmp_path, parallel=LAYOUT, model=model(tmp_path, **changes)).model
+
+    plain = changed(top_k=4)
+    expert = 3 * 256 * 128
+    assert plain.total_params() - changed(num_experts=32).total_params() == 3 * 32 * (expert + 256)
+    # two layers share a pool of 128, the third has half of one: as many experts as before, wider routers
+    assert changed(pool_layers=2).total_params() - plain.total_params() == 3 * 64 * 256
+    narrow = changed(intermediate_size=1, gated_experts=False, shared=1)
+    assert narrow.expert_params() == 2 * 256
+    assert narrow.shared_intermediate_size == 128
+    assert changed(split=4).num_experts == 256
+    assert changed(split=4).total_params() - plain.total_params() == 3 * 192 * 256  # only the routers grow
+    again = changed(iterations=2, shared=1)
+    assert [g.layers for g in again.gemms(1) if g.name.startswith(("router", "shared"))] == [6, 6, 6]

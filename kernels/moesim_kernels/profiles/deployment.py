@@ -48,7 +48,7 @@ def deployed_shapes(model: MoEModel, tp: int, dp: int, ep: int, gpus_per_node: i
         inter = -(-model.moe_intermediate_size // (ranks // ep))
         key = (model.hidden_size, inter, -(-model.num_experts // ep), model.top_k, model.expert_dtype)
         pairs = np.maximum(_TOKENS * dp * model.top_k / ep, 1.0)
-        out[Shape("moe", (*key, 3 if model.gated_mlp else 2), name="experts")] = pairs
+        out[Shape("moe", (*key, 3 if model.gated_experts else 2), name="experts")] = pairs
     for window in sorted({bool(w) for w in model.window_of_layer}):
         shape = attention_shape(model, tp, window)
         out[Shape("attention_prefill", shape.key)] = _PROMPTS
