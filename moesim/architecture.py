@@ -378,7 +378,8 @@ class MoEModel:
 
         Publishers differ in whether they count those tables, hence in the second digit of "A3B".
         """
-        visited = self.num_moe_layers * min(self.top_k * self.moe_iterations, self.num_experts) * self.expert_params()
+        experts = min(self.top_k * self.moe_iterations, self.num_experts)
+        visited = round(self.num_moe_layers * experts * self.mean_expert_size * self.expert_params())
         return self.total_params() - round(self.expert_sets_held * self.experts_params()) + visited
 
     def mtp_params(self) -> int:

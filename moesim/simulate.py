@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from moesim.cost.explain import Explanation, explain
 from moesim.cost.operators import Operators
 from moesim.cost.pricer import Pricer, Run
 from moesim.cost.routed import figures, route_source
+from moesim.cost.routed_bank import RoutedBank
 from moesim.cost.step import MoECost, NoExperts, StepPricer
 from moesim.cost.tokens import TokenExperts
 from moesim.engine.core import Deployment, Outcome, run
@@ -33,7 +35,7 @@ from moesim.metrics import Errors, latencies, throughput
 from moesim.model import MoEModel
 from moesim.placement import Placement, PlacementContext, PlacementPolicy
 from moesim.record import REJECTED
-from moesim.routing.batch import BatchRouter
+from moesim.routing.batch import BINS, BatchRouter
 from moesim.scenario.load import Scenario
 from moesim.training.result import TrainingResult
 from moesim.training.run import simulate_training
@@ -65,6 +67,8 @@ class _Experts:
     """of a sample of the pool routed as one batch (`moesim.cost.routed.figures`)"""
     other_figures: dict[str, Any] | None = None
     """the same on another model of the scores that are assumed"""
+    drawn_from: Replay | None = None
+    """the requests' tokens that batches are made of, where they are routed together at count fidelity"""
     slot_size: float = 0.0
     """the fullest part's expert slots in one set of experts, in experts of relative size 1"""
 
@@ -241,7 +245,7 @@ class RunResult:
         e, router = self.explanation, None if self.experts is None else self.experts.batches
         if e is None or router is None or router.capacity is None:
             return None
-        wanted, dropped = router.wanted_bins, router.dropped_bins
+        wanted, dropped = e.stats[9 : 9 + BINS], e.stats[9 + BINS :]
         return {
             "share": float(e.stats[8] / max(e.stats[7], 1.0)),
             "by_position": [float(d / w) if w else None for d, w in zip(dropped, wanted, strict=True)],
@@ -372,7 +376,8 @@ def _serve(
     try:
         experts = _experts(scenario, layout, ops, stream, seed) if scenario.model.is_moe else None
         slots = experts.slot_size if experts is not None else 0
-        memory = require_fit(scenario.model, scenario.cluster, layout, scenario.engine, slots)
+        choices = model_choices(scenario, experts.figures if experts is not None else None)
+        memory = require_fit(scenario.model, scenario.cluster, layout, scenario.engine, slots, choices)
     except Infeasible as error:
         result.reasons = error.reasons
         return result
@@ -501,10 +506,9 @@ def _experts(scenario: Scenario, layout: Layout, ops: Operators, stream: Request
     )
     placement, fitted = _place(policies.placement, source, model, context)
     prices = ExpertPrices(model, layout, ops, placement.slots_per_rank, placement.slot_to_expert_LS)
-    replay = None
     coupled = router is not None and router.couples
-    if _follow_tokens(scenario, source, stream, coupled):
-        replay = Replay(source, stream.prompt_tokens, stream.output_tokens, seed)
+    follow = _follow_tokens(scenario, source, stream, coupled)
+    tokens = Replay(source, stream.prompt_tokens, stream.output_tokens, seed) if follow or coupled else None
     sizes = model.expert_size_E
     slot_size: float = placement.slots_per_rank
     if sizes:
@@ -514,13 +518,20 @@ def _experts(scenario: Scenario, layout: Layout, ops: Operators, stream: Request
         source,
         placement,
         prices,
-        replay,
+        tokens if follow else None,
         fitted,
         router,
         None if router is None else figures(router, placement),
         None if other is None else figures(other, placement),
+        None if follow else tokens,
         slot_size,
     )
+
+
+def model_choices(scenario: Scenario, figures: dict[str, Any] | None) -> int:
+    """Experts that a token is sent to, for the exchange's buffers: the model's K, or what a router chooses if more."""
+    drawn = 0.0 if figures is None else figures["experts_per_token"]
+    return max(scenario.model.top_k, math.ceil(drawn - 1e-9))
 
 
 def _place(
@@ -556,6 +567,9 @@ def _moe_cost(scenario: Scenario, layout: Layout, experts: _Experts | None, seed
         return TokenExperts(
             experts.source, experts.replay, experts.placement, dispatch, layout, experts.prices, seed, experts.batches
         )
+    routed = None
+    if experts.batches is not None and experts.drawn_from is not None:
+        routed = RoutedBank(experts.batches, experts.drawn_from, dispatch, layout, experts.placement, seed)
     return CountExperts(
         experts.source,
         experts.placement,
@@ -564,5 +578,5 @@ def _moe_cost(scenario: Scenario, layout: Layout, experts: _Experts | None, seed
         experts.prices,
         scenario.engine.bank_entries,
         seed,
-        experts.batches,
+        routed,
     )

@@ -10,12 +10,13 @@ Which of the entries a step uses is a Markov chain: with probability `rho` it st
 resembles the next as it does in the trace, where the same sequences decode on.
 
 Where a token's experts depend on its batch (a router that balances, a capacity) the blocks' sums would not do: then
-each entry's tokens are routed together, at most 2,048 of them, and larger batches are multiples of that.
+each entry's tokens are routed together (`moesim.cost.routed_bank`).
 """
 
 from __future__ import annotations
 
 import bisect
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -23,12 +24,12 @@ import numpy as np
 from moesim.arrays import AnyArray, FloatArray, IntArray
 from moesim.cost.experts import Computed, Drawn, ExpertPrices, LayerPrices, MoESums, Ports, padded_slots
 from moesim.cost.pricer import Batch, Chunk
+from moesim.cost.routed_bank import RoutedBank, stack_drawn
 from moesim.cost.touch import count_slots, touch
 from moesim.dispatch import DispatchPolicy, assign_ragged
 from moesim.layout import Layout
 from moesim.placement import Placement
 from moesim.rng import generator
-from moesim.routing.batch import BatchRouter
 from moesim.routing.capacity import Phase
 from moesim.workload.pool import RoutingSource
 
@@ -37,9 +38,6 @@ __all__ = ["BankDetail", "CountExperts", "persistence"]
 _BLOCK = 32
 _POOL_BLOCKS = 256
 _PERIOD = 1 << 16
-_ROUTED_TOKENS = 2048
-_ROUTED_ENTRIES = (2, 8, 4096)
-"""entries of one size that are routed: at least, at most, and as many as this number of tokens allows between"""
 _SKEWS = tuple(2 ** (i / 8) for i in range(129))
 """busiest rank's tokens over the mean, rounded up to one of these: at most 9 % above"""
 
@@ -63,21 +61,21 @@ class CountExperts:
         prices: ExpertPrices,
         entries: int,
         seed: int,
-        router: BatchRouter | None = None,
+        routed: RoutedBank | None = None,
     ) -> None:
-        """`router`: routes each batch's tokens together; None: the source's ids stand."""
-        self._router = router
+        """`routed`: draws batches whose tokens are routed together; None: the source's ids stand."""
+        self._routed = routed
         self._routed_LS = np.zeros((placement.num_layers, placement.num_slots))
         self._source = source
         self._placement = placement
         self._dispatch = dispatch
         self._layout = layout
         self._prices = prices
-        self._entries = 1 if source.ideal else entries
+        self._entries = 1 if source.ideal else entries if routed is None else routed.entries(entries)
         self._seed = seed
         self._pool: _Sample | None = None
         self._blocks: dict[str, _Blocks] = {}
-        self._cells: dict[tuple[str, int], tuple[Computed, Ports | None, Drawn]] = {}
+        self._cells: dict[tuple[str, int, float], tuple[Computed, Ports | None, Drawn]] = {}
         self._priced: dict[tuple[str, int, float], MoESums] = {}
         self._rows: dict[tuple[str, int, float], MoESums] = {}
         for phase in ("prefill", "decode"):
@@ -142,7 +140,8 @@ class CountExperts:
     def layers(self, phase: Phase, tokens: int, busiest: int) -> LayerPrices:
         """Layer by layer, the prices behind the next smaller size of the grid (for a timeline)."""
         low, _ = _grid(tokens)
-        computed, ports, _ = self._cell(phase, low)
+        ratio = busiest * self._layout.dp / tokens if self._layout.meets else 1.0
+        computed, ports, _ = self._cell(phase, low, ratio)
         return self._prices.price(computed, np.full(len(computed.grade), busiest * low / tokens), ports)
 
     # -- drawing ------------------------------------------------------------------------------------------------
@@ -150,7 +149,7 @@ class CountExperts:
         key = (phase, tokens, skew)
         found = self._priced.get(key)
         if found is None:
-            computed, ports, drawn = self._cell(phase, tokens)
+            computed, ports, drawn = self._cell(phase, tokens, skew)
             busiest = tokens / self._layout.dp * skew
             if ports is not None:
                 # the busiest sender's copies: its tokens times the copies a token needs
@@ -163,12 +162,19 @@ class CountExperts:
             self._priced[key] = found
         return found
 
-    def _cell(self, phase: Phase, tokens: int) -> tuple[Computed, Ports | None, Drawn]:
-        """Expert kernels and ports of the batches of one size of the grid, and what was routed."""
-        key = (phase, tokens)
+    def _cell(self, phase: Phase, tokens: int, skew: float) -> tuple[Computed, Ports | None, Drawn]:
+        """Expert kernels and ports of the batches of one size of the grid, and what was routed. The skew, the busiest
+        rank's tokens over the mean, counts for capacities of ranks, to the next half octave."""
+        capacity = None if self._routed is None else self._routed.router.capacity
+        if capacity is None or capacity.scope != "rank":
+            skew = 1.0
+        else:
+            skew = min(2.0 ** (round(2 * math.log2(max(skew, 1.0))) / 2), float(self._layout.dp))
+        key = (phase, tokens, skew)
         found = self._cells.get(key)
         if found is None:
-            found = self._plain_cell(phase, tokens) if self._router is None else self._routed_cell(phase, tokens)
+            plain = self._routed is None
+            found = self._plain_cell(phase, tokens) if plain else self._routed_cell(phase, tokens, skew)
             self._cells[key] = found
         return found
 
@@ -178,65 +184,23 @@ class CountExperts:
             count_BLS = np.full_like(count_BLS, tokens * self._source.top_k / count_BLS.shape[-1])
         kept_B = count_BLS.sum(axis=(1, 2), dtype=np.float64)
         passes = np.full(len(kept_B), float(tokens * self._placement.num_layers))
-        return self._prices.compute(count_BLS), ports, Drawn(passes, kept_B, np.zeros(len(kept_B)))
+        return self._prices.compute(count_BLS), ports, Drawn.plain(passes, kept_B)
 
-    def _routed_cell(self, phase: Phase, tokens: int) -> tuple[Computed, Ports | None, Drawn]:
-        """Batches whose tokens are routed together. Fewer than `entries` of them stand for all, in turns."""
-        assert self._router is not None
-        assert self._pool is not None
-        few = min(tokens, _ROUTED_TOKENS)
-        least, most, budget = _ROUTED_ENTRIES
-        number = min(self._entries, most, max(least, budget // few))
-        parts = [self._routed_entry(phase, tokens, few, entry) for entry in range(number)]
-        turn = np.arange(self._entries) % number
-        count_BLS = np.stack([p[0] for p in parts])[turn]
+    def _routed_cell(self, phase: Phase, tokens: int, skew: float) -> tuple[Computed, Ports | None, Drawn]:
+        """Batches whose tokens are routed together."""
+        assert self._routed is not None
+        drawn = [self._routed.entry(phase, tokens, skew, i, self._entries) for i in range(self._entries)]
+        count_BLS = np.stack([d.count_LS for d in drawn])
         self._routed_LS += count_BLS.mean(axis=0) / tokens
-        pad = None
-        if self._router.capacity is not None and self._router.capacity.pad:
-            pad = padded_slots(np.stack([p[2] for p in parts]), self._placement)[turn]
+        capacity, pad = self._routed.router.capacity, None
+        if capacity is not None and capacity.pad:
+            pad = padded_slots(np.stack([d.room_L for d in drawn]), self._placement)
         ports = None
         if self._layout.exchanges:
-            ports = Ports(*(np.stack([p[1][i] for p in parts])[turn] for i in range(4)))
-        refused_B = np.array([p[3] for p in parts])[turn]
-        kept_B = count_BLS.sum(axis=(1, 2), dtype=np.float64)
-        passes = np.full(len(kept_B), float(tokens * self._placement.num_layers))
-        computed, ports = self._prices.padded(count_BLS, ports, pad)
-        return computed, ports, Drawn(passes, kept_B + refused_B, refused_B)
-
-    def _routed_entry(
-        self, phase: Phase, tokens: int, few: int, entry: int
-    ) -> tuple[FloatArray, Ports, FloatArray, float]:
-        """Tokens per slot [L, S], ports, rows that experts have room for [L] and pairs refused, of one batch."""
-        assert self._router is not None
-        assert self._pool is not None
-        router, layout, placement = self._router, self._layout, self._placement
-        order = self._pool.shuffle if phase == "decode" else np.arange(len(self._pool.rows_T))
-        blocks = generator(self._seed, "bank/draw", int(phase == "decode"), entry).integers(
-            max(1, len(order) // _BLOCK), size=-(-few // _BLOCK)
-        )
-        rows = self._pool.rows_T[order[(blocks[:, None] * _BLOCK + np.arange(_BLOCK)).ravel() % len(order)][:few]]
-        # tokens stand rank by rank, as many on each; a sample of a large batch is that of some of its ranks
-        per_rank = max(1, tokens // layout.dp)
-        scope = np.minimum(np.arange(few) // per_rank, max(0, few // per_rank - 1))
-        batch = router.route(rows, phase, entry, scope)
-        scale = tokens / few
-        source_T = generator(self._seed, "bank/source", entry).permutation(few) % layout.ranks
-        part_T = source_T if layout.exchanges else source_T // layout.expert_tp
-        slot_TLK = assign_ragged(self._dispatch, batch.expert_NLW, part_T, placement, self._seed, rows)
-        count = count_slots(slot_TLK, np.zeros(few, np.int64), 1, placement.num_slots)[0] * scale
-        ports = _no_ports(placement.num_layers)
-        if layout.exchanges:
-            node_G = np.arange(layout.ranks) // layout.gpus_per_node
-            copies = touch(slot_TLK, source_T, np.zeros(1, np.int64), placement.slots_per_rank, node_G)
-            ports = _busiest(copies.in_BLG * scale, copies.node_in_BLN * scale, layout)
-            ports = Ports(*(x[0] for x in ports))
-        room_L = batch.room_L * scale
-        return (
-            np.asarray(count, np.float64),
-            ports,
-            np.asarray(room_L, np.float64),
-            float(batch.dropped_L.sum()) * scale,
-        )
+            ports = Ports(*(np.stack([d.ports[i] for d in drawn]) for i in range(4)))
+        # the busiest sender's copies are added where the skew is known
+        computed, ports = self._prices.padded(count_BLS, ports, pad, np.zeros(len(drawn)))
+        return computed, ports, stack_drawn([d.drawn for d in drawn])
 
     def _sample(self) -> _Sample:
         """Blocks of 32 consecutive tokens from all over the source, each token with the slots that serve it."""
@@ -332,10 +296,6 @@ def _busiest(ranks_in: AnyArray, nodes_in: AnyArray, layout: Layout) -> Ports:
         nvlink_total=ranks_in.sum(axis=-1),
         nic_total=nodes_in.sum(axis=-1),
     )
-
-
-def _no_ports(layers: int) -> Ports:
-    return Ports(*(np.zeros(layers) for _ in range(4)))
 
 
 def _between(low: MoESums, high: MoESums, share: float) -> MoESums:

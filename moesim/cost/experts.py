@@ -19,11 +19,12 @@ from moesim.cost.operators import MoEShape, Operators
 from moesim.layout import Layout
 from moesim.model import MoEModel, dtype_bytes
 from moesim.placement import Placement
+from moesim.routing.batch import BINS
 
 __all__ = ["STATS", "Computed", "Drawn", "ExpertPrices", "LayerPrices", "MoESums", "Ports", "padded_slots"]
 
 
-STATS = 9
+STATS = 9 + 2 * BINS
 
 
 class Ports(NamedTuple):
@@ -36,11 +37,20 @@ class Ports(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """What routers chose for B batches or steps: tokens times passes, (token, expert) pairs wanted and refused [B]."""
+    """What routers chose for B batches or steps: tokens times passes, (token, expert) pairs wanted and refused [B], and
+    the latter two by tenth of the request's tokens [10, B]."""
 
     tokens: FloatArray
     wanted: FloatArray
     dropped: FloatArray
+    wanted_bins: FloatArray
+    dropped_bins: FloatArray
+
+    @classmethod
+    def plain(cls, tokens: FloatArray, kept: FloatArray) -> Drawn:
+        """Nothing refused, positions not looked at."""
+        bins = np.zeros((BINS, len(kept)))
+        return cls(tokens, kept, np.zeros(len(kept)), bins, bins)
 
 
 class LayerPrices(NamedTuple):
@@ -66,7 +76,9 @@ class LayerPrices(NamedTuple):
             nowhere if ports is None else ports.nvlink_total.sum(axis=-1),
             nowhere if ports is None else ports.nic_total.sum(axis=-1),
             self.expert_LP.mean(axis=-1).sum(axis=-1),
-            *(np.broadcast_to(x, most.shape[:1]).astype(np.float64) for x in drawn),
+            *drawn[:3],
+            *drawn.wanted_bins,
+            *drawn.dropped_bins,
         ]
         grade, exchange_grade = self.grade.max(axis=-1), self.exchange_grade.max(axis=-1)
         total = dispatch + experts + combine
@@ -99,7 +111,7 @@ class MoESums(NamedTuple):
 
     `stats`: sum over layers of the largest part's rows, of the mean part's rows, mean over layers of max/mean rows,
     copies over NVLink and over NICs in all layers, sum over layers of the parts' mean expert ns; tokens times passes,
-    pairs wanted and pairs dropped.
+    pairs wanted and pairs dropped, and these by tenth of the request.
     """
 
     total: IntArray
@@ -172,14 +184,16 @@ class ExpertPrices:
         return Computed(np.rint(priced.ns).astype(np.int64), rows_LP, priced.grade.max(axis=-1))
 
     def padded(
-        self, slot_count: AnyArray, ports: Ports | None, pad: FloatArray | None
+        self, slot_count: AnyArray, ports: Ports | None, pad: FloatArray | None, busiest: AnyArray | float
     ) -> tuple[Computed, Ports | None]:
-        """`compute`, and the ports, of batches whose kernels compute and exchange `pad` rows a slot [..., L, S]
-        whatever is in them (GShard's and Megatron's padding to the capacity); None: as many as there are."""
+        """`compute`, and the ports, of batches whose kernels compute and exchange `pad` rows a slot [B, L, S] whatever
+        is in them (GShard's and Megatron's padding to the capacity); None, and below 0 in layers without a capacity: as
+        many as there are. busiest [B]: the share of the tokens, and so of the room, of the rank that has most."""
         computed = self.compute(slot_count)
         if pad is None:
             return computed, ports
-        work = self.compute(pad)
+        open_BL = pad[..., 0] < 0
+        work = self.compute(np.where(pad < 0, slot_count, pad))
         computed = Computed(work.expert_LP, computed.rows_LP, work.grade)
         if ports is None:
             return computed, None
@@ -187,7 +201,14 @@ class ExpertPrices:
         row_LP = work.rows_LP  # each part gets equal shares of its rows from all ranks
         away = row_LP * ((lay.ranks - 1) / lay.ranks)
         far = row_LP * max(0.0, 1 - lay.gpus_per_node / lay.ranks)
-        return computed, Ports(away.max(axis=-1), far.max(axis=-1), away.sum(axis=-1), far.sum(axis=-1))
+        sent = np.broadcast_to(np.asarray(busiest, np.float64)[..., None], open_BL.shape)
+        moved = Ports(
+            np.maximum(away.max(axis=-1), away.sum(axis=-1) * sent),
+            np.maximum(far.max(axis=-1), far.sum(axis=-1) * sent),
+            away.sum(axis=-1),
+            far.sum(axis=-1),
+        )
+        return computed, Ports(*(np.where(open_BL, own, p) for own, p in zip(ports, moved, strict=True)))
 
     def price(self, computed: Computed, busiest: AnyArray, ports: Ports | None) -> LayerPrices:
         """Prices of layers: the kernels in `computed` between dispatch and combine.
@@ -227,7 +248,8 @@ class ExpertPrices:
 
 
 def padded_slots(room_BL: AnyArray, placement: Placement) -> FloatArray:
-    """Rows of each slot [B, L, S] where an expert's kernels compute its room, shared evenly by its replicas."""
+    """Rows of each slot [B, L, S] where an expert's kernels compute its room, shared evenly by its replicas; below 0 in
+    layers without a capacity."""
     replicas_LS = np.take_along_axis(placement.replica_count_LE, placement.slot_to_expert_LS.astype(np.int64), axis=1)
     return np.asarray(room_BL, np.float64)[..., None] / replicas_LS
 

@@ -105,17 +105,21 @@ def figures(router: BatchRouter, placement: Placement) -> dict[str, Any]:
     and busiest rank over the mean (means over layers)."""
     tokens = router.pool_tokens
     rows = np.sort(generator(0, "routing/figures").permutation(tokens)[:_SAMPLE])
-    batch = router.route(rows, "prefill", 0)
-    count_LE = np.stack(
-        [np.bincount(ids.ravel(), minlength=router.facts.experts + 1) for ids in np.moveaxis(batch.expert_NLW, 1, 0)]
-    )[:, : router.facts.experts]
-    router.dropped_bins[:] = router.wanted_bins[:] = 0
+    # where a choice goes with the step of denoising, the sample is cut into one batch for each of sixteen
+    parts = np.array_split(rows, 16 if router.policy.denoises and len(rows) >= 16 else 1)
+    none, wanted, dropped = router.facts.experts, 0, 0
+    count_LE = np.zeros((router.facts.layers, none), np.int64)
+    for step, part in enumerate(parts):
+        batch = router.route(part, "prefill", step)
+        ids_LX = np.moveaxis(batch.expert_NLW, 1, 0).reshape(router.facts.layers, -1)
+        count_LE += np.stack([np.bincount(ids, minlength=none + 1) for ids in ids_LX])[:, :none]
+        wanted, dropped = wanted + int(batch.wanted_NL.sum()), dropped + int(batch.dropped_NL.sum())
     load_LP = placement.rank_load(split(count_LE, placement).astype(np.float64))
-    kept, wanted = int(count_LE.sum()), int(batch.wanted_L.sum())
+    kept = int(count_LE.sum())
     return {
         "score_model": router.scores.name,
         "experts_per_token": kept / (len(rows) * router.facts.layers),
-        "dropped_share": float(batch.dropped_L.sum() / max(wanted, 1)),
+        "dropped_share": dropped / max(wanted, 1),
         "max_over_mean_expert": _peak(count_LE),
         "max_over_mean_rank": _peak(load_LP),
     }

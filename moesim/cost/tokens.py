@@ -7,6 +7,7 @@ import numpy as np
 from moesim.arrays import AnyArray, FloatArray, IntArray
 from moesim.cost.experts import Drawn, ExpertPrices, LayerPrices, MoESums, Ports, padded_slots
 from moesim.cost.pricer import Batch, Chunk
+from moesim.cost.routed_bank import drawn_of, room_of, stack_drawn
 from moesim.cost.touch import count_slots, touch
 from moesim.dispatch import DispatchPolicy, assign_ragged
 from moesim.layout import Layout
@@ -80,7 +81,9 @@ class TokenExperts:
             position = np.concatenate([position, np.arange(chunk.start, chunk.start + chunk.tokens)])
             rank = np.concatenate([rank, np.full(chunk.tokens, chunk.rank)])
         offsets = np.array([0, len(request)])
-        ns, detail = self._price(request, position, offsets, rank, np.array([busiest]), batch.tick, "prefill")
+        prompts = sum(chunk.tokens for chunk in chunks)
+        phase: Phase = "prefill" if 2 * prompts > len(request) else "decode"  # as the bank does
+        ns, detail = self._price(request, position, offsets, rank, np.array([busiest]), batch.tick, phase)
         return int(ns[0]), detail
 
     def _price(
@@ -89,7 +92,7 @@ class TokenExperts:
     ) -> tuple[IntArray, MoESums]:  # fmt: skip
         rows = self._replay.rows(request_N, position_N)
         tokens_S = np.diff(offsets) * float(self._source.num_layers)
-        ports = refused_S = pad_LS = None
+        ports = pad_LS = drawn = None
         if self._plain:
             count_SLE = count_steps(self._source, rows, offsets)
             slot_SLS: AnyArray = np.take_along_axis(count_SLE, self._slot_to_expert[None], axis=2)
@@ -98,44 +101,42 @@ class TokenExperts:
             token_N = request_N.astype(np.int64) * (1 << 32) + position_N
             ids = self._source.expert_TLK[rows]
             if self._router is not None:
-                ids, refused_S, room_SL = self._routed(rows, request_N, offsets, rank_N, tick, phase)
-                pad_LS = self._padding(room_SL)
+                ids, drawn, pad_LS = self._routed(rows, request_N, position_N, offsets, rank_N, tick, phase)
             slot_SLS, ports = self._slots(ids, token_N, offsets, rank_N)
         self._slot_total_LS += slot_SLS.sum(axis=0)
-        computed, ports = self._prices.padded(slot_SLS, ports, pad_LS)
+        busy_S = busiest_S / np.diff(offsets) / self._layout.tp
+        computed, ports = self._prices.padded(slot_SLS, ports, pad_LS, busy_S)
         priced = self._prices.price(computed, busiest_S, ports)
         if len(self.kept) < _KEPT:
             self.kept[tick] = priced.first()
-        kept_S = slot_SLS.sum(axis=(1, 2), dtype=np.float64)
-        none_S = np.zeros(len(kept_S)) if refused_S is None else refused_S
-        sums = priced.sums(ports, Drawn(tokens_S, kept_S + none_S, none_S))
+        if drawn is None:
+            drawn = Drawn.plain(tokens_S, slot_SLS.sum(axis=(1, 2), dtype=np.float64))
+        sums = priced.sums(ports, drawn)
         return sums.total, sums
 
     def _routed(
-        self, rows: IntArray, request_N: IntArray, offsets: IntArray, rank_N: IntArray, tick: int, phase: Phase
-    ) -> tuple[AnyArray, FloatArray, IntArray]:
-        """Ids [N, L, W] of steps routed one by one, pairs refused [S], rows that experts have room for [S, L]."""
+        self, rows: IntArray, request_N: IntArray, position_N: IntArray, offsets: IntArray, rank_N: IntArray,
+        tick: int, phase: Phase,
+    ) -> tuple[AnyArray, Drawn, FloatArray | None]:  # fmt: skip
+        """Ids [N, L, W] of steps routed one by one, what was drawn, and rows of each slot [S, L, slots] where kernels
+        pad to the capacity."""
         assert self._router is not None
-        batches = []
+        none, ids, drawn, room = self._source.num_experts, [], [], []
+        place_N = self._replay.tenth(request_N, position_N)
         for step, (lo, hi) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
             part = slice(lo, hi)
-            batches.append(self._router.route(rows[part], phase, tick + step, rank_N[part], request_N[part]))
-        wide = max(b.expert_NLW.shape[2] for b in batches)
-        none = self._source.num_experts
-        ids = np.concatenate(
-            [
-                np.pad(b.expert_NLW, ((0, 0), (0, 0), (0, wide - b.expert_NLW.shape[2])), constant_values=none)
-                for b in batches
-            ]
-        )
-        refused = np.array([b.dropped_L.sum() for b in batches], np.float64)
-        return ids, refused, np.array([b.room_L for b in batches])
-
-    def _padding(self, room_SL: IntArray) -> FloatArray | None:
-        """Rows of each slot [S, L, slots] where kernels pad to the capacity; None where they do not."""
-        if self._router is None or self._router.capacity is None or not self._router.capacity.pad:
-            return None
-        return padded_slots(room_SL, self._placement)
+            batch = self._router.route(
+                rows[part], phase, tick + step, rank_N=rank_N[part], request_N=request_N[part],
+                position_N=position_N[part],
+            )  # fmt: skip
+            ids.append(batch.expert_NLW)
+            drawn.append(drawn_of(batch, place_N[part], None))
+            room.append(room_of(batch, None))
+        wide = max(x.shape[2] for x in ids)
+        padded = [np.pad(x, ((0, 0), (0, 0), (0, wide - x.shape[2])), constant_values=none) for x in ids]
+        capacity = self._router.capacity
+        pad = padded_slots(np.array(room), self._placement) if capacity is not None and capacity.pad else None
+        return np.concatenate(padded), stack_drawn(drawn), pad
 
     def _slots(
         self, ids: AnyArray, token_N: IntArray, offsets: IntArray, rank_N: IntArray

@@ -7,6 +7,7 @@ passes through experts, E experts, W places a token has.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +20,7 @@ from moesim.routing import NONE, Arrays, Routed, Router, RoutingContext
 from moesim.routing.capacity import CapacitySpec, Phase, capacity_of, limit
 from moesim.workload.pool import Ids, RoutingSource, id_dtype
 
-__all__ = ["BatchRouter", "ModelFacts", "RoutedBatch", "Scores"]
+__all__ = ["BINS", "UNLIMITED", "BatchRouter", "ModelFacts", "RoutedBatch", "Scores"]
 
 BINS = 10
 """tenths of a sequence, for drops by position"""
@@ -55,18 +56,30 @@ class ModelFacts:
     norm_topk_prob: bool = True
 
 
+UNLIMITED = -1
+
+
 class RoutedBatch(NamedTuple):
-    """expert_NLW: ids, E where there is none. wanted_L, dropped_L: (token, expert) pairs chosen, and refused by the
-    capacity. room_L: rows an expert has room for in all scopes together (0: no limit)."""
+    """expert_NLW: ids, E where there is none. wanted_NL, dropped_NL: how many experts a token chose, and how many of
+    them the capacity refused. room_SL: rows an expert has room for in each scope, UNLIMITED where a layer has none."""
 
     expert_NLW: Ids
-    wanted_L: NDArray[np.int64]
-    dropped_L: NDArray[np.int64]
-    room_L: NDArray[np.int64]
+    wanted_NL: NDArray[np.int32]
+    dropped_NL: NDArray[np.int32]
+    room_SL: NDArray[np.int64]
+
+
+class _About(NamedTuple):
+    """A batch: rows of the pool, whose token each is, its place there, and the progress of denoising."""
+
+    rows_N: NDArray[np.int64]
+    label_N: NDArray[np.int64]
+    position_N: NDArray[np.int64]
+    progress: float
 
 
 class BatchRouter:
-    """One policy on one pool. `dropped_bins`, `wanted_bins`: pairs by tenth of their sequence, over all batches."""
+    """One policy on one pool."""
 
     def __init__(
         self,
@@ -83,8 +96,6 @@ class BatchRouter:
         self.facts = facts
         self._source = source
         self._seed = seed
-        self.dropped_bins = np.zeros(BINS, np.int64)
-        self.wanted_bins = np.zeros(BINS, np.int64)
         self._sequence_T = np.repeat(np.arange(source.num_sequences), source.sequence_tokens_Q)
         self._token_T, self._class_T, assumed = _facts_of_tokens(source, seed)
         self.warnings = tuple(text for name, text in assumed.items() if name in policy.asks_for)
@@ -106,37 +117,54 @@ class BatchRouter:
         rows_N: NDArray[np.int64],
         phase: Phase,
         step: int,
-        scope_N: NDArray[np.int64] | None = None,
+        *,
+        rank_N: NDArray[np.int64] | None = None,
         request_N: NDArray[np.int64] | None = None,
+        position_N: NDArray[np.int64] | None = None,
+        real_S: NDArray[np.int64] | None = None,
+        progress: float | None = None,
     ) -> RoutedBatch:
         """Experts of the batch that the pool's rows `rows_N` form.
 
-        phase: `prefill` or `decode`. step: keys the draws. scope_N: which tokens share a capacity, numbers from 0
-        (None: all do). request_N: which tokens are of one request (None: consecutive rows of a sequence are).
+        phase: `prefill` or `decode`. step: keys the draws. rank_N: each token's data-parallel rank (or its number among
+        those that are looked at), from 0; None: one. request_N, position_N: whose token it is and its place there,
+        tokens of one request together; None: as in the pool, where consecutive rows of a sequence are together. real_S:
+        tokens that each scope really has, where the batch is a sample of them (ranks, or one number for all): its room
+        is the real one, scaled. progress: of denoising; None: by step.
         """
         facts, tokens = self.facts, len(rows_N)
-        sequence_N = self._runs(rows_N, request_N)
-        chosen: list[NDArray[np.int32]] = []
-        wanted, dropped, room = (np.zeros(facts.layers, np.int64) for _ in range(3))
-        if self.capacity is not None and self.capacity.scope != "rank":
-            scope_N = sequence_N if self.capacity.scope == "sequence" else None
+        label_N, run_N = self._runs(rows_N, request_N)
+        if position_N is None:
+            position_N = rows_N - self._source.sequence_start[self._sequence_T[rows_N]]
+        about = _About(rows_N, label_N, position_N, _timestep(step) if progress is None else progress)
+        scope_N = self._scopes(rank_N, run_N)
         tokens_S = np.bincount(np.zeros(tokens, np.int64) if scope_N is None else scope_N)
+        chosen: list[NDArray[np.int32]] = []
+        wanted, dropped = (np.zeros((tokens, facts.layers), np.int32) for _ in range(2))
+        room = np.full((len(tokens_S), facts.layers), UNLIMITED, np.int64)
         carry: Arrays = {}
         for layer in range(facts.layers):
-            routed, score = self._layer(rows_N, sequence_N, layer, step, carry)
+            routed, score = self._layer(about, layer, step, carry)
             carry = routed.carry
             expert_NW = routed.expert_TK
-            wanted[layer] = int((expert_NW != NONE).sum())
+            wanted[:, layer] = (expert_NW != NONE).sum(axis=1)
             factor = None if self.capacity is None else self.capacity.factor_of(layer, phase)
             if self.capacity is not None and factor is not None and tokens:
-                room_S = self._rooms(tokens_S, factor)
-                room[layer] = room_S.sum()
+                room[:, layer] = self._rooms(tokens_S if real_S is None else real_S, factor)
+                room_S = room[:, layer]
+                if real_S is not None:
+                    room_S = np.rint(room_S * (tokens_S / np.maximum(real_S, 1))).astype(np.int64)
                 limited = limit(expert_NW, routed.gate_TK, self._by_expert(score), room_S, self.capacity, scope_N)
-                dropped[layer] = int(limited.dropped_TW.sum())
-                self._note(rows_N, expert_NW, limited.dropped_TW)
+                dropped[:, layer] = limited.dropped_TW.sum(axis=1)
                 expert_NW = limited.expert_TW
             chosen.append(expert_NW)
         return RoutedBatch(self._stacked(chosen), wanted, dropped, room)
+
+    def _scopes(self, rank_N: NDArray[np.int64] | None, run_N: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """Which tokens share a capacity; None: all."""
+        if self.capacity is None or self.capacity.scope == "all":
+            return None
+        return run_N if self.capacity.scope == "sequence" else rank_N
 
     def _by_expert(self, score_NX: NDArray[np.float32]) -> NDArray[np.float32] | None:
         """Scores that name a next best expert; None where columns are rows and columns of a grid."""
@@ -169,13 +197,13 @@ class BatchRouter:
         return out
 
     def route_pool(self) -> RoutingSource:
-        """The whole pool with this policy's experts, batch by batch of at most 4,096 consecutive rows."""
+        """The whole pool with this policy's experts, batch by batch of at most about 4,096 consecutive rows, cut where
+        sequences end."""
         facts, source = self.facts, self._source
         parts = []
-        for number, lo in enumerate(range(0, source.num_tokens, _CHUNK)):
-            rows = np.arange(lo, min(lo + _CHUNK, source.num_tokens))
-            parts.append(self.route(rows, "prefill", number).expert_NLW)
-        self.dropped_bins[:] = self.wanted_bins[:] = 0
+        for number, (lo, hi) in enumerate(itertools.pairwise(_cuts(source.sequence_start))):
+            rows = np.arange(lo, hi)
+            parts.append(self.route(rows, "prefill", number, request_N=self._sequence_T[rows]).expert_NLW)
         wide = max(part.shape[2] for part in parts)
         ids = np.concatenate([_widened(part, wide, facts.experts) for part in parts])
         name = f"{type(self.policy).__module__.rpartition('.')[2]} on {self.scores.name} of {source.source}"
@@ -183,27 +211,24 @@ class BatchRouter:
         narrow = ids if ragged else ids.astype(id_dtype(facts.experts))
         return source.with_ids(narrow, name, ragged=ragged, num_experts=facts.experts)
 
-    def _runs(self, rows_N: NDArray[np.int64], request_N: NDArray[np.int64] | None) -> NDArray[np.int64]:
-        """Numbers of the stretches of tokens that are of one sequence, from 0, not decreasing."""
+    def _runs(
+        self, rows_N: NDArray[np.int64], request_N: NDArray[np.int64] | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Whose each token is, and the same numbered from 0 in the order of the batch."""
         if not len(rows_N):
-            return np.zeros(0, np.int64)
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
         if request_N is not None:
             new = np.diff(request_N) != 0
         else:
             new = (np.diff(rows_N) != 1) | (np.diff(self._sequence_T[rows_N]) != 0)
-        return np.concatenate([[0], np.cumsum(new)]).astype(np.int64)
+        run_N = np.concatenate([[0], np.cumsum(new)]).astype(np.int64)
+        return (run_N if request_N is None else np.asarray(request_N, np.int64)), run_N
 
     def _layer(
-        self,
-        rows_N: NDArray[np.int64],
-        sequence_N: NDArray[np.int64],
-        layer: int,
-        step: int,
-        carry: Arrays,
-        training: Router | None = None,
+        self, about: _About, layer: int, step: int, carry: Arrays, training: Router | None = None
     ) -> tuple[Routed, NDArray[np.float32]]:
         """One layer's choice and the scores it was made on; `training`: the policy as it is while training."""
-        facts = self.facts
+        facts, rows_N = self.facts, about.rows_N
         score = self.scores.scores(rows_N, layer)
         context = RoutingContext(
             facts.top_k,
@@ -216,10 +241,10 @@ class BatchRouter:
             layer=layer,
             num_layers=facts.layers,
             training=training is not None,
-            progress=_timestep(step) if getattr(self.policy, "denoises", False) else 1.0,
+            progress=about.progress if self.policy.denoises else 1.0,
             token_T=self._token_T[rows_N],
-            sequence_T=sequence_N,
-            position_T=rows_N - self._source.sequence_start[self._sequence_T[rows_N]],
+            sequence_T=about.label_N,
+            position_T=about.position_N,
             class_T=self._class_T[rows_N],
             state=self._states[layer],
             carry=carry,
@@ -242,23 +267,28 @@ class BatchRouter:
                 falling = _WARM_RATE * (rate / _WARM_RATE) ** (step / (steps - 1))
                 policy = policy.model_copy(update={"rate": falling})
             rows = np.sort(rng.integers(self._source.num_tokens, size=_WARM_TOKENS))
-            sequence_N = self._runs(rows, None)
+            label_N, _ = self._runs(rows, None)
+            position_N = rows - self._source.sequence_start[self._sequence_T[rows]]
+            about = _About(rows, label_N, position_N, 1.0)
             carry: Arrays = {}
             for layer in range(self.facts.layers):
-                routed, _ = self._layer(rows, sequence_N, layer, step, carry, policy)
+                routed, _ = self._layer(about, layer, step, carry, policy)
                 carry, self._states[layer] = routed.carry, routed.state
-
-    def _note(self, rows_N: NDArray[np.int64], expert_NW: NDArray[np.int32], dropped_NW: NDArray[np.bool_]) -> None:
-        source = self._source
-        sequence_N = self._sequence_T[rows_N]
-        place = (rows_N - source.sequence_start[sequence_N]) * BINS // source.sequence_tokens_Q[sequence_N]
-        self.wanted_bins += np.bincount(place, weights=(expert_NW != NONE).sum(1), minlength=BINS).astype(np.int64)
-        self.dropped_bins += np.bincount(place, weights=dropped_NW.sum(1), minlength=BINS).astype(np.int64)
 
 
 def _timestep(step: int) -> float:
     """Denoising step of a batch: batches go round the whole schedule."""
     return (step % 16) / 15
+
+
+def _cuts(sequence_start: NDArray[np.int64]) -> list[int]:
+    """Where batches of at most 4,096 rows begin and end: at ends of sequences, inside one only where it is longer."""
+    out = [0]
+    for start, end in itertools.pairwise(sequence_start.tolist()):
+        if end - out[-1] > _CHUNK and start > out[-1]:
+            out.append(start)
+        out += range(out[-1] + _CHUNK, end, _CHUNK)
+    return [*out, int(sequence_start[-1])]
 
 
 def _widened(expert_NLW: Ids, wide: int, none: int) -> Ids:

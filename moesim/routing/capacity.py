@@ -13,11 +13,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from moesim.routing.select import NONE
 from moesim.spec import Spec
@@ -32,6 +32,13 @@ Factor = float | None
 Phase = Literal["prefill", "decode", "training"]
 
 
+def _numbered(value: Any) -> Any:
+    """Keys that are whole numbers written as text (JSON knows no others) as numbers."""
+    if not isinstance(value, Mapping):
+        return value
+    return {int(k) if isinstance(k, str) and k.isascii() and k.isdecimal() else k: v for k, v in value.items()}
+
+
 class CapacitySpec(Spec):
     """How much an expert takes and what becomes of the rest.
 
@@ -41,7 +48,8 @@ class CapacitySpec(Spec):
     before second ones; by `token`, all choices of a token before the next token's. pad: kernels compute all C rows of
     every expert. scope: whose tokens share a capacity, each `rank`'s, each `sequence`'s (GShard's groups of one
     sequence) or `all`. min_capacity: the least C. layers:
-    factors of single MoE layers, counted from 0. prefill, decode: factors of a phase.
+    factors of single MoE layers, counted from 0. prefill, decode: factors of a phase; a serving step with prompts and
+    decodes is of the phase that has more of its tokens.
     """
 
     factor: float | None = Field(default=None, gt=0)
@@ -50,7 +58,7 @@ class CapacitySpec(Spec):
     pad: bool = False
     scope: Literal["rank", "sequence", "all"] = "rank"
     min_capacity: int = Field(default=0, ge=0)
-    layers: Mapping[int, float] = Field(default_factory=dict)
+    layers: Annotated[Mapping[int, float], BeforeValidator(_numbered)] = Field(default_factory=dict)
     prefill: float | None = Field(default=None, gt=0)
     decode: float | None = Field(default=None, gt=0)
 

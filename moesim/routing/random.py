@@ -39,6 +39,11 @@ class Policy(Router):
         return self.per != "token" or self.every > 1
 
     @property
+    def couples(self) -> bool:  # type: ignore[override]  # a pool routed once would know few batches
+        """All tokens of a batch, and of no other, take the same experts."""
+        return self.per == "batch"
+
+    @property
     def normalised(self) -> bool:  # type: ignore[override]  # the layers between follow the model
         """Random experts weigh 1 / K each."""
         return self.every == 1

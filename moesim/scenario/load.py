@@ -139,9 +139,10 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
     raw = json.loads(json.dumps(source.data))
     problems = _not_yet(source)
     training = _one_mode(source, problems)
-    for key in [k for k, v in source.data.items() if v is None]:
-        del source.data[key]  # `engine:` with nothing under it says nothing
-    preset = apply_preset(source, problems)
+    empty = [k for k, v in source.data.items() if v is None]
+    for key in empty:
+        del source.data[key]  # `engine:` with nothing under it says nothing, but for `capacity:` beside a preset's
+    preset = apply_preset(source, problems, empty)
     spec = _validate(source, problems)
     policies = _policies(source, spec.policies, problems) if spec.policies is not None else None
     model, model_file = _find_model(source, spec.model, base, problems)

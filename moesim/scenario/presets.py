@@ -7,6 +7,7 @@ What a scenario writes itself stands before what a row says.
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,8 +85,9 @@ def presets() -> dict[str, Preset]:
     return out
 
 
-def apply_preset(source: Source, problems: list[Problem]) -> Preset | None:
-    """Put the row that `policies.routing` names into `source.data`; the row, or None where none is named."""
+def apply_preset(source: Source, problems: list[Problem], off: Collection[str] = ()) -> Preset | None:
+    """Put the row that `policies.routing` names into `source.data`; the row, or None where none is named. `off`: keys
+    that the scenario sets to null."""
     policies = source.data.get("policies")
     given = policies.get("routing") if isinstance(policies, dict) else None
     name = given.get("kind") if isinstance(given, dict) else given
@@ -106,6 +108,6 @@ def apply_preset(source: Source, problems: list[Problem]) -> Preset | None:
         written = {"name": model} if isinstance(model, str) else model
         source.data["model"] = {**preset.model, **written}
     capacity = source.data.get("capacity")
-    if preset.capacity and (capacity is None or isinstance(capacity, dict)):
+    if preset.capacity and "capacity" not in off and (capacity is None or isinstance(capacity, dict)):
         source.data["capacity"] = {**preset.capacity, **(capacity or {})}
     return preset

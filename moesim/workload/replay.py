@@ -65,6 +65,7 @@ class Replay:
         self.sequence_R = _assign_sequences(source, len(prompt_R), seed)
         self._start_R = source.sequence_start[self.sequence_R]
         self._length_R = source.sequence_tokens_Q[self.sequence_R]
+        self._prompt_R = prompt_R
         self._computed_R = prompt_R + np.maximum(output_R - 1, 0)
         self._salt = np.uint64(generator(seed, "routing/replay/salt").integers(0, 1 << 63, dtype=np.int64))
 
@@ -95,6 +96,22 @@ class Replay:
         position[past] = resampled
         row += position
         return row
+
+    def tenth(self, request_N: ArrayLike, position_N: ArrayLike) -> NDArray[np.int64]:
+        """Which tenth of its request's tokens (0 .. 9) each position lies in."""
+        request, position = np.asarray(request_N), np.asarray(position_N, np.int64)
+        tenth: NDArray[np.int64] = np.minimum(position * 10 // np.maximum(self._computed_R[request], 1), 9)
+        return tenth
+
+    @property
+    def prompt_R(self) -> NDArray[np.int64]:
+        """Prompt tokens of each request."""
+        return self._prompt_R
+
+    @property
+    def computed_R(self) -> NDArray[np.int64]:
+        """Positions of each request that are computed: prompt and output, less the last token."""
+        return self._computed_R
 
     def _resample(
         self, request_N: NDArray[np.int64], position_N: NDArray[np.int64], length_N: NDArray[np.int64]

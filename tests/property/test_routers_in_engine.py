@@ -65,6 +65,8 @@ def test_run_ahead_routes_the_same_steps(tmp_path: Path, name: str, capacity: ob
     assert single.outcome is not None
     np.testing.assert_array_equal(ahead.outcome.requests.finish_ns, single.outcome.requests.finish_ns)
     np.testing.assert_allclose(stats(ahead), stats(single))
+    for key in ("drops", "routing"):
+        assert ahead.to_json()["summary"][key] == single.to_json()["summary"][key]
 
 
 @pytest.mark.parametrize("fidelity", ["count", "token"])
@@ -214,7 +216,7 @@ def test_sixty_five_thousand_experts_have_room_for_no_expert(tmp_path: Path) -> 
     assert done.experts is not None
     batch = done.experts.router.route(np.arange(64), "prefill", 0)  # type: ignore[union-attr]
     assert batch.expert_NLW.dtype == np.uint32
-    assert (batch.expert_NLW == 65_536).sum() >= batch.dropped_L.sum()
+    assert (batch.expert_NLW == 65_536).sum() >= batch.dropped_NL.sum()
     assert 0 < dropped < wanted
 
 
@@ -288,3 +290,107 @@ def test_dimensions_by_hand(tmp_path: Path) -> None:
     assert changed(split=4).total_params() - plain.total_params() == 3 * 192 * 256  # only the routers grow
     again = changed(iterations=2, shared=1)
     assert [g.layers for g in again.gemms(1) if g.name.startswith(("router", "shared"))] == [6, 6, 6]
+
+
+@pytest.mark.parametrize(
+    "capacity", [{"factor": 1.25}, {"factor": 1.25, "scope": "sequence"}, {"prefill": 1.0}, {"decode": 1.0}]
+)
+@pytest.mark.parametrize("requests", ["mixed", "long prompts"])
+def test_both_fidelities_drop_alike(tmp_path: Path, capacity: dict[str, object], requests: str) -> None:
+    """A capacity counts the tokens of real ranks and real sequences, few as they are: a bank that spread its tokens
+    evenly over ranks, or cut sequences into blocks, would drop several times as many."""
+    made = {
+        "mixed": {**MIXED, "num_requests": 40, "prompt_tokens": 60},
+        "long prompts": {"format": "poisson", "rate_per_s": 100.0, "num_requests": 24, "prompt_tokens": 400,
+                         "output_tokens": 4},
+    }[requests]  # fmt: skip
+    share = {}
+    for fidelity in ("token", "count"):
+        done = simulate(
+            scenario(
+                tmp_path, parallel={"tp": 1, "dp": 8, "ep": 8}, capacity=capacity, requests=made,
+                routing={"pool_tokens": 2048, "sequence_tokens": 256, "popularity_zipf": 0.5, "fidelity": fidelity},
+                engine={"bank_entries": 16},
+            )
+        )  # fmt: skip
+        share[fidelity] = done.to_json()["summary"]["drops"]["share"]
+    assert share["count"] == pytest.approx(share["token"], rel=0.35, abs=0.012)
+
+
+@pytest.mark.parametrize("fidelity", ["count", "token"])
+@pytest.mark.parametrize("capacity", [{"decode": 1.25}, {"layers": {1: 1.25}}])
+def test_padding_where_no_capacity_holds_changes_nothing(
+    tmp_path: Path, fidelity: str, capacity: dict[str, object]
+) -> None:
+    def spent(**more: object) -> dict[str, int]:
+        done = run(tmp_path, fidelity, capacity={**capacity, **more}, requests=PROMPTS)
+        assert done.explanation is not None
+        return {name: done.explanation.ns[name] for name in ("dispatch", "experts", "combine")}
+
+    plain, padded = spent(), spent(pad=True)
+    if "decode" in capacity:
+        assert padded == plain  # prompts alone
+    else:
+        assert all(
+            0.5 * plain[name] < padded[name] < 2 * plain[name] for name in plain
+        )  # two of three layers as they are
+
+
+def test_padding_does_not_make_a_lone_sender_cheaper(tmp_path: Path) -> None:
+    """All rows of a padded exchange that one rank's tokens fill leave by that rank's port."""
+
+    lone = {"concurrency": 1, "num_requests": 1, "prompt_tokens": 400, "output_tokens": 1}
+
+    def ns(pad: bool) -> int:
+        capacity = {"factor": 4.0, "pad": pad}
+        done = run(tmp_path, "token", capacity=capacity, requests={"format": "closed_loop", **lone})
+        assert done.explanation is not None
+        return done.explanation.ns["dispatch"] + done.explanation.ns["combine"]
+
+    assert ns(True) > ns(False)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "linear_reverse"])
+def test_denoising_goes_through_its_whole_schedule(tmp_path: Path, schedule: str) -> None:
+    done = run(
+        tmp_path, policies={"routing": {"kind": "expert_choice", "schedule": schedule, "k_min": 2.0, "k_max": 8.0}},
+        requests={**PROMPTS, "num_requests": 64}, engine={"bank_entries": 16},
+    )  # fmt: skip
+    assert done.experts is not None
+    assert done.experts.figures is not None
+    assert done.experts.figures["experts_per_token"] == pytest.approx(5, rel=0.1)
+    tokens, wanted, _ = stats(done)
+    assert wanted / tokens == pytest.approx(5, rel=0.35)  # few steps, each at a step of denoising of its own
+
+
+def test_a_batch_as_one_takes_other_experts_in_every_step(tmp_path: Path) -> None:
+    done = run(tmp_path, "token", policies={"routing": {"kind": "random", "per": "batch"}})
+    load_LS = done._slot_load()
+    assert load_LS is not None
+    assert ((load_LS > 0).sum(axis=1) > 32).all()  # of 64: one step alone uses four
+
+
+def test_an_explicit_null_turns_a_presets_capacity_off(tmp_path: Path) -> None:
+    from moesim.scenario.load import load_scenario_text
+
+    text = f"""
+model: {model(tmp_path)["name"]}
+cluster: {{device: h100_sxm_datasheet}}
+parallel: {{dp: 2, ep: 2}}
+requests: {{format: poisson, rate_per_s: 1, num_requests: 1, prompt_tokens: 4, output_tokens: 1}}
+policies: {{routing: gshard}}
+"""
+    assert load_scenario_text(text, tmp_path).capacity is not None
+    assert load_scenario_text(text + "capacity: null\n", tmp_path).capacity is None
+    own = load_scenario_text(text + "capacity: {factor: 3.0}\n", tmp_path).capacity
+    assert own is not None
+    assert own.factor == 3.0
+
+
+def test_the_bank_says_how_far_its_few_batches_are_off(tmp_path: Path) -> None:
+    """Entries of a bank are draws of their own: none stands there twice to make the error look small."""
+    done = run(tmp_path, capacity={"factor": 1.0}, requests=PROMPTS, engine={"bank_entries": 16})
+    moe = done.pricers[0].moe
+    row = moe.row("prefill", 2048, 512)  # type: ignore[attr-defined]
+    assert len(row.total) == 8
+    assert len({tuple(column) for column in row.stats.T.tolist()}) == 8
