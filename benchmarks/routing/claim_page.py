@@ -11,9 +11,12 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
 TARGET = ROOT / "results" / "validation"
 
-REPRODUCED, FITTED, SHAPE, MISSED, NOT_CHECKED = "reproduced", "fitted", "shape", "missed", "not checked"
+REPRODUCED, IDENTITY, SHAPE = "reproduced", "identity", "shape"
+FITTED, MISSED, NOT_CHECKED = "fitted", "missed", "not checked"
 VERDICTS = {
-    REPRODUCED: "a number that was not fitted agrees, within the tolerance that the row states",
+    REPRODUCED: "a simulated number that was not fitted agrees, within the tolerance that the row states",
+    IDENTITY: "it follows from the definition or from published inputs; nothing is simulated, only arithmetic and code"
+    " are checked",
     SHAPE: "only a direction, an order or a scale can be compared, and it agrees",
     FITTED: "the number agrees because a parameter was set so that it does; nothing else is published to compare",
     MISSED: "it does not agree",
@@ -24,7 +27,8 @@ VERDICTS = {
 @dataclass(frozen=True)
 class Row:
     """One claim. paper: where it stands. setup: what was run. fitted: parameters set by looking at published numbers
-    ("nothing"). claim, ours: side by side. why: the reason of a miss, or what the verdict leaves open."""
+    ("nothing"). claim, ours: side by side. asked: the rule that the verdict follows. why: the reason of a miss, or what
+    the verdict leaves open."""
 
     paper: str
     setup: str
@@ -33,6 +37,7 @@ class Row:
     ours: str
     verdict: str
     why: str = ""
+    asked: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def page(sections: Sequence[Section]) -> str:
     """The whole page."""
     rows = [row for section in sections for row in section.rows]
     count = Counter(row.verdict for row in rows)
-    found = ", ".join(f"{count[verdict]} {verdict}" for verdict in VERDICTS if count[verdict])
+    found = ", ".join(f"{count[verdict]} {verdict}" for verdict in VERDICTS)
     lines = [
         "# Claims of routing papers beside the simulator's figures",
         "",
@@ -76,25 +81,20 @@ def page(sections: Sequence[Section]) -> str:
         " DeepSeek-V2-Lite traces `intent` and `summary` (64 experts, 6 recorded a token, 26 layers; scores below the"
         " sixth are drawn). No paper here used that model, so these figures say how far a claim carries over.",
         "",
-        "**Not blind.** Tolerances and what is *asked* of a row are ours, and most were written with a first run's"
-        " figures"
-        " on the table. Changed after figures had been seen: the row on MaxVio at most 1 (added when the real curves"
-        " missed"
-        " the stricter 0.3, which stays); scores of ESFT taken about each token's mean instead of as log"
-        " probabilities, on"
-        " which sigmoid gates with u = 1e-2 do not settle; Upcycling's 13B read as cut off (13.7B misses 13B by 5.1 %);"
-        " OpenMoE's balanced mix judged at factor 2.0 alone (at 1.25 it would have passed the 10 % asked before); tails"
-        " compared on scores about the mean (as log probabilities 3 of 36 pairs changed places, all of `loss_free`).",
-        "",
+        *_not_blind(),
         "## All claims",
         "",
         *table(
-            ("verdict", "paper", "set-up", "fitted", "claim", "ours"),
-            [(f"**{r.verdict}**", r.paper, r.setup, r.fitted, r.claim, r.ours) for r in rows],
+            ("verdict", "paper", "set-up", "fitted", "claim", "asked", "ours"),
+            [(f"**{r.verdict}**", r.paper, r.setup, r.fitted, r.claim, r.asked, r.ours) for r in rows],
         ),
         "## Missed, and why",
         "",
-        *(f"- {r.paper}; {r.setup}: **{r.claim}**, ours {r.ours}. {r.why}" for r in rows if r.verdict == MISSED),
+        *(
+            f"- {r.paper}; {r.setup}: **{r.claim}**. Asked: {r.asked}. Ours: {r.ours}. {r.why}"
+            for r in rows
+            if r.verdict == MISSED
+        ),
         "",
     ]
     for section in sections:
@@ -102,10 +102,36 @@ def page(sections: Sequence[Section]) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
+def _not_blind() -> list[str]:
+    """What was decided after figures had been seen."""
+    return [
+        "**Not blind.** What is *asked* of a row is ours, and most was written with a first run's figures on the table."
+        " Where a figure then missed what was asked, the rule stays and the row counts as missed; a rule added later is"
+        " a row of its own or stricter than the first one. Decided after figures had been seen:",
+        "",
+        "- the row on MaxVio at most 1 was added when the real curves missed the stricter 0.3, which stays;",
+        "- *identity* was set apart from *reproduced*, which had held those rows;",
+        "- simulated against real AvgMaxVio: the factor of 2, first asked of the mean over all steps alone, is asked of"
+        " the last 50 steps too, as a mean may hide an end that is off by more;",
+        "- Upcycling's 13B: 5 % was asked first and 13.7B misses it; the reading of 13B as cut off, under which it"
+        " passed, is dropped;",
+        "- scores of ESFT are taken about each token's mean (or its highest score) instead of as log probabilities, on"
+        " which sigmoid gates with u = 1e-2 do not settle: listed under *fitted* where the bias is concerned, and"
+        " loss-free balancing's 0.04 is a scale, not a number reproduced;",
+        "- OpenMoE's balanced mix is judged at factor 2.0 alone (at 1.25 it would have passed the 10 % asked before);",
+        "- tails are compared on scores about the mean (as log probabilities 3 of 36 pairs changed places, all of"
+        " `loss_free`);",
+        "- what is asked of top-p by layer was judged by eye before, and its rule written after the figures;",
+        "- OmniMoE's row from published parameters alone is arithmetic, whose result was known when its factor was"
+        " chosen.",
+        "",
+    ]
+
+
 def shown(section: Section) -> str:
     """One section for the screen."""
-    rows = [f"{r.verdict.upper()}: {r.paper}\n  {r.setup}\n  fitted: {r.fitted}\n  claim:  {r.claim}\n  ours:  "
-    f" {r.ours}"
+    rows = [f"{r.verdict.upper()}: {r.paper}\n  {r.setup}\n  fitted: {r.fitted}\n  claim:  {r.claim}\n  asked:"
+    f"  {r.asked}\n  ours:   {r.ours}"
             f"\n  {r.why}" for r in section.rows]  # fmt: skip
     return "\n".join([section.title, *rows, "", *section.lines])
 

@@ -257,13 +257,28 @@ def test_what_is_carried_up_through_the_layers(name):
         carry = dict(routed.carry)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_fact_that_nobody_knows_is_asked_for(kind):
-    policy = load_policy("routing", kind)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_fact_that_nobody_knows_is_asked_for(name, training):
+    """What a workload may not know is declared and asked for, or makes no difference. Without sequences and positions,
+    which a simulation always knows, a policy asks for them or takes the batch as one sequence."""
+    policy, (columns, _, top_k) = POLICY[name], sizes(name)
+    score, ctx = scores(40, columns), context(40, columns, top_k, training=training, progress=0.5)
+    whole = policy.route(score, ctx)
+    assert set(policy.asks_for) <= {"token_T", "class_T"}
+    for fact in ("token_T", "class_T"):
+        if fact in policy.asks_for:
+            with pytest.raises(ValueError, match="the context has none"):
+                policy.route(score, replace(ctx, **{fact: None}))
+        else:
+            same(policy.route(score, replace(ctx, **{fact: None})), whole)
+    one = replace(ctx, sequence_T=np.zeros(40, np.int64), position_T=np.arange(40))
     try:
-        policy.route(scores(12, 16), RoutingContext(4))
+        alone = policy.route(score, replace(ctx, sequence_T=None, position_T=None))
     except ValueError as error:
-        assert "the context has none" in str(error)  # noqa: PT017  # most policies need none
+        assert "the context has none" in str(error)  # noqa: PT017  # the other answer is checked below
+    else:
+        same(alone, policy.route(score, one))
 
 
 def test_the_scenario_reader_reads_the_presets_alike():
