@@ -339,7 +339,7 @@ def ec_dlm() -> Section:
                 "recompute": "none", "zero_stage": 1, "routing_tokens": 4096}  # fmt: skip
     pool = {"popularity_lognormal_sigma": 0.5}
     ways: dict[str, Dims] = {
-        "expert choice": {"policies": {"routing": {"kind": "expert_choice", "experts_per_token": 20}}},
+        "expert choice": {"policies": {"routing": "ec_dlm_static"}},
         **{f: {"policies": {"routing": "topk"}, "capacity": {"factor": float(f), "pad": True}} for f in ("1.0",
         "1.25", "1.5")},
         "dropless": {"policies": {"routing": "topk"}},

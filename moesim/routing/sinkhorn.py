@@ -2,7 +2,9 @@
 
 The plan is the matrix exp(score / temperature) scaled so that each token gives away 1 in all and each expert receives
 T / E (Cuturi 2013, arXiv:1306.0895; for routing: Clark et al. 2022, arXiv:2202.01169). Selective Sinkhorn Routing uses
-it in a small share of training steps and takes the gates from the plan; at other times the router is softmax top-k.
+it in a small share of training steps and takes the gates from the plan; at other times the router is softmax top-k. By
+others' accounts it sweeps up to 100 times, until a tolerance of 1e-4 to 1e-6 is met, at entropy weight 0.5 or 1: 8
+sweeps are ours. Megatron-LM's Sinkhorn takes the ids from the plan and the gates from softmax or sigmoid.
 """
 
 from __future__ import annotations
