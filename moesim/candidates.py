@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moesim.compare import Entry
+from moesim.cost.routed import pool_source
 from moesim.errors import BadInput, Problem
 from moesim.observe import Observation, observe
 from moesim.scenario.load import FAMILY_KEYS, Scenario, load_scenario
@@ -18,7 +19,6 @@ from moesim.scenario.source import override_place
 from moesim.simulate import RunResult, simulate
 from moesim.training.result import TrainingResult
 from moesim.workload.requests import build_requests
-from moesim.workload.routing import load_routing
 
 __all__ = ["Axis", "Candidate", "load_candidates", "parse_axes", "run_candidates", "split_values"]
 
@@ -138,6 +138,9 @@ def load_candidates(
         loaded.append(Candidate(label, file, varied, (*overrides, *texts), scenario))
     if problems:
         raise BadInput(_once(list(problems), axes))
+    modes = sorted({"training" if c.scenario.training is not None else "serving" for c in loaded})
+    if len(modes) > 1:
+        raise BadInput(Problem("compare", "candidates of one mode can be compared, these are serving and training"))
     _read_inputs(loaded)
     assert first_seed is not None
     return loaded, [first_seed + i for i in range(seeds)]
@@ -157,7 +160,7 @@ def _read_inputs(candidates: Sequence[Candidate]) -> None:
             if s.requests is not None:
                 build_requests(s.requests, s.base, s.seed)
             if s.model.is_moe and getattr(s.routing, "path", None) is not None:
-                load_routing(s.routing, s.model, s.base, s.seed, s.policies.routing)
+                pool_source(s, s.seed)
         except BadInput as error:
             problems |= dict.fromkeys(error.problems)
     if problems:

@@ -69,6 +69,8 @@ class _Experts:
     """the same on another model of the scores that are assumed"""
     drawn_from: Replay | None = None
     """the requests' tokens that batches are made of, where they are routed together at count fidelity"""
+    uneven: float = 1.0
+    """expert weights of the fullest part over the mean part's"""
     slot_size: float = 0.0
     """the fullest part's expert slots in one set of experts, in experts of relative size 1"""
 
@@ -227,7 +229,7 @@ class RunResult:
         slot_LS, rank_LP = self._slot_load(), self.rank_load_LP()
         if slot_LS is None or rank_LP is None or self.experts is None:
             return None
-        ratio = rank_LP / rank_LP.mean(axis=1, keepdims=True)
+        ratio = rank_LP / np.maximum(rank_LP.mean(axis=1, keepdims=True), 1e-300)
         layer, part = (int(i) for i in np.unravel_index(int(ratio.argmax()), ratio.shape))
         placement = self.experts.placement
         slots = slice(part * placement.slots_per_rank, (part + 1) * placement.slots_per_rank)
@@ -433,6 +435,11 @@ def _serve(
 def _warnings(experts: _Experts) -> tuple[str, ...]:
     """The source's own warnings, what count fidelity makes of domains and drift, and what a placement was fitted on."""
     source, out = experts.source, list(experts.source.warnings)
+    if experts.uneven > 1.05:
+        told = (
+            f"experts differ in size, and the fullest rank holds {experts.uneven:.2f} times the mean of their weights"
+        )
+        out.append(f"placement: {told}; round_robin deals large and small ones out")
     if experts.router is not None:
         out += [f"routing: {text}" for text in (*experts.router.warnings, experts.router.scores.assumed) if text]
     if experts.replay is None and (source.domain_Q is not None or source.window_Q is not None):
@@ -511,9 +518,11 @@ def _experts(scenario: Scenario, layout: Layout, ops: Operators, stream: Request
     tokens = Replay(source, stream.prompt_tokens, stream.output_tokens, seed) if follow or coupled else None
     sizes = model.expert_size_E
     slot_size: float = placement.slots_per_rank
+    uneven = 1.0
     if sizes:
         size_LS = np.asarray(sizes)[placement.slot_to_expert_LS]
-        slot_size = float(size_LS.reshape(len(size_LS), layout.ep, -1).sum(axis=2).max())
+        part_LP = size_LS.reshape(len(size_LS), layout.ep, -1).sum(axis=2)
+        slot_size, uneven = float(part_LP.max()), float(part_LP.max() / part_LP.mean())
     return _Experts(
         source,
         placement,
@@ -524,6 +533,7 @@ def _experts(scenario: Scenario, layout: Layout, ops: Operators, stream: Request
         None if router is None else figures(router, placement),
         None if other is None else figures(other, placement),
         None if follow else tokens,
+        uneven,
         slot_size,
     )
 

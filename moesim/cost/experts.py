@@ -72,7 +72,7 @@ class LayerPrices(NamedTuple):
         stats = [
             most.sum(axis=-1),
             mean.sum(axis=-1),
-            (most / np.maximum(mean, 1e-300)).mean(axis=-1),
+            _mean_ratio(most, mean),
             nowhere if ports is None else ports.nvlink_total.sum(axis=-1),
             nowhere if ports is None else ports.nic_total.sum(axis=-1),
             self.expert_LP.mean(axis=-1).sum(axis=-1),
@@ -245,6 +245,14 @@ class ExpertPrices:
             np.broadcast_to(np.rint(back.ns).astype(np.int64), shape),
             np.broadcast_to(np.maximum(there.grade, back.grade), shape),
         )
+
+
+def _mean_ratio(most: FloatArray, mean: FloatArray) -> FloatArray:
+    """Largest over mean part, mean over the layers that have rows; 1 where none has."""
+    used = mean > 0
+    ratio = np.where(used, most / np.where(used, mean, 1.0), 0.0).sum(axis=-1)
+    number = used.sum(axis=-1)
+    return np.where(number > 0, ratio / np.maximum(number, 1), 1.0)
 
 
 def padded_slots(room_BL: AnyArray, placement: Placement) -> FloatArray:

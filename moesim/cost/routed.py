@@ -69,7 +69,8 @@ def pool_source(scenario: Scenario, seed: int) -> RoutingSource:
     """The pool before any router has run: what the trace or the synthetic model says. Raises BadInput."""
     model, policy = scenario.model, scenario.policies.routing
     seen = scored_model(model, policy.score_columns(model.num_experts)) if _needs_scores(scenario) else model
-    return load_routing(scenario.routing, seen, scenario.base, seed, None if policy.from_scores else policy)
+    own = None if policy.from_scores else policy
+    return load_routing(scenario.routing, seen, scenario.base, seed, own, any_top_k=_needs_scores(scenario))
 
 
 def fitted_generator(trace: RoutingSource, seed: int) -> tuple[ScoreModel, RoutingSource]:

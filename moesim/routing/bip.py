@@ -26,6 +26,8 @@ __all__ = ["Policy", "prices"]
 
 class Policy(Router):
     """iterations: dual steps a batch. warm: start from the prices of the step before (else from zero).
+    Outside training too the prices are solved anew for every batch; a simulation hands none on while it serves, so that
+    each batch starts from those of the warm-up.
 
     norm_topk_prob: divide the chosen gates by their sum; none: as the model does. scaling_factor: multiplies the
     gates.

@@ -1,9 +1,13 @@
 """Capacity: an expert takes at most C tokens of a scope; choices beyond are dropped, or go to another expert.
 
 C = ceil(factor * T * K / E) over the T tokens of a scope: one rank's tokens, one sequence's, or all of them. Sources:
-GShard (arXiv:2006.16668, algorithm 1: places go in position order, first choices before second ones), Switch
-(arXiv:2101.03961, section 2.2), Megatron-LM (`moe_token_drop_policy`: by position or by probability; what is left is
-not renormalised).
+GShard (arXiv:2006.16668, algorithm 1: places go in position order, first choices before second ones; its 2 N / (G E) is
+factor 1 with K = 2 and T = N / G), Switch (arXiv:2101.03961, section 2.2), Megatron-LM (`moe_token_drop_policy`: by
+position or by probability; what is left is not renormalised).
+
+C is Megatron-LM's alone. Not modelled: C rounded down, and without the factor K for two choices (Mesh-TensorFlow);
+drops at random and gates divided by their sum again after drops (DeepSpeed); a second expert that is asked only by
+chance (GShard, Mesh-TensorFlow).
 Legend: T tokens, W places a token has, E experts, S scopes, N choices, B bins.
 """
 
@@ -46,29 +50,29 @@ class CapacitySpec(Spec):
     `position` (the earlier token stays), by `score` (the higher gate stays, the earlier token of equals), or `reroute`
     (as by position, then to the token's next best expert with room). order: by `choice`, first choices of all tokens go
     before second ones; by `token`, all choices of a token before the next token's. pad: kernels compute all C rows of
-    every expert. scope: whose tokens share a capacity, each `rank`'s, each `sequence`'s (GShard's groups of one
-    sequence) or `all`. min_capacity: the least C. layers:
-    factors of single MoE layers, counted from 0. prefill, decode: factors of a phase; a serving step with prompts and
-    decodes is of the phase that has more of its tokens.
+    every expert. scope: whose tokens share a capacity, each `rank`'s, each `sequence`'s or `all` (GShard's groups, N /
+    G tokens each, are `rank` where a rank has one group). min_capacity: the least C. layers: factors of single MoE
+    layers, counted from 0. prefill, decode: factors of a phase; a serving step with prompts and decodes is of the phase
+    that has more of its tokens.
     """
 
-    factor: float | None = Field(default=None, gt=0)
+    factor: float | None = Field(default=None, gt=0, le=1e6)
     drop: Literal["position", "score", "reroute"] = "position"
     order: Literal["choice", "token"] = "choice"
     pad: bool = False
     scope: Literal["rank", "sequence", "all"] = "rank"
-    min_capacity: int = Field(default=0, ge=0)
+    min_capacity: int = Field(default=0, ge=0, le=1 << 20)
     layers: Annotated[Mapping[int, float], BeforeValidator(_numbered)] = Field(default_factory=dict)
-    prefill: float | None = Field(default=None, gt=0)
-    decode: float | None = Field(default=None, gt=0)
+    prefill: float | None = Field(default=None, gt=0, le=1e6)
+    decode: float | None = Field(default=None, gt=0, le=1e6)
 
     @model_validator(mode="after")
     def _sets_something(self) -> Self:
         if self.factor is None and self.prefill is None and self.decode is None and not self.layers:
             raise ValueError("a capacity needs a factor, but factor, layers, prefill and decode are all left out")
-        wrong = {layer: factor for layer, factor in self.layers.items() if layer < 0 or not factor > 0}
+        wrong = {layer: factor for layer, factor in self.layers.items() if layer < 0 or not 0 < factor <= 1e6}
         if wrong:
-            raise ValueError(f"layers are counted from 0 and their factors are above 0, got {wrong}")
+            raise ValueError(f"layers are counted from 0 and their factors are above 0 and at most 1e6, got {wrong}")
         return self
 
     def factor_of(self, layer: int, phase: Phase) -> float | None:

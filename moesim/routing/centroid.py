@@ -1,6 +1,6 @@
 """Routing by nearness: the experts whose centroids point most nearly where a token's features point.
 
-`cosine`: learned centroids and the cosine similarity (Chi et al. 2022, arXiv:2204.09179, eq. 6-7). `kmeans`: the
+`cosine`: learned centroids and the cosine similarity (Chi et al. 2022, arXiv:2204.09179). `kmeans`: the
 centroid is a running mean of the features that were routed to the expert (online K-means). Features are the hidden
 states; where nobody knows them, a token's scores stand in, and the first centroids are the experts' own directions, so
 that column e stands for expert e.

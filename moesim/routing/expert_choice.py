@@ -1,9 +1,11 @@
 """Expert choice: each expert takes its C best tokens; a token gets none, one or many experts.
 
 Source: Zhou et al. 2022 (arXiv:2202.09368), section 3.2: s = softmax over experts, C = T k / E, gates are s. EC-DLM
-(arXiv:2604.01622, its code) lets k follow the denoising steps of a diffusion language model: k = round(kmin + (kmax -
-kmin) * f(r)), r the share of the text that is still masked, here 1 - `context.progress`; f is r, 1 - r, (1 - cos(pi r))
-/ 2, or a Gaussian about 1/2 of width 0.22, rescaled to 0 at both ends and 1 in the middle.
+(arXiv:2604.01622, its code) differs: each expert takes the highest raw logits of a sequence, and a token's gates are
+the softmax over the experts that took it. There k follows the denoising steps of a diffusion language model: k =
+round(kmin + (kmax - kmin) * f(r)), r the share of the text that is still masked, here 1 - `context.progress`; f is r, 1
+- r, (1 - cos(pi r)) / 2, (1 + cos(pi r)) / 2, or a Gaussian about 1/2 of width 0.22, rescaled to 0 at both ends and 1
+in the middle, or 1 less that. The code has an r and a k for each sequence; ours is one for the batch (reconstruction).
 """
 
 from __future__ import annotations
@@ -15,17 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from moesim.routing import Floats, Routed, Router, RoutingContext, softmax
-from moesim.routing.select import check_top_k, close_as, gates_of, kth_highest, ranked
+from moesim.routing import NONE, Floats, Routed, Router, RoutingContext, softmax
+from moesim.routing.select import check_top_k, chosen, close_as, gates_of, kth_highest, ranked
 
 __all__ = ["Policy"]
 
 _GAUSSIAN_WIDTH = 0.22
+Schedule = Literal["linear_reverse", "linear", "cosine", "cosine_reverse", "gaussian", "gaussian_reverse"]
 
 
 class Policy(Router):
     """experts_per_token: k, the mean number of experts of a token; none: the model's top_k. scope: whose tokens
     compete, the `batch`'s or each `sequence`'s. schedule: how k goes from k_min to k_max with `context.progress`.
+    choose_by: experts compare tokens by their softmax over experts, or by raw logits. gates: that softmax, or one over
+    the `chosen` alone: a token's experts.
     """
 
     couples: ClassVar[bool] = True
@@ -34,7 +39,9 @@ class Policy(Router):
 
     experts_per_token: float | None = Field(default=None, gt=0)
     scope: Literal["batch", "sequence"] = "batch"
-    schedule: Literal["linear_reverse", "linear", "cosine", "gaussian"] | None = None
+    choose_by: Literal["softmax", "logits"] = "softmax"
+    gates: Literal["softmax", "chosen"] = "softmax"
+    schedule: Schedule | None = None
     k_min: float | None = Field(default=None, gt=0)
     k_max: float | None = Field(default=None, gt=0)
 
@@ -65,7 +72,8 @@ class Policy(Router):
         check_top_k(context.top_k, experts)
         share_TE = softmax(score_TE)
         per_token = self._per_token(context)
-        choice_ET = np.ascontiguousarray(close_as(score_TE, share_TE.copy()).T)
+        worth_TE = score_TE if self.choose_by == "logits" else close_as(score_TE, share_TE.copy())
+        choice_ET = np.ascontiguousarray(worth_TE.T)
         taken_ET = np.zeros((experts, tokens), bool)
         for start_N, length in _scopes(context.sequence_T if self.scope == "sequence" else None, tokens):
             room = min(length, max(1, math.floor(length * per_token / experts)))
@@ -75,8 +83,12 @@ class Policy(Router):
             at_NS = start_N[:, None] + np.arange(length)
             taken_ET[:, at_NS] = _best(choice_ET[:, at_NS].reshape(-1, length), room).reshape(experts, -1, length)
         taken_TE = np.ascontiguousarray(taken_ET.T)
-        expert_TW = ranked(share_TE, taken_TE, max(1, int(taken_TE.sum(1).max(initial=0))))
-        return Routed(expert_TW, gates_of(share_TE, expert_TW, False))
+        expert_TW = ranked(worth_TE, taken_TE, max(1, int(taken_TE.sum(1).max(initial=0))))
+        if self.gates == "softmax":
+            return Routed(expert_TW, gates_of(share_TE, expert_TW, False))
+        logit_TW = chosen(score_TE, expert_TW)
+        logit_TW[expert_TW == NONE] = -np.inf
+        return Routed(expert_TW, softmax(logit_TW))
 
     def _per_token(self, context: RoutingContext) -> float:
         if self.schedule is None or self.k_min is None or self.k_max is None:
@@ -86,13 +98,17 @@ class Policy(Router):
             "linear_reverse": 1 - r,
             "linear": r,
             "cosine": (1 - math.cos(math.pi * r)) / 2,
-            "gaussian": (_bell(r) - _bell(0)) / (1 - _bell(0)),
+            "cosine_reverse": (1 + math.cos(math.pi * r)) / 2,
+            "gaussian": _bell(r),
+            "gaussian_reverse": 1 - _bell(r),
         }[self.schedule]
         return round(self.k_min + (self.k_max - self.k_min) * share)
 
 
 def _bell(r: float) -> float:
-    return math.exp(-((r - 0.5) ** 2) / (2 * _GAUSSIAN_WIDTH**2))
+    """0 at both ends, 1 in the middle."""
+    at, end = (math.exp(-((x - 0.5) ** 2) / (2 * _GAUSSIAN_WIDTH**2)) for x in (r, 0.0))
+    return (at - end) / (1 - end)
 
 
 def _scopes(sequence_T: NDArray[np.int64] | None, tokens: int) -> list[tuple[NDArray[np.int64], int]]:

@@ -1,12 +1,13 @@
 """A frozen random router whose K grows over training.
 
-Source: Chen et al. 2023, SMoE-Dropout (arXiv:2303.01610), section 3: router weights are drawn once and never trained,
+Source: Chen et al. 2023, SMoE-Dropout (arXiv:2303.01610): router weights are drawn once and never trained,
 the number of experts a token rises linearly over training, and at inference any number may be used. The authors'
 scripts go from 8 to all 16; gates are the softmax over the chosen.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -23,7 +24,8 @@ __all__ = ["Policy"]
 class Policy(Router):
     """first, last: experts a token at the start and the end of training (last none: all). inference: outside training;
     none: the model's K. router: `frozen` draws the router's weights from the seed and the layer and applies them to
-    the hidden states (to the scores' rows where there are none); `scores` takes the scores for the frozen router's."""
+    the hidden states (to the scores' rows where there are none); `scores` takes the scores for the frozen router's.
+    scoring: gates of the chosen, normalised: softmax or sigmoid; none: as the model does."""
 
     ragged: ClassVar[bool] = True
     equivariant: ClassVar[bool] = False
@@ -33,6 +35,7 @@ class Policy(Router):
     last: int | None = Field(default=None, ge=1)
     inference: int | None = Field(default=None, ge=1)
     router: Literal["frozen", "scores"] = "frozen"
+    scoring: Literal["softmax", "sigmoid"] | None = None
 
     def route(self, score_TE: Floats, context: RoutingContext) -> Routed:
         """The k best of the frozen router's logits, k = round(first + (last - first) * progress) in training."""
@@ -40,7 +43,8 @@ class Policy(Router):
         check_top_k(context.top_k, experts)
         k = self.number(context, experts)
         logit_TE = self._frozen(score_TE, context) if self.router == "frozen" else score_TE
-        return plain(logit_TE, context, k, normalise=True)
+        scored = context if self.scoring is None else replace(context, scoring=self.scoring)
+        return plain(logit_TE, scored, k, normalise=True)
 
     def number(self, context: RoutingContext, num_experts: int) -> int:
         """Experts a token takes now, at most E."""

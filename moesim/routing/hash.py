@@ -1,6 +1,6 @@
 """Hash routing: a fixed table says which experts a vocabulary id takes; nothing is learnt and no score is looked at.
 
-Source: Roller et al. 2021, Hash Layers (arXiv:2106.04426), section 3: a random hash of the token id, a balanced one,
+Source: Roller et al. 2021, Hash Layers (arXiv:2106.04426): a random hash of the token id, a balanced one,
 and K hashes for K experts. `balanced` deals the ids of the vocabulary out evenly by a shuffle keyed by seed and layer;
 the further experts of an id stand at distinct offsets from its first one, which is our way to keep K distinct.
 """

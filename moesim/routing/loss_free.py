@@ -3,7 +3,7 @@
 Source: Wang et al. 2024 (arXiv:2408.15664), algorithm 1: the choice is by gate plus bias, gates leave the bias out,
 and b_e += u * sign(mean load - load_e) after the batch, so that a batch never sees its own loads. Sigmoid gates and
 u = 1e-3 are the paper's. `centre` takes the mean off the biases after each step, as torchtitan does, which keeps them
-small and changes no choice but by rounding.
+small and changes no choice but by rounding. While serving the bias stays as a simulation's warm-up left it.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Policy(Router):
     ragged: ClassVar[bool] = True
     normalised: ClassVar[bool] = True
 
-    null_experts: int = Field(default=8, ge=1, le=65536)
+    null_experts: int = Field(default=8, ge=1, le=4096)
     top_k: int | None = Field(default=None, ge=1)
     given: bool = False
     null_logit: float = 0.0

@@ -1,10 +1,11 @@
 """Pools of experts by class: a token takes experts of its own class's pool and of a shared one.
 
-Source: Wang et al. 2025, MoIIE (arXiv:2508.09779), section 3: intra-modality experts for each modality beside
+Source: Wang et al. 2025, MoIIE (arXiv:2508.09779): intra-modality experts for each modality beside
 inter-modality ones; a router chooses among a token's own and the shared. The authors' code has 4 experts, one of each
 modality and two shared, top-2, renormalised: `shared` is half the experts by default. Language families take the place
 of modalities in multilingual models: experts for one group of similar languages each (Li et al. 2025, Group then Scale,
-arXiv:2506.12388), and families' own experts beside shared ones (arXiv:2601.14050). Sizes of the pools are the model's.
+arXiv:2506.12388); arXiv:2601.14050, which analyses models as they are and steers their middle layers, is motivation
+alone. Sizes of the pools are the model's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Product keys: experts stand in a grid, an expert's score is the sum of its row's and its column's.
 
 Source: Lample et al. 2019 (arXiv:1907.05242), section 3.1: the K best sums lie among the K best rows x the K best
-columns, so K + K candidates replace all n * n. PEER (arXiv:2407.04153), section 2: softmax over the K chosen sums;
+columns, so K + K candidates replace all n * n. PEER (arXiv:2407.04153): softmax over the K chosen sums;
 OmniMoE (arXiv:2602.05711), section 2.2: log softmax of rows plus log softmax of columns, which ranks the same.
 One head; scores of all experts, where they are given instead of rows and columns, are reduced to the best of each row
 and of each column (reconstruction).

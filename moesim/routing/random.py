@@ -1,8 +1,9 @@
 """K distinct experts at random, all alike: what routing costs when it follows nothing.
 
-Source: Zuo et al. 2021, THOR (arXiv:2110.04260), section 3: one random expert for a whole batch in training, for each
-token or each sentence in inference, in every other layer. There the other layers are dense; where a model has experts
-in all of them, ours take the K best of the scores (a reconstruction).
+Source: Zuo et al. 2021, THOR (arXiv:2110.04260): one random expert for a whole batch in training, for each token or
+each sentence in inference, in every other layer. There the other layers are dense; where a model has experts in all of
+them, ours take the K best of the scores (a reconstruction). A training step there runs two forward passes with experts
+of their own and adds the KL divergence of their outputs to the loss; here it is one pass.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A router that remembers: the scores of a layer are mixed with a state handed up from the layer below.
 
-Source: Qiu et al. 2024, RMoE (arXiv:2408.06793), eq. 4-6: a GRU shared by the layers carries each token's routing state
+Source: Qiu et al. 2024, RMoE (arXiv:2408.06793): a GRU shared by the layers carries each token's routing state
 up, and a layer routes by it. Reconstruction: the learnt GRU is replaced by a stated gate,
 h_l = keep * h_(l-1) + sqrt(1 - keep^2) * s_l, which keeps the scores' scale and makes the states of neighbouring layers
 correlate by `keep`, a quantity to be fitted. Ids of different layers have nothing to do with each other, so the state

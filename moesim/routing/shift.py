@@ -1,15 +1,19 @@
-"""Test-time re-mixing: a shift of the scores before the choice, nothing learnt anew.
+"""Test-time re-mixing: scores or gates are shifted before the choice, nothing learnt anew.
 
-One rule, score + delta, then top-k; the papers differ in delta.
+One rule, score + delta, then top-k, and the papers differ in delta; C3PO mixes gates instead.
 Steering: named experts `boost`ed by a constant. RICE (arXiv:2505.14681) multiplies the gates of two experts where they
-are chosen anyway: `chosen_only`, e^by times the gate. Expert silencing (L3, arXiv:2602.08741): named experts at -inf.
-C3PO (arXiv:2504.07964), kernel regression: a pathway moves towards the similarity-weighted mean of its nearest
-neighbours', w <- (1 - mix) w + mix w^, for the last token in the last five layers. Its neighbours are successful
-reference samples; ours are the other rows of the batch (reconstruction), near by cosine of the hidden states, or of
-the scores' rows where there are none, and mix is a constant where the paper searches for it.
-Rewiring (arXiv:2510.14853): a delta per layer and context, found by gradient steps on the context's own loss, every
-128 tokens. There is no loss here (reconstruction): the step goes towards the experts whose mean gate in the latest
-tokens is above the running mean of the whole context.
+are chosen anyway: `chosen_only`, e^by times the gate (to divide by the sum again where the model normalises is ours).
+Expert silencing (L3, arXiv:2602.08741): named experts at -inf.
+C3PO (arXiv:2504.07964), kernel regression: a token's gates of all experts, before the choice, move towards the
+similarity-weighted mean of its nearest neighbours', w <- (1 - mix) w + mix w^, for the last token in the last five
+layers; the choice is by the mixed gates. The authors' code replaces w altogether (mix 1), as we do by default; the
+paper searches for the share. Its neighbours are solved samples, near by the embedding of the question; ours are the
+other rows of the batch (reconstruction), near by cosine of the hidden states, or of the scores' rows where there are
+none.
+Rewiring (arXiv:2510.14853): a delta per layer and context, from 0, found by gradient steps on the context's own loss as
+it is read. There is no loss here (reconstruction): the step goes towards the experts whose mean gate in the latest
+tokens is above the running mean of all before them. It is taken in training steps and in a simulation's warm-up on
+tokens of the pool; what a simulation serves has the delta of that warm-up, one for all requests.
 """
 
 from __future__ import annotations
@@ -22,9 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from moesim.routing import Arrays, Floats, Routed, Router, RoutingContext
-from moesim.routing.gating import plain, probabilities
-from moesim.routing.select import check_top_k
+from moesim.routing import Arrays, Floats, Routed, Router, RoutingContext, top_ids
+from moesim.routing.gating import plain, probabilities, weigh
+from moesim.routing.select import check_top_k, close_as
 from moesim.spec import Spec
 
 __all__ = ["Boost", "Policy"]
@@ -48,14 +52,14 @@ class Boost(Spec):
 
 class Policy(Router):
     """boost, silence: experts by id, in every layer the shift reaches. neighbours, mix: how many near rows, and the
-    share of the way towards their mean. step, every: Rewiring's step, taken when so many tokens have passed.
-    last_layers: shift in the last so many layers alone; none: in all. last_token: only the last token of each
-    sequence moves to its neighbours."""
+    share of the way towards the mean of their gates. step, every: Rewiring's step, taken when so many tokens have
+    passed (while serving none is taken: a simulation does not hand states on). last_layers: shift in the last so
+    many layers alone; none: in all. last_token: only the last token of each sequence moves to its neighbours."""
 
     boost: Boost | None = None
     silence: Experts = ()
     neighbours: int = Field(default=0, ge=0, le=1024)
-    mix: float = Field(default=0.5, ge=0, le=1)
+    mix: float = Field(default=1.0, ge=0, le=1)
     step: float = Field(default=0.0, ge=0)
     every: int = Field(default=128, ge=1)
     last_layers: int | None = Field(default=None, ge=1)
@@ -78,15 +82,16 @@ class Policy(Router):
         return self.boost is None and not self.silence
 
     def route(self, score_TE: Floats, context: RoutingContext) -> Routed:
-        """Top-k of the shifted scores; gates of the shifted scores too. Raises ValueError for ids beyond the experts,
-        and where too few experts are left."""
+        """Top-k of the shifted scores (of mixed gates where rows moved); gates of the shifted scores too. Raises
+        ValueError for ids beyond the experts, and where too few experts are left."""
         check_top_k(context.top_k, score_TE.shape[1])
         state = self._learn(score_TE, context) if self.step > 0 else context.state
         if self.last_layers is not None and context.layer < context.num_layers - self.last_layers:
             routed = plain(score_TE, context, normalise=self.norm_topk_prob)
         else:
-            shifted_TE = self._towards_neighbours(score_TE, context) + self._delta(score_TE, context)
-            routed = plain(shifted_TE.astype(score_TE.dtype), context, normalise=self.norm_topk_prob)
+            shifted_TE = (score_TE + self._delta(score_TE, context)).astype(score_TE.dtype)
+            routed = plain(shifted_TE, context, normalise=self.norm_topk_prob)
+            self._mix(routed, shifted_TE, score_TE if context.feature_TD is None else context.feature_TD, context)
             routed = replace(routed, gate_TK=self._reinforced(routed, context))
         return Routed(routed.expert_TK, routed.gate_TK, state)
 
@@ -114,30 +119,29 @@ class Policy(Router):
             gate_TK = gate_TK / gate_TK.sum(1, keepdims=True)
         return gate_TK
 
-    def _towards_neighbours(self, score_TE: Floats, context: RoutingContext) -> Floats:
-        tokens = len(score_TE)
+    def _mix(self, routed: Routed, score_TE: Floats, feature_TD: Floats, context: RoutingContext) -> None:
+        """Choose anew for the rows that move to their neighbours, by mixed gates; writes into `routed`."""
+        tokens, experts = score_TE.shape
         count = min(self.neighbours, tokens - 1)
         if count < 1 or self.mix == 0:
-            return score_TE
+            return
         moved = np.arange(tokens)
         if self.last_token and context.sequence_T is not None:
             moved = np.flatnonzero(np.append(np.diff(context.sequence_T) != 0, True))
         elif self.last_token:
             moved = moved[-1:]
-        feature_TD = score_TE if context.feature_TD is None else context.feature_TD
-        unit_TD = _unit(feature_TD)
-        held = max(tokens, count * score_TE.shape[1])
-        finite_TE = np.where(np.isneginf(score_TE), 0, score_TE).astype(np.float64)
-        open_TE = ~np.isneginf(score_TE)
-        out = score_TE.astype(np.float64)
-        for rows in np.array_split(moved, max(1, -(-len(moved) * held // _CELLS))):
+        normalise = context.norm_topk_prob if self.norm_topk_prob is None else self.norm_topk_prob
+        unit_TD, gate_TE = _unit(feature_TD), probabilities(score_TE, context)
+        for rows in np.array_split(moved, max(1, -(-len(moved) * max(tokens, count * experts) // _CELLS))):
             near_RN, weight_RN = _nearest(unit_TD, rows, count)
-            weight_RNE = weight_RN[:, :, None] * open_TE[near_RN]
-            mass_RE = weight_RNE.sum(1)
-            mean_RE = (weight_RNE * finite_TE[near_RN]).sum(1) / np.where(mass_RE > 0, mass_RE, 1)
-            # arXiv:2504.07964, kernel regression: w <- (1 - mix) w + mix w^; own scores where no neighbour has any
-            out[rows] = np.where(mass_RE > 0, (1 - self.mix) * out[rows] + self.mix * mean_RE, out[rows])
-        return out
+            mass_R1 = weight_RN.sum(1, keepdims=True)
+            mean_RE = np.einsum("rn,rne->re", weight_RN, gate_TE[near_RN]) / np.where(mass_R1 > 0, mass_R1, 1)
+            # arXiv:2504.07964, kernel regression: w <- (1 - mix) w + mix w^, w^ = sum sim_j w_j / sum sim_j
+            mixed_RE = (1 - self.mix) * gate_TE[rows] + self.mix * mean_RE
+            mixed_RE = np.where(mass_R1 > 0, mixed_RE, gate_TE[rows]).astype(gate_TE.dtype)  # nobody is near
+            choice_RE = mixed_RE if context.bias_E is None else mixed_RE + context.bias_E
+            routed.expert_TK[rows] = top_ids(close_as(score_TE[rows], choice_RE.copy()), context.top_k)
+            routed.gate_TK[rows] = weigh(mixed_RE, routed.expert_TK[rows], normalise)
 
     def _learn(self, score_TE: Floats, context: RoutingContext) -> Arrays:
         """The state after these tokens: delta, mean gates so far, tokens seen."""

@@ -2,7 +2,9 @@
 
 The plan is the matrix exp(score / temperature) scaled so that each token gives away 1 in all and each expert receives
 T / E (Cuturi 2013, arXiv:1306.0895; for routing: Clark et al. 2022, arXiv:2202.01169). Selective Sinkhorn Routing uses
-it in a small share of training steps and takes the gates from the plan; at other times the router is softmax top-k.
+it in a small share of training steps and takes the gates from the plan; at other times the router is softmax top-k. By
+others' accounts it sweeps up to 100 times, until a tolerance of 1e-4 to 1e-6 is met, at entropy weight 0.5 or 1: 8
+sweeps are ours. Megatron-LM's Sinkhorn takes the ids from the plan and the gates from softmax or sigmoid.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class Policy(Router):
 
     couples: ClassVar[bool] = True
 
-    iterations: int = Field(default=8, ge=1, le=100_000)
+    iterations: int = Field(default=8, ge=1, le=10_000)
     temperature: float = Field(default=1.0, gt=0)
     share: float = Field(default=1.0, ge=0, le=1)
     inference: bool = True
@@ -44,7 +46,7 @@ class Policy(Router):
     def route(self, score_TE: Floats, context: RoutingContext) -> Routed:
         """The K largest of each token's row of the plan (where it is not used: of its softmax)."""
         check_top_k(context.top_k, score_TE.shape[1])
-        if self._uses_plan(context):
+        if self._uses_plan(context, len(score_TE)):
             gate_TE = plan(score_TE, self.temperature, self.iterations)
             choice_TE = close_as(score_TE, gate_TE.copy())
         else:
@@ -53,9 +55,10 @@ class Policy(Router):
         normalise = context.norm_topk_prob if self.norm_topk_prob is None else self.norm_topk_prob
         return Routed(expert_TK, gates_of(gate_TE, expert_TK, normalise, self.scaling_factor))
 
-    def _uses_plan(self, context: RoutingContext) -> bool:
+    def _uses_plan(self, context: RoutingContext, tokens: int) -> bool:
+        # a lone token's plan is even over all experts, whatever its scores
         if not context.training:
-            return self.inference
+            return self.inference and tokens > 1
         return bool(generator(context.seed, "routing/sinkhorn", context.step).random() < self.share)
 
 

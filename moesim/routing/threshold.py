@@ -4,7 +4,9 @@ most that changes with depth.
 Source: Guelmez 2026, DynaMoE (arXiv:2603.01697): percentile-thresholded gating with 1 to a layer-dependent maximum of
 experts a token, and schedules of that maximum over depth (uniform, descending, ascending, pyramid, wave). The paper was
 read in its abstract only; percentile 50 (tried: 30 to 70) and the layers' counts int(E r^2) are from others' accounts,
-so all of it is a reconstruction. `estimate: rank` takes the percentile among the token's E scores as it stands, which
+so all of it is a reconstruction. By those accounts r is l / L (ascending) and 1 - |l - L/2| / (L/2) (pyramid), which
+give layer 0 nothing, and gates are the softmax over the chosen; ours are (l + 1) / L, the same about the middle of each
+layer, and the model's rule. `estimate: rank` takes the percentile among the token's E scores as it stands, which
 gives every token the same count; `normal` takes it of a normal distribution with their mean and deviation, so that the
 count follows the shape of the token's scores.
 """

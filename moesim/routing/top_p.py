@@ -1,6 +1,6 @@
 """Dynamic top-p: the likeliest experts until their probabilities add up to more than p, the last one included.
 
-Source: Huang et al. 2024, "Harder Tasks Need More Experts" (arXiv:2403.07652), section 3; p = 0.4, probabilities
+Source: Huang et al. 2024, "Harder Tasks Need More Experts" (arXiv:2403.07652); p = 0.4, probabilities
 are the weights as they are (`norm_topk_prob: false`). As in the authors' code the sum must exceed p, and one that
 only equals it takes one expert more; where it never exceeds p all experts are taken. The entropy loss of training
 shapes the scores and is no part of the rule.
@@ -34,7 +34,7 @@ class Policy(Router):
     norm_topk_prob: bool | None = None
 
     def route(self, score_TE: Floats, context: RoutingContext) -> Routed:
-        """The smallest prefix, by falling probability, whose sum exceeds p (arXiv:2403.07652, section 3).
+        """The smallest prefix, by falling probability, whose sum exceeds p (arXiv:2403.07652).
 
         As wide as the hungriest token of the batch. Always softmax, whatever the model scores by.
         """

@@ -2,7 +2,7 @@
 
 Source: Shazeer et al. 2017 (arXiv:1701.06538), eq. 3-5 (softmax over the K kept: Mixtral, gpt-oss); softmax
 over all experts, then the K highest (Switch, Qwen, OLMoE, DeepSeekMoE eq. 5), renormalised where the model
-says so.
+says so. `scoring` holds a paper to its own gates on a model that scores otherwise.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ __all__ = ["Policy"]
 class Policy(Router):
     """gates: `softmax_topk` (over all experts, then the choice) or `topk_softmax` (over the chosen K).
 
-    norm_topk_prob: divide the chosen gates by their sum; none: as the model does. scaling_factor: multiplies
-    the gates.
+    scoring: softmax or sigmoid gates; none: as the model does. norm_topk_prob: divide the chosen gates by their sum;
+    none: as the model does. scaling_factor: multiplies the gates.
     """
 
     from_scores: ClassVar[bool] = False
     replaces_ids: ClassVar[bool] = False
 
     gates: Literal["softmax_topk", "topk_softmax"] = "softmax_topk"
+    scoring: Literal["softmax", "sigmoid"] | None = None
     norm_topk_prob: bool | None = None
     scaling_factor: float = Field(default=1.0, gt=0)
 
     def route(self, score_TE: Floats, context: RoutingContext) -> Routed:
         """The K highest scores (with context.bias_E added), the lowest id first among equals."""
-        by_sigmoid = context.scoring == "sigmoid"
+        by_sigmoid = (self.scoring or context.scoring) == "sigmoid"
         normalise = context.norm_topk_prob if self.norm_topk_prob is None else self.norm_topk_prob
         if context.bias_E is None and not by_sigmoid:
             expert_TK = top_ids(score_TE, context.top_k)

@@ -28,8 +28,10 @@ def cross_checks(
     parallel: ParallelSpec,
     engine: EngineSpec,
     placement: Any,
+    routing: Any = None,
+    capacity: Any = None,
 ) -> list[Problem]:
-    """Every disagreement between model, cluster, parallel layout, engine limits and placement."""
+    """Every disagreement between model, cluster, parallel layout, engine limits, placement, router and capacity."""
     problems = _world(where, cluster, parallel)
     heads = model.attention.num_heads
     if heads % parallel.tp:
@@ -41,6 +43,24 @@ def cross_checks(
             )
         )
     problems += _experts(where, model, parallel, placement)
+    columns = model.num_experts if routing is None else routing.score_columns(model.num_experts)
+    if model.router_columns and model.router_columns != columns:
+        problems.append(
+            Problem(
+                where(("model",)),
+                f"model.router_columns must be the scores that the router asks for: {model.router_columns}, and this"
+                f" one asks for {columns} of {model.num_experts} experts. Leave it out or name that number",
+            )
+        )
+    if capacity is not None:
+        beyond = sorted(layer for layer in capacity.layers if layer >= model.num_moe_passes)
+        if beyond:
+            problems.append(
+                Problem(
+                    where(("capacity", "layers")),
+                    f"capacity.layers counts MoE layers from 0: {model.name} has {model.num_moe_passes}, got {beyond}",
+                )
+            )
     if engine.max_model_len is not None and engine.max_model_len > model.max_position_embeddings:
         problems.append(
             Problem(

@@ -151,7 +151,9 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
     if model is not None and cluster is not None and spec.parallel is not None:
         engine = spec.engine if spec.engine is not None else EngineSpec()
         placement = policies.placement if policies is not None else None
-        problems += cross_checks(source.where, model, cluster, spec.parallel, engine, placement)
+        router = policies.routing if policies is not None else None
+        limits = spec.full.capacity if spec.full is not None else None
+        problems += cross_checks(source.where, model, cluster, spec.parallel, engine, placement, router, limits)
         if training and spec.training is not None:
             capacity = spec.full.capacity if spec.full is not None else None
             routing = spec.routing if spec.routing is not None else RoutingSpec()

@@ -83,13 +83,15 @@ def load_routing(
     seed: int,
     routing_policy: PoolPolicy | None = None,
     where: str = "routing",
+    any_top_k: bool = False,
 ) -> RoutingSource:
     """The pool that the tokens of a run take their routing from, one row a token, L = the model's MoE layers.
 
     `base`: the folder that `spec.path` is relative to. `routing_policy` None: the model's own groups,
     recorded ids as recorded. A policy that replaces ids (`random`, `balanced`) keeps a trace's sequences and
     takes its own experts. Raises BadInput for a file that cannot be used or does not agree with the model;
-    `where` names the YAML place.
+    `where` names the YAML place. any_top_k: a trace's K may differ from
+    the model's, because a router chooses anew.
     """
     if not model.moe_layers:
         raise BadInput(Problem(where, f"{model.name} is dense: no expert is routed. Leave `routing` out."))
@@ -98,7 +100,7 @@ def load_routing(
         groups = routing_policy.groups(groups.number, groups.kept)
     path = None if spec.path is None else base / spec.path
     if path is not None and (path.is_dir() or path.suffix.lower() not in (".csv", ".json")):
-        source = _from_trace(spec, model, path, where)
+        source = _from_trace(spec, model, path, where, any_top_k)
     else:
         source = _from_model(spec, model, path, seed, groups, where)
     if routing_policy is None or not routing_policy.replaces_ids:
@@ -112,7 +114,7 @@ def load_routing(
 # ----------------------------------------------------------------------------------------------------- traces
 
 
-def _from_trace(spec: RoutingSpec, model: MoEModel, path: Path, where: str) -> RoutingSource:
+def _from_trace(spec: RoutingSpec, model: MoEModel, path: Path, where: str, any_top_k: bool) -> RoutingSource:
     knobs = sorted(set(spec.model_fields_set) & set(SyntheticSpec.model_fields))
     if knobs:
         raise BadInput(
@@ -127,16 +129,17 @@ def _from_trace(spec: RoutingSpec, model: MoEModel, path: Path, where: str) -> R
     source: RoutingSource = reader.read(path, model.num_experts)
     problems = []
     if source.num_experts != model.num_experts:
-        problems.append(f"{source.num_experts} experts, {model.name} {model.num_experts}")
-    if source.top_k != model.top_k:
-        problems.append(f"top_k {source.top_k}, {model.name} {model.top_k}")
+        problems.append(f"{source.num_experts} experts, {model.name} here {model.num_experts}")
+    if source.top_k != model.top_k and not any_top_k:
+        problems.append(f"top_k {source.top_k}, {model.name} here {model.top_k}")
     if source.num_layers > model.num_moe_passes:
         problems.append(f"{source.num_layers} MoE layers, {model.name} {model.num_moe_passes}")
     if problems:
         raise BadInput(
             Problem(
                 where, f"a trace must come from the model's own shape, but {path} has {'; '.join(problems)}."
-                " Name the model it was recorded on, or another trace.",
+                " Name the model it was recorded on, with the dimensions it had (a router's preset or model: may change"
+                " them), or another trace.",
             )
         )  # fmt: skip
     return _fill_layers(source, model, path, where)

@@ -242,6 +242,44 @@ def test_expert_choice_against_brute_force(scope, levels):
         assert routed.expert_TK.shape[1] == max(1, *(len(row) for row in wanted))
 
 
+def test_expert_choice_by_hand_differs_by_what_is_compared():
+    """Two experts take one of two tokens each: token 0 has both higher logits, token 1 the higher share of expert 1."""
+    score = np.array([[3.0, 1.0], [0.0, 0.5]])
+    routed = load_policy("routing", {"kind": "expert_choice"}).route(score, RoutingContext(1))
+    assert routed.expert_TK.tolist() == [[0], [1]]
+    np.testing.assert_allclose(routed.gate_TK, [[1 / (1 + np.exp(-2))], [1 / (1 + np.exp(-0.5))]])
+    by_logits = {"kind": "expert_choice", "choose_by": "logits"}
+    routed = load_policy("routing", by_logits).route(score, RoutingContext(1))
+    assert routed.expert_TK.tolist() == [[0, 1], [NONE, NONE]]
+    np.testing.assert_allclose(routed.gate_TK, [[1 / (1 + np.exp(-2)), 1 / (1 + np.exp(2))], [0, 0]])
+    # three experts, and expert 2 takes the other token: softmax over the one that took it is 1
+    score = np.array([[3.0, 1.0, 0.0], [0.0, 0.5, 2.0]])
+    routed = load_policy("routing", by_logits | {"gates": "chosen"}).route(score, RoutingContext(1))
+    assert routed.expert_TK.tolist() == [[0, 1], [2, NONE]]
+    np.testing.assert_allclose(routed.gate_TK, [[1 / (1 + np.exp(-2)), 1 / (1 + np.exp(2))], [1, 0]])
+
+
+def test_expert_choice_of_ec_dlm_against_brute_force():
+    for case in range(100):
+        rng = np.random.default_rng(case)
+        tokens, experts = int(rng.integers(1, 14)), int(rng.integers(2, 7))
+        top_k = int(rng.integers(1, experts + 1))
+        score = (
+            rng.integers(-2, 3, (tokens, experts)).astype(float) if case % 2 else rng.normal(0, 1, (tokens, experts))
+        )
+        sequence = np.sort(rng.integers(0, 3, tokens))
+        scopes = [[t for t in range(tokens) if sequence[t] == q] for q in range(3)]
+        policy = load_policy(
+            "routing", {"kind": "expert_choice", "scope": "sequence", "choose_by": "logits", "gates": "chosen"}
+        )
+        routed = policy.route(score, RoutingContext(top_k, sequence_T=sequence))
+        wanted = brute_expert_choice(score, [s for s in scopes if s], top_k)
+        for ids, gates, row, own in zip(routed.expert_TK.tolist(), routed.gate_TK, score, wanted, strict=True):
+            assert [e for e in ids if e != NONE] == own
+            total = sum(np.exp(row[e]) for e in own)
+            np.testing.assert_allclose(gates, [np.exp(row[e]) / total if e != NONE else 0 for e in ids], rtol=1e-12)
+
+
 def test_expert_choice_is_balanced_exactly():
     routed = load_policy("routing", "expert_choice").route(scores(512, 16, skew=2.0), RoutingContext(2))
     assert violation(routed.expert_TK, 16) == 0
@@ -253,6 +291,8 @@ def test_expert_choice_is_balanced_exactly():
         # all is masked at progress 0; linear_reverse is 1 - r of the masked share r
         ("linear_reverse", 0.0, 8), ("linear_reverse", 1.0, 32), ("linear_reverse", 0.5, 20), ("linear", 0.25, 26),
         ("cosine", 0.0, 32), ("cosine", 1.0, 8), ("gaussian", 0.5, 32), ("gaussian", 0.0, 8),
+        ("cosine_reverse", 0.0, 8), ("cosine_reverse", 1.0, 32), ("cosine_reverse", 0.75, round(20 + 12 * 0.7071)),
+        ("gaussian_reverse", 0.5, 8), ("gaussian_reverse", 1.0, 32),
         ("gaussian", 0.72, 8 + round(24 * (0.6065 - 0.0755) / (1 - 0.0755))),
     ],
 )  # fmt: skip
@@ -322,18 +362,33 @@ def test_where_scores_stand_in_a_column_stands_for_its_expert():
 # ------------------------------------------------------------------------------------------------- shared pools
 
 
-@pytest.mark.parametrize(("progress", "factor"), [(0.05, 0.0), (0.2, 0.5), (0.3, 1.0), (1.0, 1.0)])
-def test_foreign_experts_come_in_by_and_by(progress, factor):
-    score = scores(50, 12, dtype=np.float64)
-    routed = load_policy("routing", "shared_pool").route(score, RoutingContext(2, layer=5, progress=progress))
-    scale = np.full(12, factor)
-    scale[3:6] = 1  # layer 5 of a pool of 4 layers owns the second slice
-    share = softmax(score) * scale
-    np.testing.assert_array_equal(routed.expert_TK, [best(row, 2) for row in share])
-    if factor == 0:
-        assert np.isin(routed.expert_TK, [3, 4, 5]).all()
-    raw = np.take_along_axis(share, routed.expert_TK.astype(int), 1)
-    np.testing.assert_allclose(routed.gate_TK, raw / raw.sum(1, keepdims=True))
+# N = 3 of r N = 12: floor((1 + 3 x) 3) candidates, x = (progress - 0.21) / 0.42 (arXiv:2510.17483, eq. 6)
+@pytest.mark.parametrize(
+    ("progress", "candidates"), [(0.05, 3), (0.21, 3), (0.25, 3), (0.26, 4), (0.42, 7), (0.6, 11), (0.63, 12), (1, 12)]
+)
+def test_foreign_experts_come_in_by_and_by(progress, candidates):
+    score = scores(400, 12, dtype=np.float64)
+    policy = load_policy("routing", "shared_pool")
+    seen, own = set(), {3, 4, 5}  # layer 5 of a pool of 4 layers owns the second slice
+    for step in range(40):
+        at = RoutingContext(2, layer=5, progress=progress, step=step, training=True)
+        routed = policy.route(score, at)
+        taken = {int(e) for e in routed.expert_TK.ravel()}
+        assert len(taken) == candidates
+        assert own <= taken
+        share = softmax(score)
+        share[:, [e for e in range(12) if e not in taken]] = 0
+        np.testing.assert_array_equal(routed.expert_TK, [best(row, 2) for row in share])
+        raw = np.take_along_axis(share, routed.expert_TK.astype(int), 1)
+        np.testing.assert_allclose(routed.gate_TK, raw / raw.sum(1, keepdims=True))
+        part = policy.route(score[:7], at)
+        np.testing.assert_array_equal(part.expert_TK, routed.expert_TK[:7], err_msg="one mask for all tokens of a step")
+        seen.add(frozenset(taken))
+    assert (len(seen) > 1) == (3 < candidates < 12), "who is masked is drawn anew in each step"
+    if candidates == 7:
+        often = np.sum([[e in taken for e in range(12)] for taken in seen], axis=0)
+        assert often[list(own)].tolist() == [len(seen)] * 3
+        assert (often[[0, 1, 2, 6, 7, 8, 9, 10, 11]] > 0).all()
 
 
 def test_a_pool_with_gates_by_length():
@@ -346,4 +401,4 @@ def test_a_pool_with_gates_by_length():
     with pytest.raises(ValueError, match="divisor"):
         load_policy("routing", {"kind": "shared_pool", "layers": 5}).route(score, RoutingContext(2))
     with pytest.raises(BadInput, match="local_until"):
-        load_policy("routing", {"kind": "shared_pool", "local_until": 0.5})
+        load_policy("routing", {"kind": "shared_pool", "local_until": 0.7})

@@ -197,17 +197,42 @@ def test_reinforced_gates_leave_the_choice():
 
 
 def test_a_token_moves_towards_its_nearest_rows():
-    """Row 0 is nearest to rows 1 and 2; by brute force from the definition, whose weights are cosines."""
+    """Row 0 is nearest to rows 1 and 2; gates are mixed by cosines, and the choice is by the mixed ones."""
     feature = np.array([[1.0, 0.0], [1.0, 0.1], [1.0, -0.2], [-1.0, 0.0]])
     score = np.array([[1.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 90.0]])
     unit = feature / np.linalg.norm(feature, axis=1, keepdims=True)
     cosine = unit[0] @ unit[1:3].T
-    expected = 0.5 * score[0] + 0.5 * (cosine @ score[1:3]) / cosine.sum()
-    made = policy("shift", neighbours=2, mix=0.5)
-    routed = made.route(score, RoutingContext(3, feature_TD=feature))
-    assert routed.expert_TK[0].tolist() == [1, 0, 2]
-    np.testing.assert_allclose(routed.gate_TK[0], np.exp(expected[[1, 0, 2]]) / np.exp(expected).sum())
-    assert made.couples
+    gate = np.exp(score) / np.exp(score).sum(1, keepdims=True)
+    near = (cosine @ gate[1:3]) / cosine.sum()
+    for mix, order in ((0.2, [0, 1, 2]), (0.5, [1, 0, 2]), (1.0, [1, 0, 2])):
+        expected = (1 - mix) * gate[0] + mix * near
+        made = policy("shift", neighbours=2, mix=mix)
+        routed = made.route(score, RoutingContext(3, feature_TD=feature))
+        assert routed.expert_TK[0].tolist() == order
+        np.testing.assert_allclose(routed.gate_TK[0], expected[order])
+        assert made.couples
+
+
+def test_neighbours_gates_take_the_place_of_a_tokens_own():
+    """By hand: equally near, gates (0.8, 0.2, 0) and (0.02, 0.28, 0.7), whose mean scores would choose expert 1."""
+    feature = np.ones((3, 1))
+    score = np.array([[0.0, 0.0, 0.0], np.log([0.8, 0.2, 1e-30]), np.log([0.02, 0.28, 0.7])])
+    last = RoutingContext(1, norm_topk_prob=False, feature_TD=feature, sequence_T=np.array([0, 1, 2]))
+    routed = policy("shift", neighbours=2).route(score, last)
+    assert routed.expert_TK[0].tolist() == [0]
+    np.testing.assert_allclose(routed.gate_TK[0], [0.41])
+    np.testing.assert_allclose(policy("shift", neighbours=2, mix=0.5).route(score, last).gate_TK[0], [0.41 / 2 + 1 / 6])
+    closed = np.array([-np.inf, 0, 0]) + score[:1]  # an expert that is closed to the token itself is never taken
+    routed = policy("shift", neighbours=2).route(np.concatenate([closed, score[1:]]), last)
+    assert routed.expert_TK[0].tolist() == [2]
+    np.testing.assert_allclose(routed.gate_TK[0], [0.35])
+
+
+def test_who_has_no_neighbour_keeps_its_gates():
+    score = np.log([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7]])
+    apart = RoutingContext(3, feature_TD=np.array([[1.0, 0.0], [-1.0, 0.0]]))
+    routed = policy("shift", neighbours=1).route(score, apart)
+    np.testing.assert_allclose(routed.gate_TK, [[0.6, 0.3, 0.1], [0.7, 0.2, 0.1]])
 
 
 def test_only_the_last_token_of_a_sequence_moves():

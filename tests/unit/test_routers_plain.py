@@ -7,6 +7,8 @@ import pytest
 
 from moesim.policy import load_policy
 from moesim.routing import RoutingContext
+from moesim.routing.capacity import CapacitySpec, capacity_of
+from moesim.scenario.presets import presets
 
 
 def scores(tokens, experts, seed=0):
@@ -54,6 +56,39 @@ def test_gates_are_raw_where_the_model_does_not_normalise(kind):
     np.testing.assert_allclose(scaled.gate_TK.sum(1), 2.5)
 
 
+@pytest.mark.parametrize("kind", ["topk", "grouped_topk", "growing_topk"])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_a_papers_scoring_stands_before_the_models(kind, scoring):
+    """`scoring` on a model that scores otherwise is what a model of that scoring gives."""
+    other = {"softmax": "sigmoid", "sigmoid": "softmax"}[scoring]
+    score = scores(200, 32)
+    for bias in (None, np.random.default_rng(3).normal(0, 0.2, 32)):
+        plain = load_policy("routing", kind).route(score, RoutingContext(6, 8, 4, scoring, bias_E=bias))
+        asked = load_policy("routing", {"kind": kind, "scoring": scoring})
+        told = asked.route(score, RoutingContext(6, 8, 4, other, bias_E=bias))
+        np.testing.assert_array_equal(told.expert_TK, plain.expert_TK)
+        np.testing.assert_array_equal(told.gate_TK, plain.gate_TK)
+        unlike = load_policy("routing", kind).route(score, RoutingContext(6, 8, 4, other, bias_E=bias))
+        assert abs(unlike.gate_TK - plain.gate_TK).max() > 0.01
+
+
+def test_presets_keep_their_papers_gates_on_any_model():
+    """By hand, logits ln 3, 0, 0, -ln 3: softmax 9, 3, 3, 1 of 16; sigmoid 3/4, 1/2, 1/2, 1/4."""
+    score = np.log([[3.0, 1.0, 1.0, 1 / 3]])
+    expected = {
+        "mixtral": [3 / 4, 1 / 4], "switch": [9 / 16, 3 / 16], "gshard": [3 / 4, 1 / 4], "qwen_moe": [3 / 4, 1 / 4],
+        "olmoe": [9 / 16, 3 / 16], "gpt_oss": [3 / 4, 1 / 4], "openmoe": [9 / 16, 3 / 16],
+        "deepseek_v2": [9.0, 3.0], "deepseek_v3": [1.5, 1.0],
+    }  # fmt: skip
+    for name, gates in expected.items():
+        row = presets()[name]
+        policy = load_policy("routing", {"kind": row.kind, **row.parameters})
+        for scoring in ("softmax", "sigmoid"):
+            routed = policy.route(score, RoutingContext(2, scoring=scoring))
+            assert routed.expert_TK.tolist() == [[0, 1]]
+            np.testing.assert_allclose(routed.gate_TK, [gates], err_msg=name)
+
+
 def test_random_is_uniform_and_keyed_by_step_and_layer():
     policy = load_policy("routing", "random")
     routed = policy.route(np.zeros((20_000, 16)), RoutingContext(4, seed=1))
@@ -95,3 +130,11 @@ def test_thor_leaves_the_layers_between_to_the_scores():
     assert (policy.route(score, RoutingContext(3, layer=2)).expert_TK != plain.expert_TK).any()
     assert policy.from_scores
     assert not load_policy("routing", "random").from_scores
+
+
+def test_gshards_capacity_is_the_papers():
+    """2 N / (G E) places in each of G groups of N / G tokens (arXiv:2006.16668): 1,024 tokens, 128 experts: 16."""
+    row = presets()["gshard"]
+    spec = CapacitySpec.model_validate(row.capacity)
+    assert capacity_of(1024, row.model["top_k"], 128, spec.factor, spec.min_capacity) == 16
+    assert capacity_of(64, row.model["top_k"], 128, spec.factor, spec.min_capacity) == 4

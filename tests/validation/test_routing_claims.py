@@ -89,14 +89,14 @@ def test_expert_choice_is_even(tokens: int, experts: int, top_k: int) -> None:
     assert load.max() == load.min() == tokens * top_k // experts
 
 
-@pytest.mark.parametrize("kind", ["linear", "linear_reverse", "cosine"])
+@pytest.mark.parametrize("kind", ["linear", "linear_reverse", "cosine", "cosine_reverse"])
 def test_schedules_cost_what_static_k_does(kind: str) -> None:
     """EC-DLM: k from 8 to 32 against a static 20."""
-    policy = ExpertChoice.model_validate({"schedule": kind, "k_min": 8, "k_max": 32, "scope": "sequence"})
+    policy = ExpertChoice.model_validate({"schedule": kind, "k_min": 8, "k_max": 32, **tool("claims_counts").EC_DLM})
     score = np.random.default_rng(4).normal(size=(512, 512)).astype(np.float32)
     k = [tool("claims_counts").ec_dlm_k(policy, score, r) for r in np.linspace(0, 1, 9)]
     assert np.mean(k) == pytest.approx(20, abs=1e-9)
-    assert (k[0], k[-1]) == ((32, 8) if kind == "linear_reverse" else (8, 32))
+    assert (k[0], k[-1]) == ((32, 8) if kind.endswith("reverse") else (8, 32))
 
 
 # ---- Expert Upcycling

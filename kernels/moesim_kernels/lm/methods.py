@@ -93,7 +93,8 @@ class Router:
         return self.state_L.get(layer, torch.zeros(self.sizes.experts, dtype=torch.float64))
 
     def extra_loss(self) -> torch.Tensor | None:
-        """What the method adds to the loss of the batch just routed: alpha times the layers' mean auxiliary loss."""
+        """What the method adds to the loss of the batch just routed: alpha times the sum of the layers' auxiliary
+        losses, as Switch adds them up."""
         if not self.method.alpha:
             return None
         losses = [routers.auxiliary_loss(self.score_L[i], self.choice_L[i].expert_TK) for i in sorted(self.choice_L)]

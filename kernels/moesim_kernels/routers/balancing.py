@@ -1,6 +1,6 @@
 """Routers that balance load: a bias that follows it, dual prices, optimal transport, a loss.
 
-Sources: loss-free balancing, arXiv 2408.15664, algorithm 1; BIP, arXiv 2502.15451, algorithm 1; selective Sinkhorn
+Sources: loss-free balancing, arXiv 2408.15664, algorithm 1; BIP, arXiv 2502.15451; selective Sinkhorn
 routing, arXiv 2511.08972; the auxiliary loss, arXiv 2101.03961 (Switch), eq. 4-6.
 """
 

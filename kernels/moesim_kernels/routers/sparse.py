@@ -32,7 +32,7 @@ def expert_choice(score_TE: torch.Tensor, per_token: float, *, sequence_T: torch
 
 
 def top_p(score_TE: torch.Tensor, p: float = 0.4, *, most: int | None = None, normalise: bool = False) -> Choice:
-    """The likeliest experts until their probabilities exceed p, the last included (arXiv 2403.07652, eq. 4-5).
+    """The likeliest experts until their probabilities exceed p, the last included (arXiv 2403.07652).
 
     At most `most`, all where the sum never exceeds p. W is the most any token takes, at least 1.
     """
@@ -53,7 +53,8 @@ def top_p(score_TE: torch.Tensor, p: float = 0.4, *, most: int | None = None, no
 def null_experts(score_TN: torch.Tensor, k: int, true_experts: int) -> Choice:
     """The k best of all columns, of which those from `true_experts` on do nothing (AdaMoE, arXiv 2406.13233, 3.3-3.4).
 
-    Gates are normalised over a token's true experts; a token may have none. W = min(k, true_experts).
+    Gates are normalised over a token's true experts; a token may have none, and where it has one alone its gate is 1
+    and gives the router no gradient. W = min(k, true_experts).
     """
     picked_TK = top_ids(score_TN, k)
     order_TK = (picked_TK >= true_experts).sort(dim=1, stable=True).indices

@@ -17,7 +17,10 @@ __all__ = ["grouped_sigmoid", "softmax_topk", "topk_softmax"]
 
 
 def softmax_topk(score_TE: torch.Tensor, k: int, *, normalise: bool = True, scale: float = 1.0) -> Choice:
-    """Softmax over all experts, then the k highest (Switch, Qwen, OLMoE); gates over their sum if `normalise`."""
+    """Softmax over all experts, then the k highest (Switch, Qwen, OLMoE); gates over their sum if `normalise`.
+
+    With k = 1 a normalised gate is 1 and gives the router no gradient: Switch takes it as it is.
+    """
     expert_TK = top_ids(score_TE, k)
     return Choice(expert_TK, kept_gates(take(torch.softmax(score_TE, 1), expert_TK), normalise, scale))
 

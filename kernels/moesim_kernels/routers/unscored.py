@@ -18,7 +18,7 @@ def centroid(
     normalise: bool = True,
 ) -> Choice:
     """The k experts whose centroids have the highest cosine with the token's features; gates: softmax of the cosines
-    over `temperature` (Chi et al., arXiv 2204.09179, eq. 6-7). Differentiable in features and centroids.
+    over `temperature` (Chi et al., arXiv 2204.09179). Differentiable in features and centroids.
     """
     near_TE = unit(feature_TD) @ unit(centroid_ED).T.to(feature_TD)
     expert_TK = top_ids(near_TE, k)
