@@ -22,8 +22,9 @@ class TrainingSpec(Spec):
     `progress_end` of the training run; figures count from `measured_from_step` on. recompute: what the backward pass
     computes again: nothing, norms and activation functions, or whole layers. zero_stage: what data-parallel ranks
     share out (1 optimizer states, 2 and gradients, 3 and weights). routing_tokens: tokens routed for a micro-batch
-    and layer at most (a sample that stands for all); none: 8,192, or fewer where a step of all layers would draw more
-    than 2^29 scores. routing_scope: the tokens that a router which balances within a
+    and layer at most (a sample that stands for all: whole ranks or sequences where a capacity or router couples
+    theirs, see `moesim.training.sampling`); none: 8,192 on average over micro-batches, or fewer where a step of all
+    layers would draw more than 2^29 scores. routing_scope: the tokens that a router which balances within a
     batch sees together.
     """
 

@@ -25,7 +25,7 @@ from moesim.model import MoEModel
 from moesim.training.memory import expert_params_rank, layer_params
 from moesim.training_spec import TrainingSpec
 
-__all__ = ["Buckets", "LinkBytes", "optimizer_ops", "serial_end", "stalls_one_ahead", "stalls_serial"]
+__all__ = ["Buckets", "LinkBytes", "gather_bytes", "optimizer_ops", "serial_end", "stalls_one_ahead", "stalls_serial"]
 
 
 class LinkBytes(NamedTuple):
@@ -57,6 +57,15 @@ class _Group:
         near = self.ranks // self.nodes
         times = 2.0 if op == "all_reduce" else 1.0
         return LinkBytes(times * size * (near - 1) / near, times * size / near * (self.nodes - 1) / self.nodes)
+
+
+def gather_bytes(layout: Layout, size: float) -> LinkBytes:
+    """Sent by all ranks of one replica whose experts are split over ranks when each gathers all tokens of a layer, or
+    sums its own back; size: bytes of one data-parallel rank's tokens. 0 where tokens travel or stay."""
+    if not layout.meets or layout.exchanges:
+        return LinkBytes(0.0, 0.0)
+    sent = _Group(layout.ranks, layout.nodes).sent("all_gather", size * layout.dp)
+    return LinkBytes(*(layout.ranks * b for b in sent))
 
 
 class Buckets:

@@ -19,7 +19,8 @@ from moesim.model import MoEModel
 from moesim.scenario.load import Scenario
 from moesim.training.memory import TrainingMemory
 from moesim.training.reduce import LinkBytes
-from moesim.training.routing import POSITION_BINS, Sampling, StepRouting
+from moesim.training.routing import POSITION_BINS, StepRouting
+from moesim.training.sampling import Sampling
 from moesim.training.step import Ledger, StepTime
 
 __all__ = ["Loads", "TrainingResult", "maxvio_by_chance", "model_flop_per_token"]
@@ -115,6 +116,8 @@ class TrainingResult:
     micro_batches: int = 0
     exchange_bytes: float = 0.0
     """of one copy of a token, there and back, in all passes of a micro-batch"""
+    gather_bytes: LinkBytes = field(default_factory=lambda: LinkBytes(0.0, 0.0))
+    """tokens that the ranks of split experts gather and sum back in one step, gradients included"""
     reduce_bytes: LinkBytes = field(default_factory=lambda: LinkBytes(0.0, 0.0))
     """sums of gradients and gathers of weights in one step"""
     routing: str | None = None
@@ -251,15 +254,24 @@ class TrainingResult:
         if self.sampling is None:
             return None
         model, sampling = self.scenario.model, self.sampling
-        tokens = self.micro_batches * self.layout.dp * self.scenario.parallel.replicas
+        by_chance = [
+            maxvio_by_chance(tokens, model.top_k, model.num_experts)
+            for tokens in (sampling.tokens_routed, sampling.tokens)
+        ]
         return {
             "experts_per_token": self._pairs_per_token("wanted") - self._pairs_per_token("dropped"),
             "scores": {"model": self.routing, "assumed": self.assumed or None},
             "sampling": {
-                "tokens_routed": tokens * sampling.routed,
-                "tokens": tokens * sampling.real,
-                "maxvio_by_chance": maxvio_by_chance(tokens * sampling.routed, model.top_k, model.num_experts),
-                "maxvio_by_chance_of_all": maxvio_by_chance(tokens * sampling.real, model.top_k, model.num_experts),
+                "kind": sampling.kind,
+                "scope": sampling.scope,
+                "micro_batches": sampling.micro_batches,
+                "replicas": sampling.replicas,
+                "ranks": sampling.ranks,
+                "tokens_of_rank": sampling.routed,
+                "tokens_routed": sampling.tokens_routed,
+                "tokens": sampling.tokens,
+                "maxvio_by_chance": by_chance[0],
+                "maxvio_by_chance_of_all": by_chance[1],
             },
         }
 
@@ -278,7 +290,8 @@ class TrainingResult:
         out: dict[str, Any] = {}
         for name in ("nvlink", "nic"):
             copies = sum(getattr(load, name) for load in self.loads[self._measured])
-            exchanged, summed = copies * self.exchange_bytes, getattr(self.reduce_bytes, name) * steps
+            exchanged = copies * self.exchange_bytes + getattr(self.gather_bytes, name) * steps
+            summed = getattr(self.reduce_bytes, name) * steps
             if exchanged + summed:
                 out[name] = {"exchange_bytes": round(exchanged), "reduction_bytes": round(summed)}
         return out or None

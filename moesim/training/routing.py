@@ -5,12 +5,13 @@ from the loads comes from the whole batch. One that balances within a batch (`co
 of each rank (or, as `routing_scope` says, for all ranks of a replica together), its state going on from micro-batch
 to micro-batch.
 
-A step may have millions of tokens. Of each rank's micro-batch at most `routing_tokens` over the number of
-data-parallel ranks are routed, evenly spaced over its sequences, and stand for all: counts are scaled up. Fewer tokens
-have more uneven loads than all would have; the result says what chance alone would give.
+A step may have millions of tokens. Some are routed and stand for all (`moesim.training.sampling`): counts are scaled
+up to a micro-batch of a replica, and where not all of those are routed, each stands for some. Fewer tokens have more
+uneven loads than all would have; the result says what chance alone would give.
 
 Legend: M micro-batches, R replicas, D data-parallel ranks of one, L MoE layers, E experts, S slots, P parts, W places
-of an assignment, T tokens routed in a step in the order (micro-batch, replica, rank, position), N bins of position.
+of an assignment, T tokens routed in a step in the order (micro-batch, replica, rank, position), B micro-batches of
+replicas that are routed, N bins of position.
 """
 
 from __future__ import annotations
@@ -31,16 +32,13 @@ from moesim.placement import Placement
 from moesim.rng import generator
 from moesim.routing import NONE, Arrays, Routed, Router, RoutingContext
 from moesim.routing.capacity import CapacitySpec, capacity_of, limit
+from moesim.training.sampling import Scope, Shape, offsets, plan, spread
 from moesim.training_spec import TrainingSpec
 
-__all__ = ["POSITION_BINS", "Sampling", "ScoreSource", "StepRouter", "StepRouting"]
+__all__ = ["POSITION_BINS", "ScoreSource", "StepRouter", "StepRouting"]
 
 POSITION_BINS = 10
 _DENOISING = 16
-_CELLS = 1 << 26
-"""scores of one layer and step held at once (256 MiB)"""
-_TOKENS, _STEP_CELLS = 8192, 1 << 29
-"""tokens of a micro-batch, and scores of a step's layers, unless a scenario says how many tokens"""
 
 
 class ScoreSource(Protocol):
@@ -61,20 +59,9 @@ class ScoreSource(Protocol):
         ...
 
 
-class Sampling(NamedTuple):
-    """Tokens routed and tokens that they stand for, in each micro-batch of each data-parallel rank."""
-
-    routed: int
-    real: int
-
-    @property
-    def scale(self) -> float:
-        return self.real / self.routed
-
-
 @dataclass(slots=True)
 class StepRouting:
-    """One step. Counts stand for all tokens (`Sampling.scale` times those of the sample).
+    """One step. Counts stand for all tokens.
 
     wanted_MRLE: (token, expert) pairs as the router chose. slot_MRLS: rows that each slot's kernel runs. rows_MRLP:
     pairs that reach each part. ports: copies through the busiest ports [M, R, L], None where tokens do not travel.
@@ -118,31 +105,52 @@ class StepRouter:
         self._policy, self._placement, self._scores = policy, placement, scores
         self._seed = seed
         self._replicas = replicas
-        ranks = layout.dp * replicas
-        self.micro_batches = training.global_batch_sequences // (training.micro_batch_sequences * ranks)
-        real = training.micro_batch_sequences * training.sequence_tokens
-        cells = model.num_experts * self.micro_batches  # of one token a micro-batch and layer
-        wished = training.routing_tokens or min(_TOKENS, _STEP_CELLS // (cells * model.num_moe_layers))
-        self.sampling = Sampling(min(real, max(1, min(wished, _CELLS // cells) // ranks)), real)
+        self.micro_batches = training.global_batch_sequences // (training.micro_batch_sequences * layout.dp * replicas)
+        shape = Shape(self.micro_batches, replicas, layout.dp, model.num_experts, model.num_moe_layers)
+        self.sampling = plan(shape, training, self._coupled())
         self._states: dict[tuple[int, int], Arrays] = {}
-        # evenly spaced, in the middle of each stretch, so that all sequences and positions are met alike
-        routed = self.sampling.routed
-        self._offset_T = (2 * np.arange(routed, dtype=np.int64) + 1) * real // (2 * routed)
-        blocks = self.micro_batches * ranks
-        self._position_T = np.tile(self._offset_T % training.sequence_tokens, blocks)
-        self._bin_T = self._position_T * POSITION_BINS // training.sequence_tokens
-        self._group_T = np.repeat(np.arange(self.micro_batches * replicas), layout.dp * routed)
-        within = np.tile(np.arange(layout.dp * routed), self.micro_batches * replicas)
-        # a data-parallel rank's tokens are dealt out to its tensor-parallel ranks for the exchange
-        self._source_T = within // routed * layout.tp + within % routed % layout.tp
+        self._lay_out()
         self._slot_of_LE = np.argsort(placement.slot_to_expert_LS, axis=1, kind="stable")
         self._node_G = np.arange(layout.ranks) // layout.gpus_per_node
+
+    def _coupled(self) -> Scope | None:
+        """The widest scope whose tokens compete for experts, as the router or a capacity has it."""
+        scopes: set[Scope] = set()
+        if self._policy.couples:
+            scopes.add("rank" if self._training.routing_scope == "rank" else "all")
+        c = self._capacity
+        if c is not None and any(c.factor_of(layer, "training") for layer in range(self._model.num_moe_layers)):
+            scopes.add(c.scope)
+        widest: tuple[Scope, ...] = ("all", "rank", "sequence")
+        return next((scope for scope in widest if scope in scopes), None)
+
+    def _lay_out(self) -> None:
+        """What is the same in every step: which tokens are routed, where they stand, and for what."""
+        sampling, layout, length = self.sampling, self._layout, self._training.sequence_tokens
+        routed, groups = sampling.routed, sampling.groups
+        micro, self._stands_M = spread(sampling.micro_batches, self.micro_batches)
+        replica, self._stands_R = spread(sampling.replicas, self._replicas)
+        rank, _ = spread(sampling.ranks, layout.dp)
+        group_B = (micro[:, None] * self._replicas + replica).ravel()
+        # how many micro-batches of replicas each one stands for
+        self._stands_for_B = np.outer(np.bincount(self._stands_M), np.bincount(self._stands_R)).ravel()
+        self._block = (group_B[:, None] * layout.dp + rank).ravel()  # (micro-batch, replica, rank), as numbered in all
+        self._offset_T = offsets(sampling, length, self._policy.couples)
+        self._position_T = np.tile(self._offset_T % length, len(self._block))
+        self._bin_T = self._position_T * POSITION_BINS // length
+        self._group_T = np.repeat(np.arange(groups), sampling.ranks * routed)
+        within = np.tile(np.arange(sampling.ranks * routed), groups)
+        if sampling.ranks == layout.dp:
+            # a data-parallel rank's tokens are dealt out to its tensor-parallel ranks for the exchange
+            self._source_T = within // routed * layout.tp + within % routed % layout.tp
+        else:
+            self._source_T = within % layout.ranks  # some ranks' tokens stand for those that all ranks send
 
     def _rows(self, step: int) -> tuple[IntArray, IntArray]:
         """Number of each token in the whole run, and of its sequence."""
         blocks = self.micro_batches * self._replicas * self._layout.dp
-        block_T = step * blocks + np.repeat(np.arange(blocks, dtype=np.int64), self.sampling.routed)
-        offset_T = np.tile(self._offset_T, blocks)
+        block_T = step * blocks + np.repeat(self._block, self.sampling.routed)
+        offset_T = np.tile(self._offset_T, len(self._block))
         length = self._training.sequence_tokens
         return block_T * self.sampling.real + offset_T, block_T * (self.sampling.real // length) + offset_T // length
 
@@ -178,7 +186,7 @@ class StepRouter:
                 class_T=sequence_T % 2,
             )
             expert_TW, gate_TW = self._choose(score_TE, context, carry)
-            made.append(self._count(expert_TW, gate_TW, score_TE, layer))
+            made.append(self._count(expert_TW, gate_TW, score_TE, layer, step))
         return self._together(made)
 
     # -- choosing -----------------------------------------------------------------------------------------------
@@ -187,8 +195,9 @@ class StepRouter:
         tokens = len(self._position_T)
         if not self._policy.couples:
             return [(0, slice(0, tokens))]
-        share = self.sampling.routed * (1 if self._training.routing_scope == "rank" else self._layout.dp)
-        per_micro = tokens // self.micro_batches // share
+        sampling = self.sampling
+        share = sampling.routed * (1 if self._training.routing_scope == "rank" else sampling.ranks)
+        per_micro = tokens // sampling.micro_batches // share
         return [(i % per_micro, slice(i * share, (i + 1) * share)) for i in range(tokens // share)]
 
     def _choose(
@@ -216,7 +225,9 @@ class StepRouter:
         return expert_TW, gate_TW
 
     # -- counting -----------------------------------------------------------------------------------------------
-    def _count(self, expert_TW: IntArray, gate_TW: NDArray[Any], score_TE: NDArray[np.float32], layer: int) -> _Counted:
+    def _count(
+        self, expert_TW: IntArray, gate_TW: NDArray[Any], score_TE: NDArray[np.float32], layer: int, step: int
+    ) -> _Counted:
         """Counts of one layer, of the sample."""
         wanted = self._by_expert(expert_TW)
         wanted_N = self._by_position(expert_TW != NONE)
@@ -226,8 +237,8 @@ class StepRouter:
         if self._policy.ideal and capacity is None:
             wanted = kept = run = np.broadcast_to(wanted.mean(axis=1, keepdims=True), wanted.shape)
         elif capacity is not None and factor is not None:
-            scope_T, _ = self._capacity_scopes(capacity)
-            room_S = np.array([self._room(n, capacity, factor) for n in np.bincount(scope_T).tolist()], np.int64)
+            scope_T, tokens, _ = self._capacity_scopes(capacity)
+            room_S = self._rooms(np.bincount(scope_T), tokens, capacity, factor, (step, layer))
             by_expert_TE = score_TE if self._scores_are_experts else None
             limited = limit(expert_TW.astype(np.int32), gate_TW, by_expert_TE, room_S, capacity, scope_T)
             expert_TW = limited.expert_TW.astype(np.int64)
@@ -241,37 +252,47 @@ class StepRouter:
 
     def _by_expert(self, expert_TW: IntArray) -> FloatArray:
         """Pairs by group and expert."""
-        experts, groups = self._model.num_experts, self.micro_batches * self._replicas
+        experts, groups = self._model.num_experts, self.sampling.groups
         key_TW = self._group_T[:, None] * experts + expert_TW
         count = np.bincount(key_TW[expert_TW != NONE], minlength=groups * experts)
         return count.reshape(groups, experts).astype(np.float64)
 
     def _by_position(self, mask_TW: NDArray[np.bool_]) -> FloatArray:
-        pairs_T = mask_TW.sum(axis=1).astype(np.float64)
+        """Pairs by position, those of each micro-batch as often as it stands for one."""
+        pairs_T = mask_TW.sum(axis=1) * self._stands_for_B[self._group_T].astype(np.float64)
         return np.asarray(np.bincount(self._bin_T, weights=pairs_T, minlength=POSITION_BINS), np.float64)
 
-    def _capacity_scopes(self, capacity: CapacitySpec) -> tuple[IntArray, int]:
-        """The scope of each token whose tokens share a capacity, and scopes of a group: each data-parallel rank's
-        micro-batch, each of its sequences, or all of a replica's."""
-        block_T = np.arange(len(self._group_T)) // self.sampling.routed
+    def _capacity_scopes(self, capacity: CapacitySpec) -> tuple[IntArray, int, int]:
+        """The scope of each token whose tokens share a capacity, from 0, the tokens that such a scope really has, and
+        scopes of a replica's micro-batch: each data-parallel rank's part, each of its sequences, or all."""
+        sampling, length = self.sampling, self._training.sequence_tokens
+        block_T = np.arange(len(self._group_T)) // sampling.routed
         if capacity.scope == "all":
-            return block_T // self._layout.dp, 1
+            return block_T // sampling.ranks, self._layout.dp * sampling.real, 1
         if capacity.scope == "rank":
-            return block_T, self._layout.dp
-        sequences = self._training.micro_batch_sequences
-        within_T = np.tile(self._offset_T // self._training.sequence_tokens, len(block_T) // self.sampling.routed)
-        return block_T * sequences + within_T, self._layout.dp * sequences
+            return block_T, sampling.real, self._layout.dp
+        number, within_T = np.unique(self._offset_T // length, return_inverse=True)
+        scope_T = block_T * len(number) + np.tile(within_T, len(self._block))
+        return scope_T, length, self._layout.dp * self._training.micro_batch_sequences
+
+    def _rooms(
+        self, routed_S: IntArray, tokens: int, capacity: CapacitySpec, factor: float, key: tuple[int, int]
+    ) -> IntArray:
+        """Tokens that an expert takes of each scope [S]: C of a whole one. Of a part of one (`routed_S` of its
+        `tokens`) as large a part of C, whose fraction is rounded up as often as it is large."""
+        share_S = self._room(tokens, capacity, factor) * routed_S / tokens
+        drawn_S = generator(self._seed, "training/room", *key).random(len(routed_S))
+        return np.asarray(np.floor(share_S) + (drawn_S < share_S % 1.0), np.int64)
 
     def _room(self, tokens: int, capacity: CapacitySpec, factor: float) -> int:
         return capacity_of(tokens, self._model.top_k, self._model.num_experts, factor, capacity.min_capacity)
 
     def _padded_rows(self, capacity: CapacitySpec, factor: float) -> FloatArray:
         """Rows that each expert's kernel runs whatever is in them, [groups, E]: those of all scopes, at the capacity
-        that all tokens have (not the sample's, which is rounded up more)."""
-        _, scopes = self._capacity_scopes(capacity)
-        room = self._room(self.sampling.real * self._layout.dp // scopes, capacity, factor)
-        groups = self.micro_batches * self._replicas
-        return np.full((groups, self._model.num_experts), room * scopes / self.sampling.scale)
+        that whole ones have."""
+        _, tokens, scopes = self._capacity_scopes(capacity)
+        room = self._room(tokens, capacity, factor)
+        return np.full((self.sampling.groups, self._model.num_experts), room * scopes / self.sampling.scale)
 
     def _padded_ports(self, run_BE: FloatArray) -> FloatArray | None:
         """Copies where every rank sends each expert its share of the padded rows, each copy on its own (GShard,
@@ -291,7 +312,7 @@ class StepRouter:
         # what a token does not take stays at home and is not counted
         home_T1 = (self._source_T * spr)[:, None]
         slot_TW = np.where(expert_TW == NONE, home_T1, self._slot_of_LE[layer][expert_TW])
-        groups = self.micro_batches * self._replicas
+        groups = self.sampling.groups
         starts = np.arange(groups, dtype=np.int64) * (len(self._source_T) // groups)
         copies = touch(slot_TW[:, None], self._source_T, starts, spr, self._node_G)
         share = self._busiest_share()
@@ -312,19 +333,23 @@ class StepRouter:
 
     def _together(self, made: list[_Counted]) -> StepRouting:
         """All layers of a step, scaled up to all tokens."""
-        scale, shape = self.sampling.scale, (self.micro_batches, self._replicas, len(made))
+        sampling = self.sampling
+        sampled, stands = (sampling.micro_batches, sampling.replicas), np.ix_(self._stands_M, self._stands_R)
+
+        def to_all(count_BLX: FloatArray) -> FloatArray:
+            return np.asarray(count_BLX.reshape(*sampled, *count_BLX.shape[1:])[stands] * sampling.scale)
 
         def stack(name: str) -> FloatArray:
-            return np.stack([getattr(c, name) for c in made], axis=1).reshape(*shape, -1) * scale
+            return to_all(np.stack([getattr(c, name) for c in made], axis=1))
 
         slot_MRLS, kept_MRLS = stack("run_BS"), stack("kept_BS")
-        rows_MRLP = kept_MRLS.reshape(*shape, self._layout.ep, -1).sum(axis=-1)
+        rows_MRLP = kept_MRLS.reshape(*kept_MRLS.shape[:3], self._layout.ep, -1).sum(axis=-1)
         ports = None
         if made[0].port_4B is not None:
-            port_4BL = np.stack([c.port_4B for c in made if c.port_4B is not None], axis=-1) * scale
-            ports = Ports(*port_4BL.reshape(4, *shape))
-        wanted_N = sum((c.wanted_N for c in made), np.zeros(POSITION_BINS)) * scale
-        dropped_N = sum((c.dropped_N for c in made), np.zeros(POSITION_BINS)) * scale
+            port_4BL = np.stack([c.port_4B for c in made if c.port_4B is not None], axis=-1)
+            ports = Ports(*(to_all(port_BL) for port_BL in port_4BL))
+        wanted_N = sum((c.wanted_N for c in made), np.zeros(POSITION_BINS)) * sampling.scale
+        dropped_N = sum((c.dropped_N for c in made), np.zeros(POSITION_BINS)) * sampling.scale
         return StepRouting(stack("wanted_BE"), slot_MRLS, rows_MRLP, ports, wanted_N, dropped_N)
 
 

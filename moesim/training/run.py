@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -16,7 +17,7 @@ from moesim.layout import Layout
 from moesim.placement import Placement, PlacementContext
 from moesim.scenario.load import Scenario
 from moesim.training.memory import balanced_rows, require_fit
-from moesim.training.reduce import Buckets, LinkBytes, optimizer_ops
+from moesim.training.reduce import Buckets, LinkBytes, gather_bytes, optimizer_ops
 from moesim.training.result import Loads, TrainingResult
 from moesim.training.routing import ScoreSource, StepRouter
 from moesim.training.scores import training_scores
@@ -55,6 +56,9 @@ def simulate_training(
             experts = ExpertPasses(prices, ops, training.recompute, act)
             times = 3 if training.recompute == "full" else 2
             result.exchange_bytes = times * (prices.dispatch_bytes + prices.combine_bytes)
+            sent = gather_bytes(layout, prices.combine_bytes * tokens)
+            calls = 2 * times * router.micro_batches * replicas * model.num_moe_layers
+            result.gather_bytes = LinkBytes(*(calls * b for b in sent))
             result.warnings = (*result.warnings, *_warnings(scenario, layout, router, scores))
         buckets = Buckets(model, layout, ops, training, replicas)
         result.micro_batches = training.global_batch_sequences // (
@@ -69,6 +73,7 @@ def simulate_training(
             optimizer_ops(model, layout, ops, training, replicas),
             result.micro_batches,
             replicas,
+            gathers=layout.meets and not layout.exchanges,
         )
         result.reduce_bytes = _bytes_summed(buckets, training.zero_stage, result.micro_batches)
         _steps(result, router, clock, progress)
@@ -142,15 +147,67 @@ def _bytes_summed(buckets: Buckets, stage: int, micro_batches: int) -> LinkBytes
 
 def _warnings(scenario: Scenario, layout: Layout, router: StepRouter, scores: ScoreSource) -> list[str]:
     out = [f"routing: {scores.assumed}"] if scores.assumed else []
-    sampling, replicas = router.sampling, scenario.parallel.replicas
-    if sampling.routed < sampling.real:
-        out.append(
-            f"routing: of each rank's {sampling.real:,} tokens a micro-batch {sampling.routed:,} are routed and stand "
-            "for all, which makes loads more uneven (and drops more) than all would; training.routing_tokens raises it"
-        )
+    replicas = scenario.parallel.replicas
+    if sampled := _sampled(router, scenario):
+        out.append(f"routing: {sampled}; training.routing_tokens sets how many")
     if layout.meets and layout.expert_tp > 1:
         out.append(
             f"parallel: each expert is split over {layout.expert_tp} ranks, which gather all tokens; for whole copies "
             f"of the experts use dp={max(1, layout.ep // layout.tp)}, replicas={replicas * layout.expert_tp}"
         )
     return out
+
+
+_SCOPES = {"sequence": "sequence", "rank": "micro-batch of a rank", "all": "micro-batch of a replica"}
+_FEW = 4.0
+"""choices of an expert in what a router sees, below which rounding decides what it does"""
+
+
+def _sampled(router: StepRouter, scenario: Scenario) -> str:
+    """What a sample of the tokens is and does to the figures; "" where all are routed."""
+    s, model = router.sampling, scenario.model
+    if s.kind == "all":
+        return ""
+    if s.kind == "tokens":
+        return (
+            f"of each rank's {s.real:,} tokens a micro-batch {s.routed:,} are routed and stand for all, which makes "
+            "loads more uneven than all would"
+        )
+    assert s.scope is not None
+    where = f"{s.micro_batches} of {s.shape.micro_batches} micro-batches, {s.replicas} of {s.shape.replicas} replicas"
+    where += f" and {s.ranks} of each one's {s.shape.ranks} data-parallel ranks"
+    if s.kind == "scopes":
+        uneven = "of a micro-batch and of a step" if s.ranks < s.shape.ranks or s.routed < s.real else "of a step"
+        whole = _SCOPES[s.scope].replace("sequence", "sequences").replace("micro-batch", "micro-batches")
+        return (
+            f"whole {whole} are routed, {s.routed:,} tokens of each rank, and stand for the others: {where}; what a "
+            f"router and a capacity do within one is what they would do, the loads {uneven} are more uneven, and what "
+            "stands for each other takes equally long"
+        )
+    part = s.ranks * s.routed
+    scope_tokens = s.shape.ranks * s.real if s.scope == "all" else s.real
+    if s.scope == "sequence" and scenario.training is not None:
+        scope_tokens = scenario.training.sequence_tokens
+    each = part * model.top_k / model.num_experts
+    does = ["loads are more uneven than all would make them"]
+    if scenario.capacity is not None:
+        of_part, of_all = (_dropped_by_chance(n * model.top_k / model.num_experts) for n in (part, scope_tokens))
+        does.append(
+            "room for an expert is as large a part of the capacity, rounded at random, which drops more than all would "
+            f"(at factor 1, where experts are alike, some {of_part:.0%} in place of {of_all:.0%})"
+        )
+    if scenario.policies.routing.couples:
+        each = part * model.top_k / model.num_experts
+        does.append("the router balances fewer tokens than it would")
+        if each < _FEW:
+            does[-1] += f", only {each:.2g} choices an expert, so that rounding decides what it does"
+    return (
+        f"a {_SCOPES[s.scope]} has {scope_tokens:,} tokens, more than are routed at once, so {part:,} of one stand for "
+        f"it, in {where}: {'; '.join(does)}"
+    )
+
+
+def _dropped_by_chance(mean: float) -> float:
+    """Share of choices beyond a room of `mean` where a Poisson number of that mean wants in (normal approximation of
+    the mean absolute deviation, half of which lies above)."""
+    return min(1.0, 1.0 / math.sqrt(2.0 * math.pi * mean))

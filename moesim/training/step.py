@@ -84,7 +84,8 @@ class StepTime(NamedTuple):
 
 
 class StepClock:
-    """Prices steps from their routing. `experts` is None for a dense model."""
+    """Prices steps from their routing. `experts` is None for a dense model; `gathers`: ranks of split experts gather
+    all tokens and sum their own back, where else tokens travel by all-to-all."""
 
     def __init__(
         self,
@@ -96,7 +97,9 @@ class StepClock:
         optimizer: list[Op],
         micro_batches: int,
         replicas: int,
+        gathers: bool = False,
     ) -> None:
+        self._there, self._back = ("all_gather", "reduce_scatter") if gathers else ("all_to_all", "all_to_all")
         self._model, self._training, self._passes = model, training, passes
         self._experts, self._buckets, self._optimizer = experts, buckets, optimizer
         self._micro_batches, self._replicas = micro_batches, replicas
@@ -169,15 +172,16 @@ class StepClock:
         backward, again = (np.take_along_axis(x, part, -1)[..., 0] for x in gradients[:2])
         travel = priced.exchange_grade
         ahead = (
-            _Priced("dispatch", "exchange", "all_to_all", priced.dispatch, travel),
+            _Priced("dispatch", "exchange", self._there, priced.dispatch, travel),
             _Priced("experts", "forward", "moe", priced.experts, priced.grade),
-            _Priced("combine", "exchange", "all_to_all", priced.combine, travel),
+            _Priced("combine", "exchange", self._back, priced.combine, travel),
         )
-        # gradients take the way back: as many bytes through the same ports, received where they were sent
+        # gradients take the way back: as many bytes through the same ports, received where they were sent; that of a
+        # sum is a gather, and that of a gather a sum
         back = [
-            _Priced("combine_backward", "exchange", "all_to_all", priced.dispatch, travel),
+            _Priced("combine_backward", "exchange", self._there, priced.dispatch, travel),
             _Priced("experts_backward", "backward", "moe_wgrad", backward, gradients.grade),
-            _Priced("dispatch_backward", "exchange", "all_to_all", priced.combine, travel),
+            _Priced("dispatch_backward", "exchange", self._back, priced.combine, travel),
         ]
         if self._training.recompute == "full":
             back += [p._replace(name="recompute", phase="recompute") for p in ahead]
