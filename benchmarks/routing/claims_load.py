@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from moesim.policy import load_policy
 from moesim.rng import generator
 from moesim.routing import Arrays, Router, RoutingContext
-from moesim.routing.batch import BatchRouter, ModelFacts
+from moesim.routing.batch import BINS, BatchRouter, ModelFacts
 from moesim.routing.capacity import CapacitySpec
 from moesim.workload.pool import RoutingSource
 from moesim.workload.scores import TOP_SIGMOID, ScoreModel
@@ -426,8 +426,12 @@ def drops(pool: RoutingSource, model: ScoreModel, top_k: int, factor: float, sco
     spec = CapacitySpec.model_validate({"factor": factor, "scope": scope, "min_capacity": 4})
     facts = ModelFacts(top_k, pool.num_experts, layers, norm_topk_prob=False)
     router = BatchRouter(load_policy("routing", "topk"), model, pool, facts, spec, SEED)
-    router.route(np.arange(pool.num_tokens), "prefill", 0)
-    share: Curve = 100 * router.dropped_bins / router.wanted_bins
+    row_N = np.arange(pool.num_tokens)
+    routed = router.route(row_N, "prefill", 0)
+    sequence_N = np.repeat(np.arange(pool.num_sequences), pool.sequence_tokens_Q)
+    tenth_N = (row_N - pool.sequence_start[sequence_N]) * BINS // pool.sequence_tokens_Q[sequence_N]
+    wanted, dropped = (np.bincount(tenth_N, x_NL.sum(1), BINS) for x_NL in (routed.wanted_NL, routed.dropped_NL))
+    share: Curve = 100 * dropped / wanted
     return share
 
 
