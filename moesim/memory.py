@@ -56,10 +56,11 @@ class RankMemory:
 
 
 def rank_memory(
-    model: MoEModel, cluster: Cluster, layout: Layout, engine: EngineSpec, slots_per_part: float, choices: int = 0
+    model: MoEModel, cluster: Cluster, layout: Layout, engine: EngineSpec, slots_per_part: float, copies: float = 0
 ) -> RankMemory:
     """Memory of one rank. `slots_per_part`: expert slots (replicas included) of one expert-parallel part and set of
-    experts, smaller experts counted by their size. `choices`: experts that a token is sent to, where more than K."""
+    experts, smaller experts counted by their size. `copies`: of a token that
+    are sent, where more than one to each of its K experts."""
     tokens = engine.max_num_batched_tokens
     act = dtype_bytes(model.activation_dtype)
     # residual, normed input, attention in and out, and the widest feed-forward intermediate, each [tokens, width]
@@ -73,11 +74,8 @@ def rank_memory(
     # float32 logits of the sampled rows of one vocabulary shard
     activations += 4 * engine.max_num_seqs * model.vocab_size // layout.tp
     # one buffer each for tokens received and sent: at most every token of a rank to every one of its K experts
-    exchange = (
-        int(2 * tokens * min(max(model.top_k, choices), layout.ep) * model.expert_hidden * act)
-        if layout.exchanges
-        else 0
-    )
+    copies = max(min(model.top_k, layout.ep), copies)
+    exchange = int(2 * tokens * copies * model.expert_hidden * act) if layout.exchanges else 0
     kv_layers = set(model.kv_bytes_per_token(layout.tp))
     per_layer = max(kv_layers)
     kv_unit = int(per_layer * engine.block_size)
@@ -104,10 +102,10 @@ def rank_memory(
 
 
 def require_fit(
-    model: MoEModel, cluster: Cluster, layout: Layout, engine: EngineSpec, slots_per_part: float, choices: int = 0
+    model: MoEModel, cluster: Cluster, layout: Layout, engine: EngineSpec, slots_per_part: float, copies: float = 0
 ) -> RankMemory:
     """`rank_memory`, or Infeasible with the bytes by use and the smallest changes that would fit."""
-    memory = rank_memory(model, cluster, layout, engine, slots_per_part, choices)
+    memory = rank_memory(model, cluster, layout, engine, slots_per_part, copies)
     least = model.num_layers  # one block of one sequence
     if memory.kv_units >= least:
         return memory

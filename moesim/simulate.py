@@ -36,6 +36,7 @@ from moesim.model import MoEModel
 from moesim.placement import Placement, PlacementContext, PlacementPolicy
 from moesim.record import REJECTED
 from moesim.routing.batch import BINS, BatchRouter
+from moesim.routing.capacity import capacity_of
 from moesim.scenario.load import Scenario
 from moesim.training.result import TrainingResult
 from moesim.training.run import simulate_training
@@ -378,8 +379,8 @@ def _serve(
     try:
         experts = _experts(scenario, layout, ops, stream, seed) if scenario.model.is_moe else None
         slots = experts.slot_size if experts is not None else 0
-        choices = model_choices(scenario, experts.figures if experts is not None else None)
-        memory = require_fit(scenario.model, scenario.cluster, layout, scenario.engine, slots, choices)
+        copies = _copies(scenario, layout, experts.figures if experts is not None else None)
+        memory = require_fit(scenario.model, scenario.cluster, layout, scenario.engine, slots, copies)
     except Infeasible as error:
         result.reasons = error.reasons
         return result
@@ -538,10 +539,21 @@ def _experts(scenario: Scenario, layout: Layout, ops: Operators, stream: Request
     )
 
 
-def model_choices(scenario: Scenario, figures: dict[str, Any] | None) -> int:
-    """Experts that a token is sent to, for the exchange's buffers: the model's K, or what a router chooses if more."""
-    drawn = 0.0 if figures is None else figures["experts_per_token"]
-    return max(scenario.model.top_k, math.ceil(drawn - 1e-9))
+def _copies(scenario: Scenario, layout: Layout, figures: dict[str, Any] | None) -> float:
+    """Copies of a token that the exchange's buffers hold: one for each expert that a router chooses, at most one a
+    rank; where kernels are padded to a capacity, the room of all experts over the tokens of a rank."""
+    drawn = 0.0 if figures is None else math.ceil(figures["experts_per_token"] - 1e-9)
+    copies = float(min(max(scenario.model.top_k, drawn), layout.ep))
+    capacity, model = scenario.capacity, scenario.model
+    if capacity is None or not capacity.pad or not model.is_moe:
+        return copies
+    tokens = scenario.engine.max_num_batched_tokens
+    factors = [capacity.factor_of(layer, p) for layer in range(model.num_moe_passes) for p in ("prefill", "decode")]
+    rooms = [
+        capacity_of(tokens, model.top_k, model.num_experts, factor, capacity.min_capacity)
+        for factor in {f for f in factors if f is not None}
+    ]
+    return max([copies, *(room * model.num_experts / tokens for room in rooms)])
 
 
 def _place(

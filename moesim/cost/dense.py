@@ -119,6 +119,11 @@ class DenseTables:
         self.head_N: IntArray = sum((p.ns_N for p in self.head_parts), np.zeros_like(self.head_parts[0].ns_N))
         self.pad = self._padding()
 
+    @property
+    def exchanges(self) -> bool:
+        """Tokens travel to their experts by all-to-all."""
+        return self._layout.exchanges
+
     def _padding(self) -> list[int]:
         """For each batch within the largest graph, the graph it runs in; [] when graphs are off."""
         sizes = self.engine.graph_batch_sizes

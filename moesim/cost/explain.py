@@ -68,6 +68,7 @@ def explain(runs: list[Run], pricer: StepPricer) -> Explanation:
         rest_R = rest_R - spent_R
     stats, sigma = np.zeros(STATS), 0.0
     experts = _experts(runs, steps_R, pricer)
+    gathers = {"dispatch": "all_gather", "combine": "reduce_scatter"}  # of groups whose experts are split over ranks
     if experts is not None:
         by_part_R, stats, expert_grade_R, exchange_grade_R, sigma = experts
         for name, column, grade_R in (
@@ -76,7 +77,7 @@ def explain(runs: list[Run], pricer: StepPricer) -> Explanation:
             spent_R = by_part_R[:, column]
             if spent_R.any():
                 ns[name] = int(spent_R.sum())
-                operator[name] = "moe" if column == 1 else "all_to_all"
+                operator[name] = ("all_to_all" if dense.exchanges else gathers[name]) if column != 1 else "moe"
             grade_ns += np.bincount(grade_R, weights=spent_R, minlength=4)
             rest_R = rest_R - spent_R
     attention = pricer.full if pricer.full is not None else pricer.window

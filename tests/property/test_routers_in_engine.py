@@ -394,3 +394,68 @@ def test_the_bank_says_how_far_its_few_batches_are_off(tmp_path: Path) -> None:
     row = moe.row("prefill", 2048, 512)  # type: ignore[attr-defined]
     assert len(row.total) == 8
     assert len({tuple(column) for column in row.stats.T.tolist()}) == 8
+
+
+def test_padding_takes_memory_and_many_experts_a_token_do(tmp_path: Path) -> None:
+    def buffers(**parts: object) -> int:
+        done = run(tmp_path, **parts)
+        assert done.memory is not None
+        return done.memory.exchange_buffers
+
+    plain = buffers(capacity={"factor": 2.0})
+    assert buffers(capacity={"factor": 2.0, "pad": True}) == pytest.approx(2 * plain, rel=0.01)
+    wide = simulate(
+        scenario(
+            tmp_path, parallel={"dp": 32, "ep": 32}, routing={**POOL, "fidelity": "count"}, requests=MIXED,
+            policies={"routing": {"kind": "threshold", "percentile": 75.0}},
+        )
+    )  # fmt: skip
+    assert wide.experts is not None
+    assert wide.experts.figures is not None
+    taken = wide.experts.figures["experts_per_token"]
+    assert taken > 8
+    assert wide.memory is not None
+    assert wide.memory.exchange_buffers >= 2 * 8192 * taken * 256 * 2
+
+
+def test_a_layer_without_tokens_is_no_balance(tmp_path: Path) -> None:
+    """Tokens that stop early leave late layers empty; such layers have no largest over mean, and no hottest place."""
+    done = run(tmp_path, "token", policies={"routing": {"kind": "halting", "threshold": 1e9, "free_layers": 1}})
+    report = done.to_json()["summary"]
+    assert report["balance"]["max_over_mean_load"] >= 1
+    load_LP = done.rank_load_LP()
+    assert load_LP is not None
+    assert load_LP[-1].sum() == 0
+    assert load_LP[0].sum() == pytest.approx(1)
+    assert report["balance"]["hottest"]["layer"] != done.scenario.model.moe_layers[-1]
+    assert report["routing"]["experts_per_token"] < 4
+
+
+def test_a_trace_serves_a_router_with_another_k(tmp_path: Path) -> None:
+    base = {
+        "model": "stdlib-moe-16e", "cluster": {"device": "cpu_epyc_1thread", "nodes": 1, "gpus_per_node": 1},
+        "parallel": {"dp": 1, "ep": 1}, "routing": {"path": str(TRACE)},
+        "engine": {"max_model_len": 256, "cuda_graph": False},
+        "requests": {"format": "closed_loop", "concurrency": 2, "num_requests": 2, "prompt_tokens": 64,
+                     "output_tokens": 2},
+    }  # fmt: skip
+    done = simulate(scenario(tmp_path, **base, policies={"routing": "hash_layers"}))
+    assert done.to_json()["summary"]["routing"]["experts_per_token"] == 1
+    with pytest.raises(BadInput, match="16 experts, stdlib-moe-16e here 32"):
+        simulate(scenario(tmp_path, **base, policies={"routing": "expert_upcycling"}))
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        ({"model": {"router_columns": 3}}, "router_columns must be the scores that the router asks for: 3"),
+        ({"capacity": {"layers": {"7": 1.0}}}, "capacity.layers counts MoE layers from 0"),
+        ({"capacity": {"factor": 1e300}}, "less than or equal to 1000000"),
+    ],
+)
+def test_what_does_not_go_together_is_told(tmp_path: Path, part: dict[str, dict[str, object]], text: str) -> None:
+    parts: dict[str, object] = dict(part)
+    if "model" in parts:
+        parts["model"] = model(tmp_path, **part["model"])
+    with pytest.raises(BadInput, match=text):
+        scenario(tmp_path, parallel=LAYOUT, **parts)

@@ -56,8 +56,8 @@ def test_a_policy_that_chooses_by_itself_replaces_the_ids(tmp_path, kind):
     ("given", "words"),
     [
         ({"layers": 5}, ["5 MoE layers", "small 4"]),
-        ({"experts": 16}, ["16 experts", "small 8"]),
-        ({"top_k": 3}, ["top_k 3", "small 2"]),
+        ({"experts": 16}, ["16 experts", "small here 8"]),
+        ({"top_k": 3}, ["top_k 3", "small here 2"]),
         ({"layers": 5, "experts": 16, "top_k": 3}, ["layers", "experts", "top_k"]),
     ],
 )
