@@ -130,7 +130,7 @@ class CountExperts:
             skew = min(_SKEWS[at] if at < len(_SKEWS) else ratio, float(self._layout.dp))
         found = self._rows.get((phase, tokens, skew))
         if found is None:
-            low, high = _grid(tokens)
+            low, high = _grid(tokens, self._routed is not None)
             found = self._price(phase, low, skew)
             if high > low:
                 found = _between(found, self._price(phase, high, skew), (tokens - low) / (high - low))
@@ -139,7 +139,7 @@ class CountExperts:
 
     def layers(self, phase: Phase, tokens: int, busiest: int) -> LayerPrices:
         """Layer by layer, the prices behind the next smaller size of the grid (for a timeline)."""
-        low, _ = _grid(tokens)
+        low, _ = _grid(tokens, self._routed is not None)
         ratio = busiest * self._layout.dp / tokens if self._layout.meets else 1.0
         computed, ports, _ = self._cell(phase, low, ratio)
         return self._prices.price(computed, np.full(len(computed.grade), busiest * low / tokens), ports)
@@ -307,14 +307,17 @@ def _between(low: MoESums, high: MoESums, share: float) -> MoESums:
     return MoESums(parts[0] + parts[1] + parts[2], parts[0], parts[1], parts[2], stats, grade, exchange_grade)
 
 
-def _grid(tokens: int) -> tuple[int, int]:
-    """The sizes of the grid around `tokens`: every size to 4, then 2^k and 3 * 2^(k-1), whole blocks from 32 on."""
+def _grid(tokens: int, coarse: bool = False) -> tuple[int, int]:
+    """The sizes of the grid around `tokens`: every size to 4, then 2^k and 3 * 2^(k-1), whole blocks from 32 on.
+
+    coarse: 2^k alone, where batches are dear to draw.
+    """
     if tokens <= 4:
         return tokens, tokens
     power = 1 << (tokens.bit_length() - 1)
     sizes = [power, power + power // 2, 2 * power]
-    if power == _BLOCK:
-        sizes = [_BLOCK, 2 * _BLOCK]
+    if power == _BLOCK or coarse:
+        sizes = [power, 2 * power]
     low = max(s for s in sizes if s <= tokens)
     high = min(s for s in sizes if s >= tokens)
     return low, high

@@ -29,6 +29,8 @@ __all__ = ["Entry", "RoutedBank", "drawn_of", "room_of", "stack_drawn"]
 
 _MOST = 1024
 """tokens routed for one entry"""
+_LEAST, _CELLS = 256, 1 << 23
+"""and fewer, but not under so many, where their scores in all layers would be more than so many"""
 _RANKS = 4
 """ranks looked at, at least, however large they are"""
 _ENTRIES = 8
@@ -73,6 +75,7 @@ class RoutedBank:
         self._placement = placement
         self._seed = seed
         self._node_G = np.arange(layout.ranks) // layout.gpus_per_node
+        self._most = min(_MOST, max(_LEAST, _CELLS // (router.facts.layers * router.facts.experts)))
 
     def entries(self, asked: int) -> int:
         """How many batches of a size are drawn where the scenario asks for `asked`."""
@@ -117,13 +120,13 @@ class RoutedBank:
         size_D[1 : 1 + tokens - int(size_D.sum())] += 1
         order_D = np.concatenate([[0], 1 + generator(self._seed, "bank/ranks", entry).permutation(number - 1)])
         order_D = order_D[size_D[order_D] > 0].astype(np.int64)
-        if tokens <= _MOST:
+        if tokens <= self._most:
             size_S = size_D[order_D]
             return _Ranks(order_D, size_S, size_S, np.ones(len(size_S)))
-        whole = int(np.searchsorted(np.cumsum(size_D[order_D]), _MOST, side="right"))  # ranks that fit as they are
+        whole = int(np.searchsorted(np.cumsum(size_D[order_D]), self._most, side="right"))  # ranks that fit as they are
         rank_S = order_D[: max(whole, _RANKS)]
         real_S = size_D[rank_S]
-        thin = min(1.0, _MOST / int(real_S.sum()))
+        thin = min(1.0, self._most / int(real_S.sum()))
         routed_S = np.maximum(1, np.floor(real_S * thin)).astype(np.int64)
         others = int(real_S[1:].sum())
         if others == 0 or busiest - int(size_D[-1]) <= 1:  # all alike: each token stands for as many
