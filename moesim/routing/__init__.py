@@ -26,7 +26,7 @@ from moesim.workload.pool import Ids
 from moesim.workload.synthetic import Groups
 
 __all__ = [
-    "NONE", "Arrays", "Routed", "Router", "RoutingContext", "RoutingPolicy", "sigmoid", "softmax", "top_ids",
+    "NONE", "Arrays", "Routed", "Router", "RoutingContext", "sigmoid", "softmax", "top_ids",
 ]  # fmt: skip
 
 Floats = NDArray[Any]
@@ -149,6 +149,3 @@ class Router(Spec):
         Called only where `from_scores` is False.
         """
         raise NotImplementedError
-
-
-RoutingPolicy = Router

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,9 @@ from moesim.rng import generator
 from moesim.routing import NONE, Arrays, Routed, Router, RoutingContext
 from moesim.routing.capacity import CapacitySpec, Phase, capacity_of, limit
 from moesim.workload.pool import Ids, RoutingSource, id_dtype
+from moesim.workload.scores import ScoreModel
 
-__all__ = ["BINS", "UNLIMITED", "BatchRouter", "ModelFacts", "RoutedBatch", "Scores"]
+__all__ = ["BINS", "UNLIMITED", "BatchRouter", "ModelFacts", "RoutedBatch"]
 
 BINS = 10
 """tenths of a sequence, for drops by position"""
@@ -29,18 +30,6 @@ _WARM_TOKENS, _WARM_RATE = 512, 0.03
 _WARM_STEPS = (64, 16)
 """of routers that learn at a rate, and of those whose state is made anew from the loads"""
 _VOCABULARY = 32_768
-
-
-class Scores(Protocol):
-    """What routing asks of a score model (`moesim.workload.scores`)."""
-
-    name: str
-    assumed: str
-    num_experts: int
-
-    def scores(self, rows_N: NDArray[np.int64], layer: int, progress: float = 1.0) -> NDArray[np.float32]:
-        """Router logits [N, E] of rows of the pool, a pure function of (row, layer)."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +73,7 @@ class BatchRouter:
     def __init__(
         self,
         policy: Router,
-        scores: Scores,
+        scores: ScoreModel,
         source: RoutingSource,
         facts: ModelFacts,
         capacity: CapacitySpec | None,
@@ -300,7 +289,7 @@ def _widened(expert_NLW: Ids, wide: int, none: int) -> Ids:
 def _facts_of_tokens(source: RoutingSource, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64], dict[str, str]]:
     """Vocabulary ids and classes of the pool's tokens, and what is assumed of them: ids where the trace has none follow
     Zipf's law; the class is the sequence's domain, else sequences alternate between two."""
-    recorded = getattr(source, "token_T", None)
+    recorded = source.token_T
     assumed: dict[str, str] = {}
     if recorded is None:
         share = 1.0 / np.arange(1, _VOCABULARY + 1)
