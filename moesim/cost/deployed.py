@@ -15,6 +15,7 @@ import numpy as np
 from moesim.cost.bank import CountExperts
 from moesim.cost.experts import ExpertPrices
 from moesim.cost.operators import Operators
+from moesim.cost.placing import placement_context
 from moesim.cost.routed import figures, route_source
 from moesim.cost.routed_bank import RoutedBank
 from moesim.cost.step import MoECost, NoExperts
@@ -67,10 +68,15 @@ class Experts:
 def experts_of(scenario: Scenario, layout: Layout, ops: Operators, stream: RequestStream, seed: int) -> Experts:
     model, policies = scenario.model, scenario.policies
     source, router, other = route_source(scenario, seed)
-    context = PlacementContext(
-        num_ranks=layout.ep,
-        num_nodes=max(1, min(layout.nodes, layout.ep)),
-        num_groups=model.num_expert_groups,
+    context = placement_context(
+        model,
+        scenario.cluster,
+        layout,
+        scenario.engine,
+        ops,
+        source,
+        (float(stream.prompt_tokens.mean()), float(stream.output_tokens.mean())),
+        seed,
     )
     placement, fitted = _place(policies.placement, source, model, context)
     prices = ExpertPrices(model, layout, ops, placement.slots_per_rank, placement.slot_to_expert_LS)
@@ -125,8 +131,7 @@ def _place(
     weight_ZE = np.zeros((model.num_expert_sets, weight_LE.shape[1]))
     np.add.at(weight_ZE, set_L, weight_LE)
     placement = policy.place(weight_ZE, context)
-    blind = policy.place(np.ones_like(weight_ZE), context)
-    fitted = not np.array_equal(blind.slot_to_expert_LS, placement.slot_to_expert_LS)
+    fitted = getattr(policy, "uses_traffic", True) and not source.ideal
     if model.num_expert_sets < len(set_L):
         placement = context.placement(placement.slot_to_expert_LS[set_L], placement.num_experts)
     return placement, fitted

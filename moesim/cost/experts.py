@@ -18,7 +18,7 @@ from moesim.arrays import AnyArray, FloatArray, IntArray, U8Array
 from moesim.cost.operators import MoEShape, Operators
 from moesim.layout import Layout
 from moesim.model import MoEModel, dtype_bytes
-from moesim.placement import Placement
+from moesim.placement import EMPTY, Placement
 from moesim.routing.batch import BINS
 
 __all__ = ["STATS", "Computed", "Drawn", "ExpertPrices", "LayerPrices", "MoESums", "Ports", "padded_slots"]
@@ -153,7 +153,7 @@ class ExpertPrices:
         self._token_centric = model.expert_execution == "token_centric"
         self._size_LPS: FloatArray | None = None
         if model.expert_size_E and slot_to_expert_LS is not None:
-            size_LS = np.asarray(model.expert_size_E)[slot_to_expert_LS]
+            size_LS = np.where(slot_to_expert_LS == EMPTY, 0.0, np.asarray(model.expert_size_E)[slot_to_expert_LS])
             self._size_LPS = size_LS.reshape(len(size_LS), layout.ep, -1)
         self._spans = layout.nodes > 1
 
@@ -258,8 +258,9 @@ def _mean_ratio(most: FloatArray, mean: FloatArray) -> FloatArray:
 def padded_slots(room_BL: AnyArray, placement: Placement) -> FloatArray:
     """Rows of each slot [B, L, S] where an expert's kernels compute its room, shared evenly by its replicas; below 0 in
     layers without a capacity."""
-    replicas_LS = np.take_along_axis(placement.replica_count_LE, placement.slot_to_expert_LS.astype(np.int64), axis=1)
-    return np.asarray(room_BL, np.float64)[..., None] / replicas_LS
+    replicas_LS = np.take_along_axis(placement.replica_count_LE, placement.expert_LS, axis=1)
+    room_BLS = np.asarray(room_BL, np.float64)[..., None] / replicas_LS
+    return room_BLS if placement.held_LS.all() else np.where(placement.held_LS, room_BLS, np.minimum(room_BLS, 0.0))
 
 
 def _over_slots(values: AnyArray) -> FloatArray:

@@ -52,7 +52,6 @@ class TokenExperts:
         self.kept: dict[int, LayerPrices] = {}
         """layer by layer, the first runs' prices by the tick they start at (for a timeline)"""
         self._slot_total_LS = np.zeros((placement.num_layers, placement.num_slots), np.int64)
-        self._slot_to_expert = placement.slot_to_expert_LS.astype(np.int64)
 
     def slot_load_LS(self) -> FloatArray:
         """Tokens per slot [L, S] of every step that was priced (steps that an arrival cut off included)."""
@@ -95,7 +94,7 @@ class TokenExperts:
         ports = pad_LS = drawn = None
         if self._plain:
             count_SLE = count_steps(self._source, rows, offsets)
-            slot_SLS: AnyArray = np.take_along_axis(count_SLE, self._slot_to_expert[None], axis=2)
+            slot_SLS: AnyArray = self._placement.of_slots(count_SLE)
         else:
             # a token's own number keys its draws, so that they do not depend on the steps priced with it
             token_N = request_N.astype(np.int64) * (1 << 32) + position_N

@@ -106,13 +106,11 @@ def split(count_LE: ArrayLike, placement: Placement, kind: Literal["first", "uni
     one by one to the lowest.
     """
     count = np.asarray(count_LE, dtype=np.int64)
-    expert_LS = placement.slot_to_expert_LS.astype(np.int64)
-    shape = (*count.shape[:-1], placement.num_slots)
-    here = np.take_along_axis(count, np.broadcast_to(expert_LS, shape), axis=-1)
+    here = placement.of_slots(count)
     index_LS = placement.replica_index_LS
     if kind == "first":
         return np.where(index_LS == 0, here, 0)
-    replicas_LS = np.take_along_axis(placement.replica_count_LE, expert_LS, axis=1).astype(np.int64)
+    replicas_LS = np.take_along_axis(placement.replica_count_LE, placement.expert_LS, axis=1).astype(np.int64)
     return here // replicas_LS + (index_LS < here % replicas_LS)
 
 
@@ -125,23 +123,23 @@ def split_local(count_GLE: ArrayLike, placement: Placement) -> IntArray:
     """
     count = np.asarray(count_GLE, dtype=np.int64)
     node_G = placement.node_of_rank_G
-    expert_LS = placement.slot_to_expert_LS.astype(np.int64)
     rank_S = placement.slot_to_rank_S
     out = np.zeros((*count.shape[:-1], placement.num_slots), np.int64)
     for rank in range(count.shape[0]):
         near_S = (rank_S == rank).astype(np.int64) + (node_G[rank_S] == node_G[rank])
-        out[rank] = _split_near(count[rank], expert_LS, near_S, placement.num_experts, rank)
+        out[rank] = _split_near(count[rank], placement, near_S, rank)
     return out
 
 
-def _split_near(count_LE: IntArray, expert_LS: IntArray, near_S: IntArray, experts: int, turn: int) -> IntArray:
+def _split_near(count_LE: IntArray, placement: Placement, near_S: IntArray, turn: int) -> IntArray:
     """One source rank of `split_local`. near_S: 2 on the rank, 1 on its node, 0 elsewhere. -> [L, S]"""
-    layers, slots = expert_LS.shape
+    layers, slots = placement.slot_to_expert_LS.shape
+    expert_LS, held_LS = placement.expert_LS, placement.held_LS
     layer_LS = np.broadcast_to(np.arange(layers)[:, None], (layers, slots))
-    best_LE = np.full((layers, experts), -1, np.int64)
-    np.maximum.at(best_LE, (layer_LS, expert_LS), np.broadcast_to(near_S, (layers, slots)))
-    chosen_LS = near_S == np.take_along_axis(best_LE, expert_LS, axis=1)
-    number_LE = np.zeros((layers, experts), np.int64)
+    best_LE = np.full((layers, placement.num_experts), -1, np.int64)
+    np.maximum.at(best_LE, (layer_LS, expert_LS), np.where(held_LS, near_S, -1))
+    chosen_LS = held_LS & (near_S == np.take_along_axis(best_LE, expert_LS, axis=1))
+    number_LE = np.zeros((layers, placement.num_experts), np.int64)
     np.add.at(number_LE, (layer_LS[chosen_LS], expert_LS[chosen_LS]), 1)
     order_LS = np.argsort(expert_LS, axis=1, kind="stable")
     flags = np.take_along_axis(chosen_LS, order_LS, axis=1).astype(np.int64)
@@ -150,7 +148,7 @@ def _split_near(count_LE: IntArray, expert_LS: IntArray, near_S: IntArray, exper
     index_LS = np.empty((layers, slots), np.int64)
     np.put_along_axis(index_LS, order_LS, before, axis=1)
     index_LS -= np.take_along_axis(start_LE, expert_LS, axis=1)
-    number_LS = np.take_along_axis(number_LE, expert_LS, axis=1)
+    number_LS = np.maximum(np.take_along_axis(number_LE, expert_LS, axis=1), 1)
     here = np.take_along_axis(count_LE, expert_LS, axis=1)
     extra = (index_LS + turn) % number_LS < here % number_LS
     return np.where(chosen_LS, here // number_LS + extra, 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ __all__ = ["Policy"]
 
 class Policy(Spec):
     """`num_redundant_experts`: slots beyond one an expert; slot i holds expert i mod E, as in vLLM."""
+
+    uses_traffic: ClassVar[bool] = False
 
     num_redundant_experts: Annotated[int, Field(ge=0, le=1 << 20)] = 0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ class Policy(Spec):
     """`num_redundant_experts`: slots beyond one an expert. The initial map (slot i holds expert i mod E) is
     dealt out one to each rank in turn instead of in blocks.
     """
+
+    uses_traffic: ClassVar[bool] = False
 
     num_redundant_experts: Annotated[int, Field(ge=0, le=1 << 20)] = 0
 

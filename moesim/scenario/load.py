@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from moesim.batching import BatchingPolicy
+from moesim.communication_spec import CommunicationSpec
 from moesim.engine_spec import EngineSpec
 from moesim.errors import BadInput, Problem
 from moesim.hardware import Cluster, ClusterSpec, DeviceProfile, ProfileSpec
@@ -20,6 +21,7 @@ from moesim.model import ModelSpec, MoEModel, read_hf_config
 from moesim.model_changes import ModelChanges, change_model
 from moesim.placement import PlacementPolicy
 from moesim.policy import load_policy, policy_class, policy_kinds, spec_problems
+from moesim.rebalance_spec import RebalanceSpec
 from moesim.routing.capacity import CapacitySpec
 from moesim.scenario.checks import cross_checks, training_checks
 from moesim.scenario.files import NAME, content_hash, find_named, shown
@@ -32,6 +34,7 @@ from moesim.scenario.spec import (
     SERVING_POLICIES,
     ModelRef,
     ParallelSpec,
+    PlacementFromSpec,
     PoliciesSpec,
     ScenarioSpec,
     SloSpec,
@@ -104,6 +107,9 @@ class Scenario:
     hash: str
     warnings: tuple[str, ...] = ()
     capacity: CapacitySpec | None = None
+    placement_from: PlacementFromSpec | None = None
+    communication: CommunicationSpec = field(default_factory=CommunicationSpec)
+    rebalance: RebalanceSpec | None = None
 
 
 def load_scenario(path: str | Path, overrides: Sequence[str] = (), seed: int | None = None) -> Scenario:
@@ -199,6 +205,9 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
         hash=hashlib.blake2b(canonical.encode(), digest_size=8).hexdigest(),
         warnings=(*model.warnings, *_reconstructed(preset)),
         capacity=spec.full.capacity,
+        placement_from=spec.full.placement_from,
+        communication=spec.full.communication or CommunicationSpec(),
+        rebalance=spec.full.rebalance,
     )
 
 
@@ -456,8 +465,9 @@ def _resolved(spec: ScenarioSpec, model: MoEModel, policies: Policies, files: di
     unused: dict[str, Any] = dict.fromkeys(ONLY_SERVING if training else ("mode", "training"), True)
     if not training:
         unused["routing"] = {"training_scores"}
-    if spec.capacity is None:
-        unused["capacity"] = True
+    for key in ("capacity", "placement_from", "communication", "rebalance"):
+        if getattr(spec, key) is None:
+            unused[key] = True
     out: dict[str, Any] = spec.model_dump(mode="json", exclude=unused)
     for part, digest in files.items():
         out[part]["path"] = {"name": Path(out[part]["path"]).name, "blake2b": digest}

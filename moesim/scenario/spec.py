@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from moesim.communication_spec import CommunicationSpec
 from moesim.engine_spec import EngineSpec
 from moesim.hardware import ClusterSpec
 from moesim.model import Dtype
 from moesim.model_changes import ModelChanges
+from moesim.rebalance_spec import RebalanceSpec
 from moesim.routing.capacity import CapacitySpec
 from moesim.spec import Spec
 from moesim.training_spec import TrainingSpec
@@ -29,6 +31,7 @@ __all__ = [
     "EngineSpec",
     "ModelRef",
     "ParallelSpec",
+    "PlacementFromSpec",
     "PoliciesSpec",
     "ScenarioSpec",
     "SloSpec",
@@ -39,8 +42,6 @@ _MAX_RANKS = 1 << 20
 _Degree = Annotated[int, Field(ge=1, le=_MAX_RANKS)]
 
 RESERVED = {
-    "communication": "choosing communication libraries",
-    "rebalance": "moving experts while serving",
     "tiers": "experts in host memory or NVMe",
     "tune": "searching settings",
 }
@@ -68,6 +69,8 @@ ONLY_SERVING = {
     "requests": "nothing is asked for while a model trains; the batch stands under training",
     "engine": "what a serving engine is told; host overhead, CUDA graphs and memory limits stand under training",
     "slo": "requests have latencies, training steps have none to promise",
+    "rebalance": "experts move while a deployment serves",
+    "placement_from": "nothing is known of the loads before training",
 }
 """Top-level keys that `mode: training` has no use for -> why."""
 
@@ -104,6 +107,23 @@ class ParallelSpec(Spec):
     ep: _Degree = 1
     replicas: _Degree = 1
     pp: Literal[1] = 1
+
+
+class PlacementFromSpec(Spec):
+    """The traffic that the placement is made for, where it is not the traffic that it serves.
+
+    routing: another trace, counts, or synthetic routing. share: the placement sees this share of the pool's sequences,
+    the first ones, and requests take the others, so that what is reported is no in-sample figure. Give one of the two.
+    """
+
+    routing: RoutingSpec | None = None
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> PlacementFromSpec:
+        if (self.routing is None) == (self.share is None):
+            raise ValueError("placement_from needs either routing (another trace) or share (of this one)")
+        return self
 
 
 class SloSpec(Spec):
@@ -154,5 +174,8 @@ class ScenarioSpec(Spec):
     routing: RoutingSpec = Field(default_factory=RoutingSpec)
     policies: PoliciesSpec = Field(default_factory=PoliciesSpec)
     capacity: CapacitySpec | None = None
+    placement_from: PlacementFromSpec | None = None
+    communication: CommunicationSpec | None = None
+    rebalance: RebalanceSpec | None = None
     engine: EngineSpec = Field(default_factory=EngineSpec)
     slo: SloSpec | None = None

@@ -11,8 +11,9 @@ import itertools
 import numpy as np
 import pytest
 
+from moesim.dispatch import split, split_local
 from moesim.errors import BadInput
-from moesim.placement import Placement, PlacementContext, slot_count
+from moesim.placement import EMPTY, Placement, PlacementContext, slot_count
 from moesim.placement.eplb import pack, replicate
 from moesim.policy import load_policy, policy_class, policy_kinds
 
@@ -319,7 +320,7 @@ def test_tables_by_hand():
         ([[0, 1, 1, 0]], 3, 2, (), "expert 2 has none in layer 0"),
         ([[0, 1], [1, 1]], 2, 2, (), "expert 0 has none in layer 1"),
         ([[0, 3]], 3, 2, (), r"must lie in \[0, 3\)"),
-        ([[0, -1]], 1, 2, (), r"must lie in \[0, 1\)"),
+        ([[0, -2]], 1, 2, (), r"must lie in \[0, 1\)"),
         ([[0.0, 1.0]], 2, 2, (), "integer array"),
         ([0, 1], 2, 2, (), "integer array"),
         ([[]], 1, 1, (), "positive multiple"),
@@ -346,3 +347,19 @@ def test_a_placement_cannot_be_changed():
 def test_a_context_has_ranks_nodes_and_groups(ranks, nodes, groups):
     with pytest.raises(BadInput, match=r"at least 1|every node needs a rank"):
         PlacementContext(ranks, nodes, groups)
+
+
+def test_empty_slots_hold_nothing_and_serve_nobody():
+    table = np.array([[0, 2, EMPTY, 1, 2, 0], [1, EMPTY, 0, 2, 2, EMPTY]])
+    placement = Placement(table, 3, 2)
+    assert placement.replica_count_LE.tolist() == [[2, 1, 2], [1, 1, 2]]
+    assert placement.expert_to_slots_LEX.tolist() == [[[0, 5], [3, -1], [1, 4]], [[2, -1], [0, -1], [3, 4]]]
+    assert placement.planned_load([[4.0, 1, 2], [4.0, 1, 2]]).tolist() == [[3, 4], [5, 2]]
+    assert placement.replicas_before_rank_LEG.tolist()[1] == [[0, 1, 1], [0, 1, 1], [0, 0, 2]]
+    count = np.array([[5, 1, 2], [5, 1, 3]])
+    assert split(count, placement).tolist() == [[3, 1, 0, 1, 1, 2], [1, 0, 5, 2, 1, 0]]
+    assert split(count, placement, "first").tolist() == [[5, 2, 0, 1, 0, 0], [1, 0, 5, 3, 0, 0]]
+    assert split_local(np.stack([count, count]), placement).tolist() == [
+        [[5, 2, 0, 1, 0, 0], [1, 0, 5, 2, 1, 0]],
+        [[0, 0, 0, 1, 2, 5], [1, 0, 5, 1, 2, 0]],
+    ]
