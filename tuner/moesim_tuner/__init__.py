@@ -1,0 +1,1 @@
+"""Search and solvers: placements with proven bounds (OR-Tools)."""
