@@ -165,11 +165,14 @@ def _write_parquet(path: Path, table: Mapping[str, AnyArray]) -> None:
 def _rebased(scenario: Scenario, target: Path) -> dict[str, Any]:
     """The scenario as written, with the files it names as seen from `target`, so that it runs there too."""
     raw: dict[str, Any] = json.loads(json.dumps(scenario.raw))
-    places = [("requests", "path"), ("routing", "path"), ("cluster", "device"), ("model", "name")]
+    places = [("requests", "path"), ("routing", "path"), ("placement_from.routing", "path"), ("cluster", "device")]
+    places.append(("model", "name"))
     if isinstance(raw.get("model"), str):
         raw["model"] = _seen_from(raw["model"], scenario.base, target)
     for part, key in places:
-        holder = raw.get(part)
+        holder: Any = raw
+        for name in part.split("."):
+            holder = holder.get(name) if isinstance(holder, dict) else None
         if isinstance(holder, dict) and isinstance(holder.get(key), str):
             holder[key] = _seen_from(holder[key], scenario.base, target)
     return raw

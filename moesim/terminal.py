@@ -78,6 +78,7 @@ def summary(report: dict[str, Any], scenario: Scenario, file: IO[str] | None = N
             _training_links(console, found)
         else:
             _balance(console, found)
+            _rebalance(console, found)
             _routing(console, found)
             _links(console, found)
         _honesty(console, report)
@@ -220,6 +221,33 @@ def _balance(console: Console, found: dict[str, Any]) -> None:
         )
     for line in lines:
         _say(console, line)
+
+
+def _rebalance(console: Console, found: dict[str, Any]) -> None:
+    """Only where experts move."""
+    moved = found.get("rebalance")
+    if not moved:
+        return
+    _section(console, "Rebalancing")
+    skipped = moved["skipped_balanced"] + moved["skipped_busy"]
+    _say(console, f"asked {moved['asked']} times, moved {moved['moved']}, left alone {skipped}")
+    if not moved["moved"]:
+        return
+    total = max(sum(moved["slots"].values()), 1)
+    parts = [f"{_percent(n / total)} {name.replace('_', ' ')}" for name, n in moved["slots"].items() if n]
+    _say(console, f"slots of a new map: {', '.join(parts)}")
+    _say(
+        console,
+        f"each moves {_size(sum(moved['bytes'].values()) / moved['moved'])} in "
+        f"{_number(moved['transfer_s'] / moved['moved'] * 1e3)} ms; steps paid "
+        f"{_number(moved['step_time_s'])} s in all",
+    )
+    if moved["planned_before"] is not None:
+        _say(
+            console,
+            f"busiest rank / mean over the window: {_number(moved['planned_before'])} before, "
+            f"{_number(moved['planned_after'])} planned",
+        )
 
 
 def _routing(console: Console, found: dict[str, Any]) -> None:

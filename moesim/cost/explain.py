@@ -18,6 +18,7 @@ from moesim.cost.bank import BankDetail, CountExperts
 from moesim.cost.experts import STATS, MoESums
 from moesim.cost.pricer import Run
 from moesim.cost.step import StepPricer
+from moesim.hardware import ASSUMED
 
 __all__ = ["Explanation", "explain", "stats_by_draw"]
 
@@ -60,6 +61,11 @@ def explain(runs: list[Run], pricer: StepPricer) -> Explanation:
     operator: dict[str, str] = {}
     grade_ns = np.zeros(4)
     rest_R = total_R - prefill_R
+    moved_R = np.array([0 if r.rebalance_ns is None else r.rebalance_ns[-1] for r in runs], np.int64)
+    if moved_R.any():
+        ns["rebalance"], operator["rebalance"] = int(moved_R.sum()), "peer_to_peer"
+        grade_ns[ASSUMED] += moved_R.sum()
+        rest_R = rest_R - moved_R
     for part, at_R in [(p, tokens_R) for p in dense.parts] + [(p, sampled_R) for p in dense.head_parts]:
         spent_R = part.ns_N[at_R] * steps_R
         ns[part.name] = ns.get(part.name, 0) + int(spent_R.sum())

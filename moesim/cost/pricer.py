@@ -49,15 +49,18 @@ class Key(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Consecutive steps of one batch: cumulative time after each, and the key to explain them."""
+    """Consecutive steps of one batch: cumulative time after each, and the key to explain them. rebalance_ns: of that
+    time, what moving experts added, cumulative, too; None: nothing."""
 
     cumulative_ns: IntArray
     key: Key
     detail: object = None
+    rebalance_ns: IntArray | None = None
 
     def cut(self, steps: int) -> Run:
         """The first `steps` steps (a copy: the rest is given back)."""
-        return Run(self.cumulative_ns[:steps].copy(), self.key, self.detail)
+        added = None if self.rebalance_ns is None else self.rebalance_ns[:steps].copy()
+        return Run(self.cumulative_ns[:steps].copy(), self.key, self.detail, added)
 
 
 @dataclass(slots=True)

@@ -51,6 +51,9 @@ class TokenExperts:
         self._plain = placement.max_replicas == 1 and not layout.exchanges and router is None
         self.kept: dict[int, LayerPrices] = {}
         """layer by layer, the first runs' prices by the tick they start at (for a timeline)"""
+        self.last_counts_SLE: IntArray | None = None
+        """tokens per expert of the steps priced last, kept where `watched`"""
+        self.watched = False
         self._slot_total_LS = np.zeros((placement.num_layers, placement.num_slots), np.int64)
 
     def slot_load_LS(self) -> FloatArray:
@@ -103,6 +106,8 @@ class TokenExperts:
                 ids, drawn, pad_LS = self._routed(rows, request_N, position_N, offsets, rank_N, tick, phase)
             slot_SLS, ports = self._slots(ids, token_N, offsets, rank_N)
         self._slot_total_LS += slot_SLS.sum(axis=0)
+        if self.watched:
+            self.last_counts_SLE = _per_expert(slot_SLS, self._placement)
         busy_S = busiest_S / np.diff(offsets) / self._layout.tp
         computed, ports = self._prices.padded(slot_SLS, ports, pad_LS, busy_S)
         priced = self._prices.price(computed, busiest_S, ports)
@@ -164,3 +169,13 @@ class TokenExperts:
             nic_total=copies.node_out_BL.astype(np.float64),
         )
         return count, ports
+
+
+def _per_expert(slot_SLS: AnyArray, placement: Placement) -> IntArray:
+    """Pairs per expert [S, L, E] from pairs per slot [S, L, slots]."""
+    steps, (layers, experts) = len(slot_SLS), placement.replica_count_LE.shape
+    key_LS = np.arange(layers)[:, None] * experts + placement.expert_LS  # empty slots have no pairs
+    out = np.zeros((steps, layers * experts), np.int64)
+    for step in range(steps):
+        out[step] = np.bincount(key_LS.ravel(), weights=slot_SLS[step].ravel(), minlength=layers * experts)
+    return out.reshape(steps, layers, experts)

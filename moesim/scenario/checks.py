@@ -16,7 +16,7 @@ from moesim.scenario.yamlio import YamlPath
 from moesim.training_spec import TrainingSpec
 from moesim.workload.routing import RoutingSpec
 
-__all__ = ["cross_checks", "training_checks"]
+__all__ = ["cross_checks", "serving_checks", "training_checks"]
 
 _Where = Callable[[YamlPath], str]
 
@@ -140,6 +140,19 @@ def training_checks(
             f"in training every expert has one place, got num_redundant_experts={redundant}. Set it to 0; whole "
             "copies of the experts are parallel.replicas",
         )
+    return problems
+
+
+def serving_checks(where: _Where, model: MoEModel, spec: Any) -> list[Problem]:
+    """Disagreements of `placement_from` and `rebalance` with the model. spec: the whole `ScenarioSpec`."""
+    problems = []
+    for key in ("placement_from", "rebalance"):
+        if getattr(spec, key) is not None and not model.is_moe:
+            told = f"{key}: {model.name} is a dense model and has no experts to move; remove {key}"
+            problems.append(Problem(where((key,)), told))
+    if spec.rebalance is not None and model.expert_widths:
+        told = "rebalance: experts of other sizes do not fit into each other's slots; remove model.expert_widths"
+        problems.append(Problem(where(("rebalance",)), told))
     return problems
 
 
