@@ -45,12 +45,14 @@ _CAUSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "experts": ("the routed experts", ("experts", "moe")),
     "network": ("moving tokens between ranks", ("dispatch", "combine", "all_", "reduce_scatter")),
     "host": ("the engine's work on the host", ("host",)),
+    "rebalance": ("moving experts", ("rebalance",)),
 }
 _MENDS = {
     "attention": "contexts are long for what the batch does",
     "experts": "more tokens a step would use each expert's weights better",
     "network": "a faster network, a smaller EP group or fewer nodes would help most",
     "host": "the steps are short: larger batches or a leaner engine would help most",
+    "rebalance": "a longer interval, a threshold or asynchronous moves would help most",
     "dense": "the dense layers' products; more tensor parallelism or a lower precision would help most",
 }
 
