@@ -53,7 +53,7 @@ def _counts(path: Path, options: ReadOptions) -> ExpertLoads:
     )
 
 
-def from_tokens(source: RoutingSource, tokens_per_row: int) -> ExpertLoads:
+def from_tokens(source: RoutingSource, tokens_per_row: int, model_layers: int = 0) -> ExpertLoads:
     """A per-token trace as rows of consecutive tokens: as few equal ones as have at most `tokens_per_row`."""
     if tokens_per_row < 1:
         raise BadInput(f"a row needs at least one token, got tokens_per_row {tokens_per_row}", source.source)
@@ -72,6 +72,7 @@ def from_tokens(source: RoutingSource, tokens_per_row: int) -> ExpertLoads:
         source.source,
         top_k=source.top_k,
         layer_index=source.layer_index,
+        model_layers=model_layers,
         tokens=source,
         row_tokens_S=np.diff(edge_S),
         warnings=source.warnings,
@@ -80,7 +81,7 @@ def from_tokens(source: RoutingSource, tokens_per_row: int) -> ExpertLoads:
 
 FORMATS: dict[str, Callable[[Path, ReadOptions], ExpertLoads]] = {"routing": _routing, "counts": _counts}
 """Formats read here; the engines' are modules of this folder with `recognise(path)` and `read(path, options)`."""
-ENGINES: tuple[str, ...] = ()
+ENGINES = ("sglang_recorder", "vllm_routed_experts", "trtllm_statistics")
 
 
 def recognise(path: Path) -> str:
