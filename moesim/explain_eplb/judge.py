@@ -2,7 +2,9 @@
 
 Rows that follow each other are alike, and rows of one period share a placement: so blocks of rows are resampled
 (circular block bootstrap, Politis and Romano 1992), the same ones for all candidates, and the spread is widened as
-Student's t asks for so few blocks.
+Student's t asks for so few blocks. Popularity that wanders for longer than a block would still look settled: so the
+interval is no narrower than that of a first-order autoregression with the correlation that all scored rows have from
+row to row, corrected for its bias in short series (Kendall, Biometrika 41, 1954: -(1 + 3 r) / n).
 
 Legend: R rows, B resamples, P periods.
 """
@@ -25,6 +27,7 @@ __all__ = ["Gain", "Persistence", "Skip", "block_rows", "compare_gain", "persist
 
 _DRAWS = 1000
 _LEAST_BLOCKS = 6
+_MOST_LAG = 0.97
 
 
 class Gain(NamedTuple):
@@ -48,6 +51,8 @@ def compare_gain(base: Played, other: Played, rows: slice, seed: int, level: flo
     tokens = math.log(other.batch.tokens / base.batch.tokens)
     point = tokens + math.log(base_R.mean() / other_R.mean())
     below, above = _spread(base_R, other_R, block, seed, level)
+    slow = _wander(base.step_ns_R, other.step_ns_R, len(base_R), level)
+    below, above = max(below, slow), max(above, slow)
     priced = float(ndtri(0.5 + level / 2)) * sigma
     low, high = point - math.hypot(below, priced), point + math.hypot(above, priced)
     return Gain(math.expm1(point), math.expm1(low), math.expm1(high))
@@ -66,6 +71,22 @@ def _spread(base_R: FloatArray, other_R: FloatArray, block: int, seed: int, leve
     low, high = np.quantile(draw_B, [tail, 1 - tail])
     few = float(stdtrit(blocks - 1, 1 - tail) / ndtri(1 - tail)) * math.sqrt(blocks / (blocks - 1))
     return max(0.0, -float(low)) * few, max(0.0, float(high)) * few
+
+
+def _wander(base_R: FloatArray, other_R: FloatArray, judged: int, level: float) -> float:
+    """Half an interval of the log of the ratio of means over `judged` rows, if it goes on as an autoregression does."""
+    rows = len(base_R)
+    if rows < 3 or judged < 2:
+        return math.inf
+    differ_R = base_R / base_R.mean() - other_R / other_R.mean()
+    square = float((differ_R**2).sum())
+    if square <= 0:
+        return 0.0
+    lag = float((differ_R[1:] * differ_R[:-1]).sum()) / square
+    lag = min(max(lag + (1 + 3 * lag) / rows, 0.0), _MOST_LAG)
+    alike = (1 + lag) / (1 - lag)  # rows that count as one
+    sigma = math.sqrt(square / (rows - 1) * alike / judged)
+    return float(stdtrit(max(judged / alike - 1, 3.0), 0.5 + level / 2)) * sigma
 
 
 def _circular(value_R: FloatArray, block: int) -> FloatArray:

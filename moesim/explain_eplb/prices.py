@@ -169,7 +169,8 @@ class StepPrices:
 
     def _ports(self, count_RLS: AnyArray, tokens: float) -> Ports:
         """Expected copies of tokens through the busiest ports: counts do not say which experts go together, so a
-        token's are taken as independent: a rank is reached with probability 1 - prod(1 - count / tokens) over its slots."""
+        token's are taken as independent: a rank is reached with probability 1 - prod(1 - count / tokens) over its
+        slots."""
         ranks = self.layout.ranks
         miss = np.log1p(-np.minimum(count_RLS / max(tokens, 1e-9), 1 - 1e-9))
         miss_RLG = miss.reshape(*miss.shape[:-1], ranks, -1).sum(axis=-1)

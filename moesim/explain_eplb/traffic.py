@@ -1,9 +1,9 @@
 """From a recording (or a pool of routed tokens) to rows that are batches of the size that the deployment serves.
 
 A row of a recording is one forward pass, or the sum of many. Its tokens are cut down to a batch by keeping each with
-the same chance (binomial thinning), which leaves what a batch of independent tokens of that moment is; rows with too few
-tokens are first added to their neighbours. So balance is judged on batches with the noise of their finite size, not on
-long means.
+the same chance (binomial thinning), which leaves what a batch of independent tokens of that moment is; rows with too
+few tokens are first added to their neighbours. So balance is judged on batches with the noise of their finite size,
+not on long means.
 
 Legend: R rows, L layers, E experts.
 """
