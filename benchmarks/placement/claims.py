@@ -26,7 +26,9 @@ INTRO = [
     "What a paper leaves open is reconstructed, and the row says so. A placement fitted on the traffic it is judged on"
     " is marked in-sample and claims nothing.",
 ]
-SECTIONS: dict[str, str] = {}
+SECTIONS: dict[str, str] = {
+    "interval": "claims_interval.interval",
+}
 """Name of a section -> module and function that make it."""
 
 
