@@ -251,7 +251,7 @@ def _stages(replay: Replay, base: Played, played: list[Played], keep: slice) -> 
     number = len(range(*keep.indices(replay.scored)))
     spaced = slice(keep.start or 0, None, max(1, number // _FRESH_ROWS))
     return Stages(
-        even=before / replay.even_ns() - 1,
+        even=before / replay.even_ns(keep) - 1,
         fresh=max(replay.fresh_gain(count, spaced) for count in {p.candidate.redundant for p in played}),
         past=max(before / float(p.full_ns_R[keep].mean()) - 1 for p in played),
         moved=max(before / (float(p.full_ns_R[keep].mean()) + stall(p)) - 1 for p in played),

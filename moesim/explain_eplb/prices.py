@@ -43,12 +43,11 @@ class Batch:
 
 
 class LayerTimes(NamedTuple):
-    """ns of a step's MoE layers together, [R]: exchange, experts of the slowest rank, experts of the mean rank; and the
-    mean over layers of the busiest rank's rows over the mean rank's and of its inverse."""
+    """ns of a step's MoE layers together, [R]: exchange, and experts of the slowest rank; and the mean over layers of
+    the busiest rank's rows over the mean rank's, and of its inverse."""
 
     exchange: FloatArray
     experts: FloatArray
-    mean_experts: FloatArray
     balance: FloatArray
     utilisation: FloatArray
 
@@ -162,10 +161,22 @@ class StepPrices:
         return LayerTimes(
             exchange=(priced.dispatch + priced.combine).sum(axis=-1) * scale,
             experts=priced.experts.sum(axis=-1) * scale,
-            mean_experts=computed.expert_LP.mean(axis=-1).sum(axis=-1) * scale,
             balance=ratio.mean(axis=-1),
             utilisation=(1.0 / ratio).mean(axis=-1),
         )
+
+    def even_ns(self, count_RLS: AnyArray, tokens: float) -> FloatArray:
+        """ns of the MoE layers, [R], if all ranks took the mean rank's time and all ports carried alike."""
+        prices = self._prices(count_RLS.shape[-1] // self.layout.ep)
+        computed = prices.compute(count_RLS)
+        ports = None
+        if self.layout.exchanges:
+            found = self._ports(count_RLS, tokens)
+            near, far = (total / self.layout.ranks for total in (found.nvlink_total, found.nic_total))
+            ports = found._replace(nvlink=near, nic=far)
+        priced = prices.price(computed, np.full(len(count_RLS), tokens / self.layout.dp), ports)
+        mean = computed.expert_LP.mean(axis=-1)
+        return np.asarray((priced.dispatch + priced.combine + mean).sum(axis=-1) * self.layer_scale)
 
     def _ports(self, count_RLS: AnyArray, tokens: float) -> Ports:
         """Expected copies of tokens through the busiest ports: counts do not say which experts go together, so a

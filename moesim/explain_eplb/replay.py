@@ -24,7 +24,7 @@ from moesim.rng import generator
 __all__ = ["BASE", "Candidate", "Played", "Replay"]
 
 Mode = Literal["none", "static", "sync", "async"]
-_MOVED_LAYERS = 64
+_MOVED_LAYERS = 32
 """layers of changes of the map whose moves are counted; they stand for all of a candidate"""
 
 
@@ -232,14 +232,12 @@ class Replay:
         return self._moved[key]
 
     # -- what bounds --------------------------------------------------------------------------------------------
-    def even_ns(self) -> float:
-        """ns of a step whose pairs were shared evenly by all ranks."""
-        layers = self.rows.seen_RLE.shape[1]
+    def even_ns(self, rows: slice) -> float:
+        """Mean ns of a step if every layer's work were shared evenly by all ranks, those of the scored `rows`."""
         base = self.base_batch
-        slots = self.slots_of(0) * self.prices.layout.ep
-        even = np.full((1, layers, slots), base.tokens * self.prices.model.top_k / slots)
-        times = self.prices.layers(even, base.tokens)
-        return float(sum(base.own_ns.values()) + times.exchange[0] + times.experts[0])
+        count = self.batches(base.tokens)[self.start :][rows]
+        slots = self.slot_counts(self.maps(BASE), count, len(count))
+        return float(sum(base.own_ns.values()) + self.prices.even_ns(slots, base.tokens).mean())
 
     def fresh_gain(self, redundant: int, rows: slice) -> float:
         """Gain in step time if every row had been placed from a random half of its own tokens and served the other:

@@ -21,7 +21,7 @@ from moesim.workload.loads import ExpertLoads
 
 __all__ = ["Rows", "batch_rows", "thinned"]
 
-_CELLS = 1 << 20
+_CELLS = 1 << 19
 """(row, layer, expert) cells that are priced for a candidate; more layers than that are sampled evenly"""
 _ROWS = 192
 _LEAST_LAYERS = 8
