@@ -51,7 +51,8 @@ def simulate_training(
             scores = training_scores(scenario, seed)
             router = _router(scenario, layout, scores, seed)
             result.routing, result.assumed, result.sampling = scores.name, scores.assumed, router.sampling
-            prices = ExpertPrices(model, layout, ops, model.num_experts // layout.ep)
+            slots = model.num_experts // layout.ep
+            prices = ExpertPrices(model, layout, ops, slots, communication=scenario.communication)
             act = dtype_bytes(model.activation_dtype)
             experts = ExpertPasses(prices, ops, training.recompute, act)
             times = 3 if training.recompute == "full" else 2
