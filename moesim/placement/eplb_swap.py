@@ -1,6 +1,7 @@
 """EPLB's greedy map, then local search: swaps of slots, and moves of replicas from one expert to another.
 
-The start is EPLB's own map (`moesim.placement.eplb`), and a layer's fullest rank never gets fuller than there. In
+The start is EPLB's own map (`moesim.placement.eplb`), and a layer's fullest rank never gets fuller than there (nor,
+globally, than in contiguous order). In
 hierarchical mode groups trade nodes too, as long as nodes hold equally many. What is searched and how is told in
 `moesim.placement.search`; ours, no paper's. The search ends at the proven bound (`moesim.placement.bound`) or when
 its kicks are used up: a budget in work, not in seconds, so a map is the same on any machine.
@@ -14,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from moesim.placement import EMPTY, Placement, PlacementContext, check_weights, slot_count
+from moesim.placement import EMPTY, Placement, PlacementContext, check_weights, initial_map, slot_count
 from moesim.placement.bound import balance_bound
 from moesim.placement.eplb import Mode, groups_on_nodes, inside_nodes, is_hierarchical, members, pack, replicate
-from moesim.placement.search import improve, pack_uneven
+from moesim.placement.search import better_of, improve, pack_uneven
 from moesim.spec import Spec
 
 __all__ = ["Policy"]
@@ -47,13 +48,15 @@ class Policy(Spec):
             slots = slot_count(experts, self.num_redundant_experts, ctx.num_ranks)
         idle_L = weight_LE.max(axis=1, initial=0.0) <= 0
         weight_LE = np.where(idle_L[:, None], 1.0, weight_LE)
-        weight_LE = np.ldexp(
-            weight_LE, -np.frexp(weight_LE.max(axis=1, initial=0.0))[1][:, None]
-        )  # exact; sums stay finite
+        scale_L = -np.frexp(weight_LE.max(axis=1, initial=0.0))[1]
+        weight_LE = np.ldexp(weight_LE, scale_L[:, None])  # by powers of two, so exact, and sums stay finite
         if is_hierarchical(self.mode, experts, slots, ctx):
             table_LS = self._by_node(weight_LE, slots, ctx)
         else:
             table_LS = _search(weight_LE, slots, ctx.num_ranks, self.effort)
+            if slots % ctx.num_ranks == 0:
+                plain_LS = np.tile(initial_map(experts, slots).astype(np.int64), (len(table_LS), 1))
+                table_LS = better_of(table_LS, plain_LS, weight_LE, ctx)
         return ctx.placement(table_LS, experts)
 
     def _by_node(self, weight_LE: NDArray[np.float64], slots: int, ctx: PlacementContext) -> NDArray[np.int64]:
@@ -68,8 +71,7 @@ class Policy(Spec):
         moved_L = (member_LNE != plain_LNE).any(axis=(1, 2))
         if moved_L.any():
             plain_LS = inside_nodes(weight_LE[moved_L], plain_LNE[moved_L], slots, lambda w, s: _greedy(w, s, ranks))
-            ours, plain = (ctx.placement(m, experts).balance(weight_LE[moved_L]) for m in (found_LS[moved_L], plain_LS))
-            found_LS[moved_L] = np.where((ours <= plain)[:, None], found_LS[moved_L], plain_LS)
+            found_LS[moved_L] = better_of(found_LS[moved_L], plain_LS, weight_LE[moved_L], ctx)
         return found_LS
 
 

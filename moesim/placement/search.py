@@ -2,8 +2,9 @@
 
 Rows are searched side by side as rows of arrays and do not see each other. A row's step swaps the slot of its fullest
 rank and the slot elsewhere that leave the smaller maximum. Where no swap helps, the row is at a local optimum: kept if
-no worse than its best, else undone, and then kicked: half the time one expert gives a slot to an expert of the fullest
-rank (so replica counts change), half the time two pairs of slots trade places. The budget counts kicks, never seconds.
+no worse than its best, else undone, and then kicked: half the time an expert with replicas gives a slot to another,
+any or one of the fullest rank (so replica counts change), half the time two pairs of slots trade places. The budget
+counts kicks, never seconds.
 
 Loads are held as whole numbers (in float64, below 2^53), so sums are exact in any order, every step is a true gain and
 nothing depends on the machine or on what experts are called.
@@ -18,13 +19,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moesim.placement import EMPTY
+from moesim.placement import EMPTY, PlacementContext
 from moesim.rng import generator
 
-__all__ = ["improve", "pack_uneven"]
+__all__ = ["better_of", "improve", "pack_uneven"]
 
 _DRAWS = 5
-"""of 32 bits, for a kick: what kind, a slot of the fullest rank, the slot it trades with, two more slots"""
+"""of 32 bits, for a kick: what kind, a slot of the fullest rank, the slot it trades with, two more slots (or the expert
+that gets a slot)"""
 _TOTAL = 2.0**52
 """the load of a row; a rank's is at most that"""
 _GOOD = 1e-4
@@ -158,9 +160,10 @@ def _kick(state: _Rows, draw_RU: Ints, room: int) -> None:
     row_R = np.arange(rows)
     full_R = state.load_RG.argmax(axis=1)
     mine_RQ = state.expert_RS.reshape(rows, -1, room)[row_R, full_R]
-    needy_R = mine_RQ[row_R, _nth(mine_RQ != empty, draw_RU[:, 1])]
-    holds_RG = (state.expert_RS.reshape(rows, -1, room) == needy_R[:, None, None]).any(axis=2)
-    spare_RS = (np.take_along_axis(state.count_RE, state.expert_RS, 1) > 1) & ~np.repeat(holds_RG, room, axis=1)
+    fullest_R = mine_RQ[row_R, _nth(mine_RQ != empty, draw_RU[:, 1])]
+    any_R = state.expert_RS[row_R, _nth(state.expert_RS != empty, draw_RU[:, 3])]
+    needy_R = np.where(draw_RU[:, 0] < _HALF // 2, fullest_R, any_R)
+    spare_RS = (np.take_along_axis(state.count_RE, state.expert_RS, 1) > 1) & (state.expert_RS != needy_R[:, None])
     give_R = (draw_RU[:, 0] < _HALF) & spare_RS.any(axis=1)
     row = row_R[give_R]
     slot = _nth(spare_RS[give_R], draw_RU[give_R, 2])
@@ -208,3 +211,9 @@ def pack_uneven(weight_RI: Floats, bins: int) -> Ints:
         filled_RB[row_R, bin_R] += 1
         load_RB[row_R, bin_R] += weight_RI[row_R, order_RI[:, i]]
     return out_RBQ.reshape(rows, -1)
+
+
+def better_of(one_LS: Ints, other_LS: Ints, weight_LE: Floats, ctx: PlacementContext) -> Ints:
+    """Of two maps, layer by layer, the one whose fullest rank is less full; `one_LS` where they are equal."""
+    one_L, other_L = (ctx.placement(table_LS, weight_LE.shape[1]).balance(weight_LE) for table_LS in (one_LS, other_LS))
+    return np.where((one_L <= other_L * (1 + 1e-12))[:, None], one_LS, other_LS)

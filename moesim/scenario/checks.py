@@ -140,6 +140,12 @@ def training_checks(
             f"in training every expert has one place, got num_redundant_experts={redundant}. Set it to 0; whole "
             "copies of the experts are parallel.replicas",
         )
+    if getattr(placement, "chooses_slots", False):
+        refuse(
+            ("policies", "placement"),
+            "in training every expert has one place, and this placement gives experts as many as it finds good. "
+            "Choose another kind; whole copies of the experts are parallel.replicas",
+        )
     return problems
 
 
