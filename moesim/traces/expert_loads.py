@@ -24,8 +24,8 @@ __all__ = ["FORMATS", "ReadOptions", "from_tokens", "load_expert_loads", "recogn
 class ReadOptions:
     """What a reader may be told besides the path.
 
-    tokens_per_row: how many tokens of a per-token trace make one row, at most. steps_per_row: forward passes that the one
-    row of a total stands for, 0 where nobody knows. num_experts: of the model, where the file does not say.
+    tokens_per_row: how many tokens of a per-token trace make one row, at most. steps_per_row: forward passes that the
+    one row of a total stands for, 0 where nobody knows. num_experts: of the model, where the file does not say.
     """
 
     tokens_per_row: int = 4096
