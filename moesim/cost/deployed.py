@@ -100,7 +100,7 @@ def experts_of(scenario: Scenario, layout: Layout, ops: Operators, stream: Reque
     slot_size: float = placement.slots_per_rank
     uneven = 1.0
     if sizes:
-        size_LS = np.where(placement.held_LS, np.asarray(sizes)[placement.expert_LS], 0.0)
+        size_LS = placement.of_slots(np.tile(sizes, (placement.num_layers, 1)))
         part_LP = size_LS.reshape(len(size_LS), layout.ep, -1).sum(axis=2)
         slot_size, uneven = float(part_LP.max()), float(part_LP.max() / part_LP.mean())
     return Experts(

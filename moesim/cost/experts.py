@@ -1,11 +1,8 @@
 """Time of MoE layers from the tokens that each expert slot and each port really gets.
 
 Shared by both fidelities: `ExpertPrices` takes tokens per slot and, where tokens travel, tokens received per
-rank and node, with any leading axes, and returns dispatch, expert and combine nanoseconds per layer.
-
-Byte rule of the exchange (DeepEP's normal kernels, `shared` experts excluded): a token goes once to each rank that
-holds one of its experts, whatever their number there; across nodes once to each node over the NICs and on over
-NVLink. Dispatch carries the activation (fp8 with a scale for 128 elements where the experts are fp8), combine bf16.
+rank and node, with any leading axes, and returns dispatch, expert and combine nanoseconds per layer. What travels and
+how is `moesim.cost.exchange`'s.
 """
 
 from __future__ import annotations
@@ -15,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from moesim.arrays import AnyArray, FloatArray, IntArray, U8Array
+from moesim.cost.exchange import Exchange, Ports
 from moesim.cost.operators import MoEShape, Operators
 from moesim.layout import Layout
-from moesim.model import MoEModel, dtype_bytes
+from moesim.model import MoEModel
 from moesim.placement import EMPTY, Placement
 from moesim.routing.batch import BINS
 
@@ -25,15 +23,6 @@ __all__ = ["STATS", "Computed", "Drawn", "ExpertPrices", "LayerPrices", "MoESums
 
 
 STATS = 9 + 2 * BINS
-
-
-class Ports(NamedTuple):
-    """Tokens (copies of a token) through the busiest port of each level, [..., L], and in all, [...]."""
-
-    nvlink: FloatArray
-    nic: FloatArray
-    nvlink_total: FloatArray
-    nic_total: FloatArray
 
 
 class Drawn(NamedTuple):
@@ -134,6 +123,7 @@ class ExpertPrices:
         slots_per_part: int,
         slot_to_expert_LS: AnyArray | None = None,
     ) -> None:
+        self.exchange = Exchange(model, layout, ops, layout.communication)
         self._layout = layout
         self._ops = ops
         self._block = ops.moe_block_rows
@@ -146,16 +136,13 @@ class ExpertPrices:
             dtype=model.expert_dtype,
             gated=model.gated_experts,
         )
-        act = dtype_bytes(model.activation_dtype)
-        light = model.expert_dtype in ("fp8", "fp8_block")
-        self.dispatch_bytes = model.expert_hidden * (1 + 4 / 128 if light else act)
-        self.combine_bytes = model.expert_hidden * act
+        self.dispatch_bytes = self.exchange.dispatch_bytes
+        self.combine_bytes = self.exchange.combine_bytes
         self._token_centric = model.expert_execution == "token_centric"
         self._size_LPS: FloatArray | None = None
         if model.expert_size_E and slot_to_expert_LS is not None:
             size_LS = np.where(slot_to_expert_LS == EMPTY, 0.0, np.asarray(model.expert_size_E)[slot_to_expert_LS])
             self._size_LPS = size_LS.reshape(len(size_LS), layout.ep, -1)
-        self._spans = layout.nodes > 1
 
     def sizes(self, slot_count: AnyArray) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray | float]:
         """Rows, active experts, rows of work and rows of other parts that every part's kernel sees, [..., L, P].
@@ -199,7 +186,10 @@ class ExpertPrices:
             return computed, None
         lay = self._layout
         row_LP = work.rows_LP  # each part gets equal shares of its rows from all ranks
-        away = row_LP * ((lay.ranks - 1) / lay.ranks)
+        node = min(lay.gpus_per_node, lay.ranks)
+        # over NVLink come those of the own node, those whose number in the node is another's, or all
+        near = {"pairs": (node - 1) / lay.ranks, "two_level": (node - 1) / node}
+        away = row_LP * near.get(lay.copies, (lay.ranks - 1) / lay.ranks)
         far = row_LP * max(0.0, 1 - lay.gpus_per_node / lay.ranks)
         sent = np.broadcast_to(np.asarray(busiest, np.float64)[..., None], open_BL.shape)
         moved = Ports(
@@ -216,35 +206,9 @@ class ExpertPrices:
         busiest [...]: tokens of the data-parallel rank that has most (for the gather of groups whose experts are
         split over ranks). ports: for exchanges.
         """
-        layers = computed.expert_LP.shape[:-1]
-        dispatch = combine = np.zeros(layers, np.int64)
-        grade = np.zeros(layers, np.uint8)
-        if self._layout.meets:
-            dispatch, combine, grade = self._exchange(layers, busiest, ports)
+        dispatch, combine, grade = self.exchange.price(computed.expert_LP.shape[:-1], busiest, ports)
         slowest = computed.expert_LP.max(axis=-1)
         return LayerPrices(dispatch, slowest, combine, computed.expert_LP, computed.rows_LP, computed.grade, grade)
-
-    def _exchange(
-        self, shape: tuple[int, ...], busiest: AnyArray, ports: Ports | None
-    ) -> tuple[IntArray, IntArray, U8Array]:
-        ranks, nodes = self._layout.ranks, self._layout.nodes
-        if ports is None:
-            # every rank gathers all tokens (padded to the busiest) and sums its share back
-            share = np.broadcast_to(np.asarray(busiest, np.float64)[..., None] / self._layout.tp, shape)
-            there = self._ops.all_gather(share * self.combine_bytes, ranks, self._spans)
-            back = self._ops.reduce_scatter(share * self.combine_bytes, ranks, self._spans)
-        else:
-            there = self._ops.all_to_all(
-                ports.nvlink * self.dispatch_bytes, ports.nic * self.dispatch_bytes, ranks, nodes, self.shape.top_k
-            )
-            back = self._ops.all_to_all(
-                ports.nvlink * self.combine_bytes, ports.nic * self.combine_bytes, ranks, nodes, self.shape.top_k
-            )
-        return (
-            np.broadcast_to(np.rint(there.ns).astype(np.int64), shape),
-            np.broadcast_to(np.rint(back.ns).astype(np.int64), shape),
-            np.broadcast_to(np.maximum(there.grade, back.grade), shape),
-        )
 
 
 def _mean_ratio(most: FloatArray, mean: FloatArray) -> FloatArray:

@@ -24,12 +24,12 @@ __all__ = ["FORMATS", "ReadOptions", "from_tokens", "load_expert_loads", "recogn
 class ReadOptions:
     """What a reader may be told besides the path.
 
-    tokens_per_row: how many tokens of a per-token trace make one row, at most. steps_per_row: forward passes of a row,
-    where the file does not say. num_experts: of the model, where the file does not say.
+    tokens_per_row: how many tokens of a per-token trace make one row, at most. steps_per_row: forward passes that the
+    one row of a total stands for, 0 where nobody knows. num_experts: of the model, where the file does not say.
     """
 
     tokens_per_row: int = 4096
-    steps_per_row: int = 1
+    steps_per_row: int = 0
     num_experts: int | None = None
 
 
@@ -47,7 +47,7 @@ def _counts(path: Path, options: ReadOptions) -> ExpertLoads:
     return ExpertLoads(
         np.rint(value_LE)[None].astype(np.int64),
         path.name,
-        steps_per_row=0,
+        steps_per_row=options.steps_per_row,
         layer_index=counts.layer_index if counts.numbered else None,
         warnings=tuple(warnings),
     )
@@ -103,7 +103,7 @@ def load_expert_loads(
     fmt: str | None = None,
     *,
     tokens_per_row: int = 4096,
-    steps_per_row: int = 1,
+    steps_per_row: int = 0,
     num_experts: int | None = None,
 ) -> ExpertLoads:
     """The recording at `path`, in format `fmt` (None: the one it looks like). See `ReadOptions` for the rest.

@@ -264,7 +264,7 @@ def _from_csv(files: Sequence[Path], path: Path, options: ReadOptions) -> Expert
     return ExpertLoads(
         count_LE[None, moe],
         path.name,
-        steps_per_row=0,
+        steps_per_row=options.steps_per_row,
         layer_index=tuple(layers[i] for i in moe),
         recorded_ranks=len(files),
         warnings=tuple(warnings),

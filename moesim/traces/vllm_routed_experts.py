@@ -1,8 +1,8 @@
 """vLLM's routed experts: responses of a server started with --enable-return-routed-experts, as they came.
 
 Described in docs/training/routed_experts_replay.md of vllm-project/vllm: `prompt_routed_experts` [prompt, layers, K] of
-a response and `choices[i].routed_experts` [generated, layers, K]. A JSON file with one response or a list of them, or one
-response a line (.jsonl). An array is nested lists or, as later versions send it, the base64 of an .npy.
+a response and `choices[i].routed_experts` [generated, layers, K]. A JSON file with one response or a list of them, or
+one response a line (.jsonl). An array is nested lists or, as later versions send it, the base64 of an .npy.
 
 What the files do not say, and what is done about it:
 - -1 stands for tokens whose prefix was cached: they are left out. An array is null where a request was preempted.

@@ -37,7 +37,8 @@ def simulate_training(
     training, model, parallel = scenario.training, scenario.model, scenario.parallel
     assert training is not None
     seed = scenario.seed if seed is None else seed
-    layout = Layout.of(model, scenario.cluster, parallel.tp, parallel.dp, parallel.ep)
+    degrees = (parallel.tp, parallel.dp, parallel.ep)
+    layout = Layout.of(model, scenario.cluster, *degrees, scenario.communication)
     result = TrainingResult(scenario, seed, layout, warnings=scenario.warnings)
     ops = Operators(scenario.cluster.profile, training.cuda_graph)
     replicas = parallel.replicas

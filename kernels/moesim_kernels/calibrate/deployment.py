@@ -156,11 +156,11 @@ class Deployment:
 def deployment_of(scenario: Scenario) -> Deployment:
     """The deployment that a scenario describes."""
     model, p = scenario.model, scenario.parallel
-    layout = Layout.of(model, scenario.cluster, p.tp, p.dp, p.ep)
+    layout = Layout.of(model, scenario.cluster, p.tp, p.dp, p.ep, scenario.communication)
     slots, shape = 0, None
     if model.is_moe:
         redundant = getattr(scenario.policies.placement, "num_redundant_experts", 0)
-        slots = (model.num_experts + redundant) // p.ep
+        slots = -(-(model.num_experts + redundant) // p.ep)
         shape = ExpertPrices(model, layout, Operators(scenario.cluster.profile), slots).shape
     return Deployment(model, layout, scenario.engine, slots, shape)
 
