@@ -284,6 +284,8 @@ def _warnings(loads: ExpertLoads, replay: Replay, split: bool) -> tuple[str, ...
                 f"recorded steps have {recorded:,.0f} tokens, steps here {batch.tokens:,}: batches are drawn from the"
                 " recorded ones, and intervals count recorded steps"
             )
+    if replay.prices.layout.communication.overlap != "none":
+        out.append("communication.overlap is left out: exchange and experts are added up")
     if not replay.rows.timed:
         out.append("the recording has no time order or fewer than 8 rows: intervals cannot be judged, nor drift")
     if not split:

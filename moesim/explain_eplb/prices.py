@@ -15,7 +15,8 @@ import numpy as np
 
 from moesim.arrays import AnyArray, FloatArray, IntArray
 from moesim.cost.dense import DenseTables, attention_shape
-from moesim.cost.experts import ExpertPrices, Ports
+from moesim.cost.exchange import Ports
+from moesim.cost.experts import ExpertPrices
 from moesim.cost.operators import Operators
 from moesim.cost.rebalancing import MoveCosts
 from moesim.errors import BadInput, Problem
@@ -70,7 +71,7 @@ class StepPrices:
         self.model = model
         self.engine = scenario.engine
         self.cluster = scenario.cluster
-        self.layout = Layout.of(model, scenario.cluster, parallel.tp, parallel.dp, parallel.ep)
+        self.layout = Layout.of(model, scenario.cluster, parallel.tp, parallel.dp, parallel.ep, scenario.communication)
         self.ops = Operators(scenario.cluster.profile, scenario.engine.cuda_graph)
         self.layer_scale = layer_scale
         self._experts: dict[int, ExpertPrices] = {}
@@ -179,30 +180,33 @@ class StepPrices:
         return np.asarray((priced.dispatch + priced.combine + mean).sum(axis=-1) * self.layer_scale)
 
     def _ports(self, count_RLS: AnyArray, tokens: float) -> Ports:
-        """Expected copies of tokens through the busiest ports: counts do not say which experts go together, so a
-        token's are taken as independent: a rank is reached with probability 1 - prod(1 - count / tokens) over its
-        slots."""
-        ranks = self.layout.ranks
-        miss = np.log1p(-np.minimum(count_RLS / max(tokens, 1e-9), 1 - 1e-9))
-        miss_RLG = miss.reshape(*miss.shape[:-1], ranks, -1).sum(axis=-1)
-        in_RLG = tokens * (1.0 - 1.0 / ranks) * -np.expm1(miss_RLG)
-        total = in_RLG.sum(axis=-1)
-        nodes = self.layout.nodes
-        if nodes > 1:
-            pad = nodes * self.layout.gpus_per_node - ranks
-            whole = np.pad(miss_RLG, ((0, 0), (0, 0), (0, pad))) if pad else miss_RLG
-            node_RLN = (
-                tokens * (1.0 - 1.0 / nodes) * -np.expm1(whole.reshape(*whole.shape[:-1], nodes, -1).sum(axis=-1))
-            )
-            node_total, node_most = node_RLN.sum(axis=-1), node_RLN.max(axis=-1) / self.layout.gpus_per_node
+        """Expected copies of tokens through the busiest ports, sources being all ranks alike; `moesim.cost.touch`
+        counts them token by token.
+
+        Counts do not say which experts go together; where a token travels once to a rank or node, see `_reached`.
+        """
+        lay = self.layout
+        ranks, nodes = lay.ranks, lay.nodes
+        node = min(lay.gpus_per_node, ranks)
+        by_rank = count_RLS.reshape(*count_RLS.shape[:-1], ranks, -1)
+        if lay.copies in ("pairs", "two_level"):
+            pairs_RLG = by_rank.sum(axis=-1)
+            far_RLX = pairs_RLG * max(0.0, 1.0 - node / ranks)
+            near_RLG = pairs_RLG * ((node - 1) / ranks)
+            if lay.copies == "two_level" and ranks == nodes * node:  # to the rank of the target's number first
+                near_RLG = pairs_RLG.reshape(*pairs_RLG.shape[:-1], nodes, node).sum(axis=-2) * ((node - 1) / ranks)
+                near_RLG = np.tile(near_RLG, nodes)
         else:
-            node_total = node_most = np.zeros(total.shape)
-        # senders are alike: every rank sends its share of all copies
+            near_RLG = tokens * (1.0 - 1.0 / ranks) * _reached(by_rank, tokens, self.model.top_k)
+            pad = nodes * lay.gpus_per_node - ranks
+            whole = np.pad(by_rank, ((0, 0), (0, 0), (0, pad), (0, 0))).reshape(*by_rank.shape[:-2], nodes, -1)
+            far_RLX = tokens * (1.0 - 1.0 / nodes) * _reached(whole, tokens, self.model.top_k)
+        near, far = near_RLG.sum(axis=-1), far_RLX.sum(axis=-1)
         return Ports(
-            nvlink=np.maximum(in_RLG.max(axis=-1), total / ranks),
-            nic=np.maximum(node_most, node_total / ranks),
-            nvlink_total=total,
-            nic_total=node_total,
+            nvlink=np.maximum(near_RLG.max(axis=-1), near / ranks),
+            nic=np.maximum(far_RLX.max(axis=-1) / lay.nics_shared, far / ranks),
+            nvlink_total=near,
+            nic_total=far,
         )
 
     # -- maps ---------------------------------------------------------------------------------------------------
@@ -219,3 +223,22 @@ class StepPrices:
         """A Placement of any number of layers on these ranks."""
         nodes = tuple(int(n) for n in self._node_P)
         return Placement(np.asarray(map_LS), self.model.num_experts, self.layout.ep, nodes)
+
+
+def _reached(count_RLXS: AnyArray, tokens: float, top_k: int) -> FloatArray:
+    """Chance that a token has an expert in each place X, from pairs of its slots, [R, L, X].
+
+    The higher of two estimates that are low for opposite reasons: experts taken independently of each other, 1 -
+    prod(1 - count / tokens), as if a token could have fewer than K; and K choices one after the other of as many equal
+    experts as the loads are worth (their participation number N), 1 - prod over i < K of (1 - share N / (N - i)), as if
+    a place had no expert that nearly all tokens take. Both together are within 5 % of tokens drawn one by one.
+    """
+    chance = np.minimum(count_RLXS / max(tokens, 1e-9), 1 - 1e-9)
+    apart = -np.expm1(np.log1p(-chance).sum(axis=-1))
+    total = np.maximum(count_RLXS.sum(axis=(-2, -1)), 1e-9)
+    worth = np.maximum(total**2 / np.maximum((count_RLXS.astype(np.float64) ** 2).sum(axis=(-2, -1)), 1e-9), top_k)
+    share = count_RLXS.sum(axis=-1) / total[..., None]
+    missed = np.ones(share.shape)
+    for taken in range(top_k):
+        missed *= np.maximum(1.0 - share * (worth / np.maximum(worth - taken, 1.0))[..., None], 0.0)
+    return np.asarray(np.maximum(apart, 1.0 - missed))
