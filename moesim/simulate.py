@@ -176,6 +176,8 @@ class RunResult:
             "max_over_mean_load": float(ratio) / e.steps,
             "lockstep": float(most / mean),
             "expert_idle_share": 1.0 - float(mean_ns) / max(e.ns.get("experts", 0), 1),
+            "planned": self.experts.planned,
+            "bound": self.experts.bound,
             "hottest": self._hottest(),
         }
 

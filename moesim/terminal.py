@@ -212,6 +212,11 @@ def _balance(console: Console, found: dict[str, Any]) -> None:
         f"busiest rank / mean: {_number(balance['max_over_mean_load'])} in load, "
         f"{_number(balance['lockstep'])} over all layers and steps"
     ]
+    if balance.get("planned") is not None:
+        lines.append(
+            f"planned by the placement: {_number(balance['planned'])}; proven: no placement plans less than "
+            f"{_number(balance['bound'])}"
+        )
     if balance.get("expert_idle_share") is not None:
         lines.append(f"ranks wait {_percent(balance['expert_idle_share'])} of the experts' time for the slowest one")
     hottest = balance.get("hottest")

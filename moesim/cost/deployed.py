@@ -25,6 +25,7 @@ from moesim.errors import BadInput, Problem
 from moesim.layout import Layout
 from moesim.model import MoEModel
 from moesim.placement import Placement, PlacementContext, PlacementPolicy, initial_map
+from moesim.placement.bound import balance_bound
 from moesim.routing.batch import BatchRouter
 from moesim.routing.capacity import capacity_of
 from moesim.scenario.load import Scenario
@@ -64,6 +65,10 @@ class Experts:
     """what the placement was told"""
     placed_for: str = ""
     """the traffic that the placement was made for, where it is not the traffic that is served"""
+    planned: float = 1.0
+    """busiest over mean rank load that the map promises on the traffic it was made for, mean over layers"""
+    bound: float = 1.0
+    """no map with as many slots has a smaller one: proven (`moesim.placement.bound`), mean over layers"""
 
     @property
     def batches(self) -> BatchRouter | None:
@@ -117,7 +122,18 @@ def experts_of(scenario: Scenario, layout: Layout, ops: Operators, stream: Reque
         slot_size,
         context,
         placed_for,
+        *_promise(placement, fit),
     )
+
+
+def _promise(placement: Placement, fit: RoutingSource) -> tuple[float, float]:
+    """Planned balance and its bound, means over layers."""
+    if fit.ideal:
+        return 1.0, 1.0
+    weight_LE = fit.count_LE().astype(np.float64)
+    slots = int(placement.held_LS.sum(axis=1).max())
+    bound_L = balance_bound(weight_LE, slots, placement.num_ranks)
+    return float(placement.balance(weight_LE).mean()), float(bound_L.mean())
 
 
 def _placement_source(
