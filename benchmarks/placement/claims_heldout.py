@@ -113,7 +113,7 @@ def heldout() -> Section:
     shape = static < plain and best[-1] < static and found[16, "lp"][0] < static
     claim = Row(
         "this project's own question (EPLB is usually reported in-sample)",
-        f"ESFT traces of DeepSeek-V2-Lite's shape, EP{RANKS}, {TOKENS} tokens a GPU, fitted on intent and served summary"
+        f"ESFT traces of DeepSeek-V2-Lite's shape, EP{RANKS}, {TOKENS} tokens a GPU, fitted on intent, served summary"
         " and the other way round, mean of both",
         "nothing",
         "a static map carries over in part; better dispatch and fresh maps win back a part of what it misses",
@@ -121,8 +121,8 @@ def heldout() -> Section:
         f" {found[16, 'lp'][0]:.3f} (LP); rebalanced every step {found[16, 'random'][-1]:.3f} (random),"
         f" {found[16, 'lp'][-1]:.3f} (LP)",
         SHAPE if shape else MISSED,
-        f"the traces hold prefill of whole chats in file order, {len(batches(TASKS[0]))} and {len(batches(TASKS[1]))} steps"
-        " of them: consecutive steps are the freshest traffic there can be, and all intervals but one step see few maps",
+        f"the traces hold prefill of whole chats in file order, {len(batches(TASKS[0]))} and {len(batches(TASKS[1]))}"
+        " steps of them: the step before is the freshest traffic there can be, and longer intervals see few maps",
         "static below contiguous, LP below random, rebalanced below static",
     )
     lines = [

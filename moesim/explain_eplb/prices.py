@@ -64,6 +64,9 @@ class StepPrices:
             raise BadInput(
                 Problem("explain eplb", f"experts are balanced between ranks, and {told}; set --ep to 2 or more")
             )
+        if model.num_expert_sets != model.num_moe_passes:
+            told = f"{model.name}'s layers share experts, which is not judged; simulate the scenario instead"
+            raise BadInput(Problem("explain eplb", told))
         if model.expert_size_E:
             raise BadInput(
                 Problem("explain eplb", "experts of several sizes are not judged; simulate the scenario instead")
