@@ -39,6 +39,9 @@ from moesim.workload.requests import RequestsSpec, RequestStream, build_requests
 
 __all__ = ["SCHEMA_VERSION", "RunResult", "simulate"]
 
+_EXCHANGE = 9 + 2 * BINS
+"""row of `cost.experts.MoESums.stats`: ns of exchanges, hidden or not; the next one: chunks"""
+
 SCHEMA_VERSION = 1
 
 
@@ -142,6 +145,7 @@ class RunResult:
             "balance": self._balance(),
             "time_share": self._time_share(),
             "links": self._links(),
+            **({} if (overlap := self._overlap()) is None else {"overlap": overlap}),
             "memory": self._memory(),
             "drops": self._drops(),
             "routing": self._routing(),
@@ -209,7 +213,7 @@ class RunResult:
         e, router = self.explanation, None if self.experts is None else self.experts.batches
         if e is None or router is None or router.capacity is None:
             return None
-        wanted, dropped = e.stats[9 : 9 + BINS], e.stats[9 + BINS :]
+        wanted, dropped = e.stats[9 : 9 + BINS], e.stats[9 + BINS : 9 + 2 * BINS]
         return {
             "share": float(e.stats[8] / max(e.stats[7], 1.0)),
             "by_position": [float(d / w) if w else None for d, w in zip(dropped, wanted, strict=True)],
@@ -243,11 +247,27 @@ class RunResult:
         if e is None or experts is None or not e.stats[3]:
             return None
         size = experts.prices.dispatch_bytes + experts.prices.combine_bytes
-        busy = (e.ns.get("dispatch", 0) + e.ns.get("combine", 0)) / max(sum(e.ns.values()), 1)
+        spent = float(e.ns.get("dispatch", 0) + e.ns.get("combine", 0))
+        if self.scenario.communication.overlap != "none":
+            spent = float(e.stats[_EXCHANGE])
+        busy = spent / max(sum(e.ns.values()), 1)
         out: dict[str, Any] = {"nvlink": {"bytes": round(float(e.stats[3]) * size), "busy_share": busy}}
         if e.stats[4]:
             out["nic"] = {"bytes": round(float(e.stats[4]) * size), "busy_share": busy}
         return out
+
+    def _overlap(self) -> dict[str, Any] | None:
+        """What was cut, and how much of the exchange ran beside experts and attention."""
+        e, kind = self.explanation, self.scenario.communication.overlap
+        if e is None or kind == "none" or not e.stats[_EXCHANGE]:
+            return None
+        exchange, shown = float(e.stats[_EXCHANGE]), e.ns.get("dispatch", 0) + e.ns.get("combine", 0)
+        return {
+            "kind": kind,
+            "chunks": float(e.stats[_EXCHANGE + 1]) / e.steps,
+            "exchange_share": exchange / max(sum(e.ns.values()), 1),
+            "hidden_share": 1.0 - shown / exchange,
+        }
 
     def _memory(self) -> dict[str, Any]:
         assert self.memory is not None

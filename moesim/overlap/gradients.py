@@ -74,11 +74,11 @@ def partition(slots: Sequence[Slot], start: float) -> Plan:
         front = _undominated(grown)
     best = min(front, key=lambda s: s.spent + _sum_ns(s.queue, start))
     options, hidden_ns = [], []
-    state: _State | None = best
-    while state is not None and state.before is not None:
-        options.append(state.option)
-        hidden_ns.append(state.hidden)
-        state = state.before
+    at = best
+    while at.before is not None:
+        options.append(at.option)
+        hidden_ns.append(at.hidden)
+        at = at.before
     total = best.spent + _sum_ns(best.queue, start)
     return Plan(total, np.array(options[::-1], np.int64), np.array(hidden_ns[::-1], np.float64), best.queue)
 
