@@ -19,6 +19,7 @@ from moesim.cost.deployed import Experts, exchange_copies, experts_of, moe_cost,
 from moesim.cost.explain import Explanation, explain
 from moesim.cost.operators import Operators
 from moesim.cost.pricer import Pricer, Run
+from moesim.cost.split import Splitter
 from moesim.cost.step import StepPricer
 from moesim.cost.tokens import TokenExperts
 from moesim.engine.core import Deployment, Outcome, run
@@ -375,7 +376,7 @@ def _serve(
     shared = _tables(scenario, layout, ops, kv)
     groups = scenario.parallel.replicas * (1 if layout.meets else layout.dp)
     pricers = [
-        StepPricer(*shared, moe_cost(scenario, layout, experts, seed, g))
+        StepPricer(*shared, moe_cost(scenario, layout, experts, seed, g), _splitter(scenario, shared, experts))
         for g in range(1 if experts is None or experts.replay is None else groups)
     ]
     result.pricers, result.groups = pricers, groups
@@ -412,6 +413,17 @@ def _serve(
     result.peak_kv_units = outcome.peak_kv_units
     result.explanation = _explain(outcome, deployment.pricers)
     return result
+
+
+def _splitter(
+    scenario: Scenario,
+    shared: tuple[DenseTables, AttentionTables | None, AttentionTables | None],
+    experts: Experts | None,
+) -> Splitter | None:
+    """What prices steps of two micro-batches, where the scenario asks for them."""
+    if scenario.communication.overlap != "two_batch" or experts is None:
+        return None
+    return Splitter(*shared, experts.prices.exchange.compute_scale)
 
 
 def _one_each(pricers: list[StepPricer], groups: int) -> list[Pricer]:

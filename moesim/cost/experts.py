@@ -21,7 +21,7 @@ from moesim.model import MoEModel
 from moesim.placement import EMPTY, Placement
 from moesim.routing.batch import BINS
 
-__all__ = ["STATS", "Computed", "Drawn", "ExpertPrices", "LayerPrices", "MoESums", "Ports", "padded_slots"]
+__all__ = ["MEANS", "STATS", "Computed", "Drawn", "ExpertPrices", "LayerPrices", "MoESums", "Ports", "padded_slots"]
 
 
 STATS = 11 + 2 * BINS
@@ -95,6 +95,10 @@ class Computed(NamedTuple):
     rows_LP: FloatArray
     grade: U8Array
     chunk_RL: IntArray | None = None
+
+
+MEANS = (2, STATS - 1)
+"""rows of `MoESums.stats` that are means over layers, where the others are sums"""
 
 
 class MoESums(NamedTuple):
