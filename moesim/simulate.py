@@ -267,7 +267,7 @@ class RunResult:
             "kind": kind,
             "chunks": float(e.stats[_EXCHANGE + 1]) / e.steps,
             "exchange_share": exchange / max(sum(e.ns.values()), 1),
-            "hidden_share": 1.0 - shown / exchange,
+            "hidden_share": max(0.0, 1.0 - shown / exchange),
         }
 
     def _memory(self) -> dict[str, Any]:

@@ -6,8 +6,9 @@ rank with its own index in its expert's part by all-to-all, is gathered by that 
 and summed there, and returned; collectives inside a node and between nodes overlap, too.
 
 All chunks of a layer cost alike: the mean over the ways in which tokens may fall into them. While an exchange runs its
-kernels hold multiprocessors that the experts then lack. A degree that is not given is chosen for each batch, of 1 to
-16, by the time of all its layers: what a tuner would find that knows the sizes.
+kernels hold multiprocessors that the experts then lack. A degree that is not given is chosen of 1 to 16: in serving for
+each batch, by the time of all its layers (what a tuner would find that knows the sizes), in training for each layer and
+direction, as FSMoE does.
 
 Legend: R degrees, L MoE layers, P parts.
 """
@@ -43,8 +44,8 @@ class Legs(NamedTuple):
 
 
 class ChunkPrices(NamedTuple):
-    """Of the degree taken, [..., L]: ns of experts, of dispatch and combine as far as they are not hidden, of all
-    exchanges, chunks, grade of the exchange."""
+    """Of a degree, [..., L]: ns of experts, of dispatch and combine as far as they are not hidden, of all exchanges,
+    chunks, grade of the exchange; travel: ns of the exchanges between ranks, those of an expert's own ranks apart."""
 
     dispatch: IntArray
     experts: IntArray
@@ -52,6 +53,11 @@ class ChunkPrices(NamedTuple):
     exchange: IntArray
     degree: IntArray
     grade: U8Array
+    travel: IntArray
+
+    @property
+    def total(self) -> IntArray:
+        return self.dispatch + self.experts + self.combine
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +79,26 @@ class Chunks:
         tried = range(1, _TRIED + 1) if asked.degree is None else (asked.degree,)
         return cls(tuple(tried) if cut else (), cut and asked.overlap == "fsmoe", layout, exchange, ops, top_k)
 
-    def price(
+    def options(
         self, chunk_RL: IntArray, rows_LP: FloatArray, busiest: AnyArray | float, ports: Ports | None
-    ) -> ChunkPrices:
-        """The degree that is fastest for a batch, all its layers together. chunk_RL: see `Computed`; rows_LP: of the
-        whole batch; busiest, ports: as of `Exchange.price`."""
-        found = [
+    ) -> list[ChunkPrices]:
+        """Every degree tried. chunk_RL: see `Computed`; rows_LP: of the whole batch; busiest, ports: as of
+        `Exchange.price`."""
+        return [
             self.layer(degree, experts, self.legs(degree, rows_LP, busiest, ports))
             for degree, experts in zip(self.degrees, chunk_RL, strict=True)
         ]
-        if len(found) == 1:
-            return found[0]
-        total_RB = np.stack([(f.dispatch + f.experts + f.combine).sum(axis=-1) for f in found])
-        at = total_RB.argmin(axis=0)[None, ..., None]
-        return ChunkPrices(*(np.take_along_axis(np.stack(x), at, 0)[0] for x in zip(*found, strict=True)))
+
+    @staticmethod
+    def best(options: list[ChunkPrices], by_layer: bool) -> ChunkPrices:
+        """The degree that is fastest, for each layer, or for all layers of a batch together."""
+        if len(options) == 1:
+            return options[0]
+        total_RL = np.stack([f.total for f in options])
+        if not by_layer:
+            total_RL = np.broadcast_to(total_RL.sum(axis=-1, keepdims=True), total_RL.shape)
+        at = total_RL.argmin(axis=0)[None]
+        return ChunkPrices._make(np.take_along_axis(np.stack(x), at, 0)[0] for x in zip(*options, strict=True))
 
     def layer(self, degree: int, experts: IntArray, legs: Legs) -> ChunkPrices:
         """Layers in `degree` chunks, experts: ns of the slowest part's kernels in one [..., L]."""
@@ -99,8 +111,9 @@ class Chunks:
         # what is not hidden is split as the exchange itself is, and adds up
         dispatch = exposed * there // np.maximum(there + back, 1)
         return ChunkPrices(
-            dispatch, degree * experts, exposed - dispatch, there + back, np.full_like(experts, degree), legs.grade
-        )
+            dispatch, degree * experts, exposed - dispatch, there + back, np.full_like(experts, degree), legs.grade,
+            degree * (legs.there + legs.back),
+        )  # fmt: skip
 
     def legs(self, degree: int, rows_LP: FloatArray, busiest: AnyArray | float, ports: Ports | None) -> Legs:
         """Collectives of one of `degree` chunks."""

@@ -47,7 +47,8 @@ class Drawn(NamedTuple):
 class LayerPrices(NamedTuple):
     """ns by layer [..., L]; rows by part [..., L, P]; grades of the expert kernel and the exchange [..., L].
 
-    dispatch, combine: what is not hidden behind experts. exchange [..., L]: hidden or not. degree [..., L]: chunks.
+    dispatch, combine: what is not hidden behind experts. exchange [..., L]: hidden or not; travel: of it what goes
+    between the ranks of a replica. degree [..., L]: chunks.
     """
 
     dispatch: IntArray
@@ -59,6 +60,7 @@ class LayerPrices(NamedTuple):
     exchange_grade: U8Array
     exchange: IntArray
     degree: IntArray
+    travel: IntArray
 
     def sums(self, ports: Ports | None, drawn: Drawn) -> MoESums:
         """Add the layers up; `ports` are those that were priced, `drawn` what was routed."""
@@ -226,26 +228,27 @@ class ExpertPrices:
         )
         return computed, Ports(*(np.where(open_BL, own, p) for own, p in zip(ports, moved, strict=True)))
 
-    def price(self, computed: Computed, busiest: AnyArray, ports: Ports | None) -> LayerPrices:
+    def price(self, computed: Computed, busiest: AnyArray, ports: Ports | None, by_layer: bool = False) -> LayerPrices:
         """Prices of layers: the kernels in `computed` between dispatch and combine.
 
         busiest [...]: tokens of the data-parallel rank that has most (for the gather of groups whose experts are
-        split over ranks). ports: for exchanges.
+        split over ranks). ports: for exchanges. by_layer: chunks are chosen for each layer, else for a batch.
         """
         shape = computed.expert_LP.shape[:-1]
         if computed.chunk_RL is not None:
-            cut = self.chunks.price(computed.chunk_RL, computed.rows_LP, busiest, ports)
+            options = self.chunks.options(computed.chunk_RL, computed.rows_LP, busiest, ports)
+            cut = self.chunks.best(options, by_layer)
             longer = cut.experts / np.maximum(computed.expert_LP.max(axis=-1), 1)
             expert_LP = np.rint(computed.expert_LP * longer[..., None]).astype(np.int64)
             return LayerPrices(
                 cut.dispatch, cut.experts, cut.combine, expert_LP, computed.rows_LP, computed.grade, cut.grade,
-                cut.exchange, cut.degree,
+                cut.exchange, cut.degree, cut.travel,
             )  # fmt: skip
         dispatch, combine, grade = self.exchange.price(shape, busiest, ports)
         slowest, once = computed.expert_LP.max(axis=-1), np.ones(shape, np.int64)
         return LayerPrices(
             dispatch, slowest, combine, computed.expert_LP, computed.rows_LP, computed.grade, grade,
-            dispatch + combine, once,
+            dispatch + combine, once, dispatch + combine,
         )  # fmt: skip
 
 
