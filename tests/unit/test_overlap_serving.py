@@ -21,7 +21,7 @@ from tests.build import scenario, tiny_model
 
 WIDE: dict[str, Any] = {
     "hidden_size": 4096,
-    "num_layers": 5,
+    "num_layers": 3,
     "attention": {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128},
     "dense_intermediate_size": 8192,
     "moe": {"num_experts": 64, "top_k": 6, "intermediate_size": 1024, "first_dense_layers": 1},

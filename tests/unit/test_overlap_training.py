@@ -58,7 +58,7 @@ def test_one_chunk_is_no_overlap(tmp_path: Path) -> None:
 @pytest.mark.parametrize("overlap", ["pipeline", "fsmoe"])
 def test_a_degree_that_is_chosen_is_no_slower_than_a_given_one(tmp_path: Path, overlap: str) -> None:
     parallel = {"dp": 16, "ep": 16} if overlap == "pipeline" else SHARDED
-    best, *given = (trained(tmp_path, {"overlap": overlap, "degree": d}, parallel).times[0] for d in (None, 1, 2, 5))
+    best, *given = (trained(tmp_path, {"overlap": overlap, "degree": d}, parallel).times[0] for d in (None, 1, 3))
     assert best.total <= min(t.total for t in given)
     assert best.total < given[0].total
 
