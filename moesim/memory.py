@@ -6,7 +6,7 @@ The rules, one term a line, are in `rank_memory`. Activations and communication 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moesim.engine_spec import EngineSpec
 from moesim.errors import Infeasible
@@ -14,7 +14,14 @@ from moesim.hardware import Cluster
 from moesim.layout import Layout
 from moesim.model import MoEModel, dtype_bytes
 
-__all__ = ["RankMemory", "rank_memory", "require_fit"]
+__all__ = [
+    "RankMemory",
+    "deepep_queue_bytes",
+    "exchange_buffers",
+    "low_latency_buffer_bytes",
+    "rank_memory",
+    "require_fit",
+]
 
 _GIB = 2**30
 
@@ -33,6 +40,9 @@ class RankMemory:
     kv_unit: int
     """bytes of one KV unit: one block of one layer"""
     kv_units: int
+    """of the requests of one data-parallel rank"""
+    kv_copies: int = 1
+    """ranks whose requests' KV each rank keeps"""
 
     @property
     def fixed(self) -> int:
@@ -41,7 +51,7 @@ class RankMemory:
 
     @property
     def kv_cache(self) -> int:
-        return self.kv_unit * self.kv_units
+        return self.kv_unit * self.kv_units * self.kv_copies
 
     def by_use(self) -> dict[str, int]:
         """Bytes by what they are for."""
@@ -73,12 +83,11 @@ def rank_memory(
     activations = int(tokens * act * (3 * model.hidden_size + widest))
     # float32 logits of the sampled rows of one vocabulary shard
     activations += 4 * engine.max_num_seqs * model.vocab_size // layout.tp
-    # one buffer each for tokens received and sent: at most every token of a rank to every one of its K experts
-    copies = max(min(model.top_k, layout.ep), copies)
-    exchange = int(2 * tokens * copies * model.expert_hidden * act) if layout.exchanges else 0
+    exchange = exchange_buffers(model, layout, tokens, copies)
     kv_layers = set(model.kv_bytes_per_token(layout.tp))
     per_layer = max(kv_layers)
     kv_unit = int(per_layer * engine.block_size)
+    kv_copies = layout.dp if layout.communication.coherent else 1  # every rank keeps every request's context
     capacity = cluster.profile.memory_bytes
     usable = int(capacity * engine.gpu_memory_utilization)
     # engines keep the two absorbed halves of MLA's up-projection beside the projection itself
@@ -97,8 +106,78 @@ def rank_memory(
         exchange_buffers=exchange,
         runtime=runtime,
         kv_unit=kv_unit,
-        kv_units=max(0, (usable - fixed) // kv_unit),
+        kv_units=max(0, (usable - fixed) // (kv_unit * kv_copies)),
+        kv_copies=kv_copies,
     )
+
+
+def exchange_buffers(model: MoEModel, layout: Layout, tokens: int, copies: float = 0) -> int:
+    """Bytes of one rank's buffers for exchanges of at most `tokens` tokens a rank, by back end; copies: as of
+    `rank_memory`.
+
+    Throughput back ends: what is sent and what is received, at most every token to every one of its K experts; NCCL's
+    send a copy for each expert even where two live on one rank, 2DH keeps those between its two steps as well. DeepEP's
+    kernels add their own queues (`deepep_queue_bytes`; V2's are not public as a formula and counted alike). Low
+    latency: `low_latency_buffer_bytes` alone. A gather: all ranks' tokens, and as many results.
+    """
+    how = layout.communication.all_to_all
+    row = model.expert_hidden * dtype_bytes(model.activation_dtype)
+    if layout.meets and layout.expert_tp == 1 and how == "allgather_reducescatter":
+        return int(2 * tokens * layout.dp * row)
+    if not layout.exchanges:
+        return 0
+    if how == "deepep_low_latency":
+        cap = layout.communication.max_dispatch_tokens
+        return low_latency_buffer_bytes(cap, model.expert_hidden, layout.ranks, model.num_experts)
+    if how in ("pairwise", "hierarchical"):
+        return int((2 if how == "pairwise" else 3) * tokens * max(model.top_k, copies) * row)
+    both = int(2 * tokens * max(min(model.top_k, layout.ep), copies) * row)
+    if how in ("deepep_normal", "deepep_v2"):
+        nvlink, nic = deepep_queue_bytes(row, layout.ranks, layout.communication.sms or 20)
+        both += nvlink + nic
+    return both
+
+
+def low_latency_buffer_bytes(max_dispatch_tokens: int, hidden: int, ranks: int, experts: int) -> int:
+    """What DeepEP's `get_low_latency_rdma_size_hint` returns (csrc/legacy/config.hpp, LowLatencyLayout): room for
+    `max_dispatch_tokens` tokens of every rank for each of its experts, twice, in bf16. ranks does not enter: each holds
+    experts / ranks experts, with rows for all ranks."""
+    scales = hidden // 128
+    dispatch = 16 + max(2 * hidden, hidden + 4 * scales)  # a header; bf16, or fp8 with scales
+    combine = 4 * scales + 2 * hidden  # bf16, and the least and greatest of 128 elements
+    send = max(max_dispatch_tokens * dispatch, experts * max_dispatch_tokens * combine)
+    receive = experts * max_dispatch_tokens * max(dispatch, combine)
+    signals = -(-4 * experts // 128) * 128
+    return (2 * (send + receive + signals) // 128 + 1) * 128
+
+
+def deepep_queue_bytes(row_bytes: float, ranks: int, sms: int) -> tuple[int, int]:
+    """What DeepEP's `get_nvl_buffer_size_hint` and `get_rdma_buffer_size_hint` return (csrc/legacy/config.hpp, Config)
+    for the larger of the recommended dispatch and combine settings (deep_ep/buffers/legacy.py) of the next number of
+    ranks listed. row_bytes: of a token."""
+    listed = next((r for r in sorted(_CHUNKS) if r >= ranks), max(_CHUNKS))
+    nvlink_tokens, send = _CHUNKS[listed]
+    nic_tokens = -(-128 // send) * send
+    nodes, near, channels = max(ranks // 8, 1), min(ranks, 8), sms // 2
+    # source meta, 128 expert ids of 8 bytes and their weights, 128 scales
+    side = 8 + 128 * (8 + 4 + 4)
+    nvlink = channels * near * (4 * (2 * nodes + 3) + nvlink_tokens * (int(row_bytes) + side))
+    nic = 0
+    if ranks > 8:
+        nic = channels * nodes * 2 * (4 * (8 * 2 + 2) + nic_tokens * (int(row_bytes) + side + 16))
+    return -(-nvlink // 128) * 128, -(-nic // 128) * 128
+
+
+_CHUNKS = {
+    8: (256, 6),
+    16: (288, 20),
+    24: (288, 8),
+    64: (288, 8),
+    96: (480, 12),
+    128: (560, 12),
+    160: (720, 12),
+}
+"""ranks -> tokens of an NVLink queue, tokens sent over a NIC at once (rounds its queue of 128 up)"""
 
 
 def require_fit(
@@ -109,7 +188,7 @@ def require_fit(
     least = model.num_layers  # one block of one sequence
     if memory.kv_units >= least:
         return memory
-    short = memory.fixed + least * memory.kv_unit - memory.usable
+    short = memory.fixed + least * memory.kv_unit * memory.kv_copies - memory.usable
     uses = ", ".join(f"{name} {size:,} B" for name, size in memory.by_use().items() if size and name != "kv_cache")
     reasons = [
         f"Weights and buffers must leave room for a KV cache on every rank: {memory.fixed:,} bytes are needed, "
@@ -133,7 +212,7 @@ def _mends(model: MoEModel, cluster: Cluster, layout: Layout, engine: EngineSpec
             ranks = layout.ranks * factor
             ep = max(e for e in range(1, min(ranks, slots_all) + 1) if ranks % e == 0)
             slots = -(-slots_all // ep)
-            grown = Layout(layout.tp, layout.dp * factor, ep, layout.gpus_per_node, True)
+            grown = replace(layout, dp=layout.dp * factor, ep=ep, meets=True)
             if fits(model, grown, engine, slots):
                 nodes = -(-ranks // cluster.gpus_per_node)
                 more = slots * ep - model.num_experts

@@ -273,7 +273,7 @@ class RunResult:
     def _memory(self) -> dict[str, Any]:
         assert self.memory is not None
         m = self.memory
-        peak = self.peak_kv_units * m.kv_unit
+        peak = self.peak_kv_units * m.kv_unit * m.kv_copies
         return {
             "hbm": {
                 "used": m.fixed + peak,
@@ -351,9 +351,8 @@ def simulate(
 def _serve(
     scenario: Scenario, requests: RequestsSpec, seed: int, progress: Callable[[float], None] | None
 ) -> RunResult:
-    layout = Layout.of(
-        scenario.model, scenario.cluster, scenario.parallel.tp, scenario.parallel.dp, scenario.parallel.ep
-    )
+    degrees = (scenario.parallel.tp, scenario.parallel.dp, scenario.parallel.ep)
+    layout = Layout.of(scenario.model, scenario.cluster, *degrees, scenario.communication)
     result = RunResult(scenario, seed, layout=layout)
     stream = build_requests(requests, scenario.base, seed)
     result.stream = stream

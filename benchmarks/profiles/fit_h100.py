@@ -214,39 +214,6 @@ def _faster(a: Samples, b: Samples) -> Samples:
     return Samples(a.op, a.variant, a.key, a.size, ns, a.source, a.extra)
 
 
-def exchange(node: dict[str, float]) -> tuple[dict[str, dict[str, float]], list[Curve], float]:
-    """DeepEP on one node. One curve over bytes serves hidden sizes 4096-7168, top 4-10 and both directions: the
-    spread around it is the error. Multi-node parameters are read off DeepEP's published figures (assumed).
-    """
-    fits: dict[str, dict[str, float]] = {}
-    curves, miss = [], []
-    for kind in ("ll", "normal"):
-        s = tables.deepep(kind)
-        size = s.size[:, 0]
-
-        def ns(p: np.ndarray, size: np.ndarray = size) -> np.ndarray:
-            return np.asarray(p[0] + node["nvlink_latency_ns"] + size / (node["nvlink_bytes_per_ns"] * p[1]))
-
-        found = least_squares(
-            lambda p, ns=ns, s=s: np.log(ns(p) / s.ns), [1e4, 0.5], bounds=([0, 0.1], [2e5, 1.0]), loss="soft_l1"
-        )
-        fits[f"all_to_all/{kind}"] = {"launch_ns": round(float(found.x[0]), 1), "nvlink_eff": round(found.x[1], 4)}
-        knots = 2.0 ** np.arange(np.floor(np.log2(size.min())), np.ceil(np.log2(size.max())) + 1, 2)
-        ratio = np.log(s.ns / ns(found.x))
-        basis = np.array([np.interp(np.log(size), np.log(knots), row) for row in np.eye(len(knots))]).T
-        soft = np.vstack([basis, 0.1 * np.eye(len(knots))])
-        height = np.linalg.lstsq(soft, np.concatenate([ratio, np.zeros(len(knots))]), rcond=None)[0]
-        miss += np.abs(ratio - basis @ height).tolist()
-        grade = np.full(len(knots), 1, np.uint8)
-        curves.append(Curve((kind, 8), "", (knots,), np.round(height, 3), grade, s.source))
-    # Published, DeepEP V1 on H800 with one 50 GB/s NIC a GPU: low latency at 128 tokens, EP 16..256, fits 32 us plus
-    # undeduplicated bytes at 0.9 of the NIC; normal kernels at 4096 tokens, EP 32 and 64, move 0.95 of it after 160 us
-    # (one size cannot tell a latency from a rate: 160 us leaves the low-latency kernels the faster at 128 tokens).
-    fits["all_to_all/ll"] |= {"nic_launch_ns": 22000.0, "nic_eff": 0.9}
-    fits["all_to_all/normal"] |= {"nic_launch_ns": 150000.0, "nic_eff": 0.95}
-    return fits, curves, sigma(np.array(miss))
-
-
 def sigma(absolute: np.ndarray) -> float:
     """1 sigma of log from the 90 % quantile of |log error| (a normal law's is 1.645 sigma)."""
     return round(float(np.quantile(absolute, 0.9)) / 1.645, 3)
@@ -276,14 +243,16 @@ def main() -> None:
     for op in ("attention_prefill", "attention_decode"):
         fits[op] = fits[f"{op}/gqa_bf16"]
     ring_fits, ring_curves, errors = rings(node)
-    swap_fits, swap_curves, swap_error = exchange(node)
-    fits |= ring_fits | swap_fits
-    errors = {k: round(v, 3) for k, v in {**held_out_errors(), **errors, "all_to_all": swap_error}.items()}
+    # exchanges are fit_exchange.py's: what it wrote stays
+    before: dict[str, Any] = yaml.safe_load((OUT / "h100_sxm.yaml").read_text())
+    fits |= ring_fits | {k: v for k, v in before["fits"].items() if k.startswith("all_to_all")}
+    errors["all_to_all"] = before["errors"]["all_to_all"]
+    errors = {k: round(v, 3) for k, v in {**held_out_errors(), **errors}.items()}
     files = {
         "h100_sxm.gemm.json": {"gemm": [c for _, _, found in dense for c in found]},
         "h100_sxm.moe.json": {"moe": [c for _, _, found in moe for c in found]},
         "h100_sxm.attention.json": {},
-        "h100_sxm.links.json": {**ring_curves, "all_to_all": swap_curves},
+        "h100_sxm.links.json": ring_curves,
     }
     for s, _, found in heads:
         files["h100_sxm.attention.json"].setdefault(s.op, []).extend(found)
@@ -299,9 +268,10 @@ def main() -> None:
         "node": {**sheet["node"], "nvlink_latency_us": node["nvlink_latency_ns"] / 1e3},
         "fits": fits,
         "errors": {**dict(sorted(errors.items())), "elementwise": 0.3, "host": 0.3},
-        "curves": list(files),
+        "curves": [*files, "h100_sxm.exchange.json"],
         "provenance": PROVENANCE
-        | {"sources": sheet["provenance"]["sources"], "curve_sources": list(tables.SOURCES.values())},
+        | {k: before["provenance"][k] for k in ("all_to_all", "curve_sources")}
+        | {"sources": sheet["provenance"]["sources"]},
     }
     write_whole(
         OUT / "h100_sxm.yaml",
@@ -316,7 +286,6 @@ PROVENANCE: dict[str, Any] = {
     "versions": "vLLM 0.24.0, TensorRT-LLM 1.3.0rc20, NCCL 2.29.2, SGLang 0.5.12 (DeepEP)",
     "driver": "not stated by the tables",
     "how": "python benchmarks/profiles/fit_h100.py; held-out error: python benchmarks/profiles/holdout.py",
-    "all_to_all across nodes": "assumed: DeepEP README figures for V1 on H800, CX7 50 GB/s a GPU",
     "elementwise, host": "assumed: 2.5 us a launch and 80 % of HBM bandwidth",
 }
 

@@ -198,25 +198,3 @@ def distinct_ranks(ranks: int, experts: int, top_k: int) -> float:
     for i in range(top_k):
         missed *= (experts - local - i) / (experts - i)
     return ranks * (1.0 - missed)
-
-
-def deepep(kind: str) -> Samples:
-    """DeepEP on 8 GPUs of a node, dispatch (fp8 with scales) and combine (bf16) together; hidden >= 4096, top_k >= 4.
-
-    key (kind, 8); size: bytes through a rank's port, a token once for each other rank (normal), once for each
-    chosen expert elsewhere (ll).
-    """
-    path = f"comm/sglang/0.5.12/wideep_deepep_{'ll' if kind == 'll' else 'normal'}_perf.parquet"
-    unit = "avg_t_us" if kind == "ll" else "transmit_us"
-    columns = ["hidden_size", "num_token", "num_topk", "num_experts", f"dispatch_{unit}", f"combine_{unit}"]
-    t = read(path, columns + ([] if kind == "ll" else ["dispatch_sms"]))
-    keep = (t["hidden_size"] >= 4096) & (t["num_topk"] >= 4) & (t["num_topk"] <= 10)
-    t = pick(t, keep & (True if kind == "ll" else t["dispatch_sms"] == 20))
-    copies = t["num_topk"] * 7.0 / 8.0
-    if kind != "ll":
-        pairs = zip(t["num_experts"].tolist(), t["num_topk"].tolist(), strict=True)
-        copies = np.array([distinct_ranks(8, e, k) * 7 / 8 for e, k in pairs])
-    tokens = copies * t["num_token"] * t["hidden_size"]
-    size = np.concatenate([tokens * (1 + 4 / 128), tokens * 2.0])
-    ns = np.concatenate([t[f"dispatch_{unit}"], t[f"combine_{unit}"]]) * 1e3
-    return Samples("all_to_all", kind, [(kind, 8)] * len(ns), size[:, None], ns, 9 if kind == "ll" else 8)

@@ -288,7 +288,7 @@ class _Blocks:
         self._count = self._counts(slot_TLK, np.repeat(np.arange(self.number), _BLOCK), self.number)
         self.mean_LS: FloatArray = self._count.mean(axis=0, dtype=np.float64)
         if layout.exchanges:
-            copies = touch(slot_TLK, source_T, starts, self._spr, self._node_G)
+            copies = touch(slot_TLK, source_T, starts, self._spr, self._node_G, layout.copies)
             self._in, self._node_in = copies.in_BLG.astype(np.float32), copies.node_in_BLN.astype(np.float32)
 
     def _counts(self, slot_TLK: AnyArray, group_T: IntArray, groups: int) -> FloatArray:
@@ -319,7 +319,8 @@ class _Blocks:
         if not self._layout.exchanges:
             return count, None
         starts = np.arange(entries, dtype=np.int64) * tokens
-        copies = touch(self._slot_TLK[rows], self._source_T[rows], starts, self._spr, self._node_G)
+        source_T, how = self._source_T[rows], self._layout.copies
+        copies = touch(self._slot_TLK[rows], source_T, starts, self._spr, self._node_G, how)
         return count, self._ports(copies.in_BLG.astype(np.float32), copies.node_in_BLN.astype(np.float32))
 
     def _ports(self, ranks_in: AnyArray, nodes_in: AnyArray) -> Ports:
@@ -329,7 +330,7 @@ class _Blocks:
 def _busiest(ranks_in: AnyArray, nodes_in: AnyArray, layout: Layout) -> Ports:
     return Ports(
         nvlink=ranks_in.max(axis=-1),
-        nic=nodes_in.max(axis=-1) / layout.gpus_per_node,
+        nic=nodes_in.max(axis=-1) / layout.nics_shared,
         nvlink_total=ranks_in.sum(axis=-1),
         nic_total=nodes_in.sum(axis=-1),
     )

@@ -79,9 +79,7 @@ def experts_of(scenario: Scenario, layout: Layout, ops: Operators, stream: Reque
         seed,
     )
     placement, fitted = _place(policies.placement, source, model, context)
-    prices = ExpertPrices(
-        model, layout, ops, placement.slots_per_rank, placement.slot_to_expert_LS, scenario.communication
-    )
+    prices = ExpertPrices(model, layout, ops, placement.slots_per_rank, placement.slot_to_expert_LS)
     coupled = router is not None and router.couples
     follow = _follow_tokens(scenario, source, stream, coupled)
     tokens = Replay(source, stream.prompt_tokens, stream.output_tokens, seed) if follow or coupled else None

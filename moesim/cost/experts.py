@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 
 from moesim.arrays import AnyArray, FloatArray, IntArray, U8Array
-from moesim.communication_spec import CommunicationSpec
 from moesim.cost.chunks import Chunks
 from moesim.cost.exchange import Exchange, Ports
 from moesim.cost.operators import MoEShape, Operators
@@ -132,9 +131,8 @@ class ExpertPrices:
         ops: Operators,
         slots_per_part: int,
         slot_to_expert_LS: AnyArray | None = None,
-        communication: CommunicationSpec | None = None,
     ) -> None:
-        self.exchange = Exchange(model, layout, ops, communication or CommunicationSpec())
+        self.exchange = Exchange(model, layout, ops, layout.communication)
         self.chunks = Chunks.of(layout, self.exchange, ops, model.top_k)
         self._layout = layout
         self._ops = ops
@@ -217,7 +215,10 @@ class ExpertPrices:
             return computed, None
         lay = self._layout
         row_LP = work.rows_LP  # each part gets equal shares of its rows from all ranks
-        away = row_LP * ((lay.ranks - 1) / lay.ranks)
+        node = min(lay.gpus_per_node, lay.ranks)
+        # over NVLink come those of the own node, those whose number in the node is another's, or all
+        near = {"pairs": (node - 1) / lay.ranks, "two_level": (node - 1) / node}
+        away = row_LP * near.get(lay.copies, (lay.ranks - 1) / lay.ranks)
         far = row_LP * max(0.0, 1 - lay.gpus_per_node / lay.ranks)
         sent = np.broadcast_to(np.asarray(busiest, np.float64)[..., None], open_BL.shape)
         moved = Ports(

@@ -4,9 +4,7 @@ Inside a node a measured residual curve over bytes (per collective and number of
 Across nodes rings and trees run hierarchically: reduce-scatter in the node, exchange of shards over each GPU's own
 NIC, all-gather in the node (NCCL's multi-NIC schemes move the same bytes through the same ports).
 
-The expert all-to-all follows DeepEP (deepseek-ai/DeepEP, MIT; published figures in its README): the *normal* kernels
-send a token once to each rank (once to each node over the NIC), the *low-latency* kernels once for every chosen
-expert but start sooner. The faster of the two is taken. Port bytes come in deduplicated; `copies` undoes that.
+Exchanges of tokens are `moesim.cost.swaps`'s.
 """
 
 from __future__ import annotations
@@ -31,8 +29,7 @@ class Links:
     def __init__(self, profile: DeviceProfile, eager: bool) -> None:
         self.profile = profile
         self.eager = eager
-        self._residuals: dict[tuple[str, str, int], Residual] = {}
-        self._copies: dict[tuple[int, int], float] = {}
+        self._residuals: dict[tuple[str, int], Residual] = {}
 
     def collective(
         self, op: str, size: FloatArray, ranks: int, spans_nodes: bool, nodes: int = 0
@@ -55,52 +52,12 @@ class Links:
             far = steps + size * (nodes - 1) / rate
         return near + far, np.full(size.shape, ASSUMED, dtype=np.uint8)
 
-    def all_to_all(
-        self, near: FloatArray, far: FloatArray, ranks: int, nodes: int, top_k: int
-    ) -> tuple[FloatArray, U8Array]:
-        """near, far: bytes through the busiest NVLink port and NIC port, a token once a rank, once a node."""
-        normal, grade_normal = self._exchange("normal", near, far, ranks, nodes)
-        quick, grade_quick = self._exchange(
-            "ll", near * self._undo(ranks, top_k), far * self._undo(nodes, top_k), ranks, nodes
-        )
-        take = quick < normal
-        return np.where(take, quick, normal), np.where(take, grade_quick, grade_normal)
-
-    def _exchange(
-        self, kind: str, near: FloatArray, far: FloatArray, ranks: int, nodes: int
-    ) -> tuple[FloatArray, U8Array]:
-        node = self.profile.node
-        fit = self.profile.fits.get(f"all_to_all/{kind}", {})
-        launch = fit.get("launch_ns", (4.0 if kind == "ll" else 10.0) * self.profile.graph_launch_ns)
-        near_rate = node.nvlink_bytes_per_s * fit.get("nvlink_eff", 0.5 if kind == "ll" else 0.65) * 1e-9
-        ns = launch + node.nvlink_latency_ns + near / near_rate
-        residual = self._residual("all_to_all", kind, min(ranks, node.gpus_per_node))
-        ratio, grade = residual.at((near,))
-        ns = ns * np.exp(ratio)
-        if nodes > 1:
-            far_rate = node.nic_bytes_per_s * fit.get("nic_eff", 0.88) * 1e-9
-            start = fit.get("nic_launch_ns", launch) + node.nic_latency_ns
-            ns = np.maximum(ns, start + far / far_rate)
-            grade = np.full(near.shape, ASSUMED, dtype=np.uint8)
-        return ns, grade
-
-    def _undo(self, places: int, top_k: int) -> float:
-        """Copies sent for each deduplicated one: k (P-1)/P over the mean distinct remote places of k uniform picks."""
-        found = self._copies.get((places, top_k))
-        if found is None:
-            found = 1.0
-            if places > 1 and top_k > 1:
-                distinct = (places - 1) * (1.0 - (1.0 - 1.0 / places) ** top_k)
-                found = max(1.0, top_k * (places - 1) / places / distinct)
-            self._copies[places, top_k] = found
-        return found
-
     def _inside(self, op: str, size: FloatArray, ranks: int) -> tuple[FloatArray, U8Array]:
         """A collective within one node; nothing for a single rank."""
         if ranks <= 1:
             return np.zeros(size.shape), np.zeros(size.shape, dtype=np.uint8)
         ns = self.port_ns(op, size, ranks)
-        ratio, grade = self._residual(op, "", ranks).at((size,))
+        ratio, grade = self._residual(op, ranks).at((size,))
         return ns * np.exp(ratio), grade
 
     def port_ns(self, op: str, size: FloatArray, ranks: int) -> FloatArray:
@@ -114,12 +71,11 @@ class Links:
     def _fit(self, op: str, name: str, otherwise: float) -> float:
         return self.profile.fits.get(op, {}).get(name, otherwise)
 
-    def _residual(self, op: str, kind: str, ranks: int) -> Residual:
-        key = (op, kind, ranks)
-        found = self._residuals.get(key)
+    def _residual(self, op: str, ranks: int) -> Residual:
+        found = self._residuals.get((op, ranks))
         if found is None:
-            found = residual_of(self.profile, op, (kind, ranks) if kind else (ranks,), "", self.eager)
-            self._residuals[key] = found
+            found = residual_of(self.profile, op, (ranks,), "", self.eager)
+            self._residuals[op, ranks] = found
         return found
 
 

@@ -23,6 +23,7 @@ from moesim.arrays import FloatArray, U8Array
 from moesim.cost.curves import Key, Residual, residual_of
 from moesim.cost.links import Links, as_sizes
 from moesim.cost.physics import BACKWARD, Rates, causal_pairs
+from moesim.cost.swaps import SwapKind, Swaps, Way
 from moesim.dtypes import dtype_bytes
 from moesim.hardware import EXTRAPOLATED, INTERPOLATED, DeviceProfile, RowWork
 
@@ -109,6 +110,7 @@ class Operators:
     def __init__(self, profile: DeviceProfile, cuda_graph: bool = True) -> None:
         self.profile = profile
         self.cuda_graph = cuda_graph
+        self.swaps = Swaps(profile, not cuda_graph)
         self._links = Links(profile, not cuda_graph)
         self._known: dict[tuple[str, Key], tuple[Rates, Residual]] = {}
 
@@ -240,16 +242,29 @@ class Operators:
         return self._collective("reduce_scatter", bytes_per_rank, ranks, spans_nodes, nodes)
 
     def all_to_all(
-        self, nvlink_bytes: ArrayLike, nic_bytes: ArrayLike, ranks: int, nodes: int, top_k: int = 8
+        self,
+        nvlink_bytes: ArrayLike,
+        nic_bytes: ArrayLike,
+        ranks: int,
+        nodes: int,
+        top_k: int = 8,
+        kind: SwapKind | Literal["auto"] = "auto",
+        way: Way = "dispatch",
+        sms: int = 0,
     ) -> Priced:
-        """One phase (dispatch or combine) of an expert all-to-all, from its busiest ports.
+        """One phase of an expert all-to-all, from its busiest ports. kind: see `moesim.cost.swaps`; `auto`: the faster
+        of DeepEP's two kernels.
 
-        nvlink_bytes, nic_bytes: the most bytes that any rank sends or receives at that level, a token counted
-        once for each other rank, and once for each other node on the NIC. top_k: experts a token, which says
-        how many copies the low-latency kernels send instead.
+        nvlink_bytes, nic_bytes: the most bytes that any rank sends or receives at that level, copies counted as the
+        kind does (`auto`: once for each other rank, and once for each other node on the NIC). top_k: experts a token,
+        which says how many copies the low-latency kernels of `auto` send instead. sms: multiprocessors that run the
+        kernel, 0: as many as it takes by itself.
         """
         near, far = _together(nvlink_bytes, nic_bytes)
-        ns, grade = self._links.all_to_all(near, far, ranks, nodes, top_k)
+        if kind == "auto":
+            ns, grade = self.swaps.all_to_all(near, far, ranks, nodes, top_k, way, sms)
+        else:
+            ns, grade = self.swaps.swap(kind, near, far, ranks, nodes, way, sms)
         return Priced(np.where((near + far > 0) & (ranks > 1), ns, 0.0), grade)
 
     def copy(

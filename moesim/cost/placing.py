@@ -73,7 +73,7 @@ def placement_costs(
     memory = rank_memory(model, cluster, layout, engine, slots)
     per_token = memory.kv_unit / engine.block_size * model.num_layers
     length = mean_tokens[0] + mean_tokens[1]
-    held = int(memory.kv_cache / max(per_token * length, 1.0))
+    held = int(memory.kv_unit * memory.kv_units / max(per_token * length, 1.0))
     running = max(1, min(engine.max_num_seqs, held))
     pairs = float(running * layout.dp * model.top_k)
     prices = ExpertPrices(model, layout, ops, slots)
@@ -92,7 +92,7 @@ def placement_costs(
         far_bytes_per_ns=node.nic_bytes_per_s * 1e-9,
         expert_bytes=int(model.expert_bytes()) // layout.expert_tp,
         own_ns=float(dense.total_N[0]) + attention,
-        kv_bytes=memory.kv_cache,
+        kv_bytes=memory.kv_unit * memory.kv_units,
         request_kv_bytes=per_token * length,
         requests=engine.max_num_seqs,
     )

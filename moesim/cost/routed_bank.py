@@ -179,13 +179,13 @@ class RoutedBank:
         if not layout.exchanges:
             return Ports(*(np.zeros(slot_NLW.shape[1]) for _ in range(4)))
         starts_S = np.flatnonzero(np.r_[True, np.diff(number_N) != 0])
-        copies = touch(slot_NLW, source_N, starts_S, self._placement.slots_per_rank, self._node_G)
+        copies = touch(slot_NLW, source_N, starts_S, self._placement.slots_per_rank, self._node_G, layout.copies)
         weight_S = ranks.weight_S * ranks.real_S / ranks.routed_S
         in_LG = np.einsum("s,slg->lg", weight_S, copies.in_BLG)
         node_in_LN = np.einsum("s,sln->ln", weight_S, copies.node_in_BLN)
         return Ports(
             nvlink=in_LG.max(axis=-1),
-            nic=node_in_LN.max(axis=-1) / layout.gpus_per_node,
+            nic=node_in_LN.max(axis=-1) / layout.nics_shared,
             nvlink_total=in_LG.sum(axis=-1),
             nic_total=node_in_LN.sum(axis=-1),
         )

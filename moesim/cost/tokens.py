@@ -198,13 +198,13 @@ class TokenExperts:
         count = count_slots(slot_TLK, step_N, steps, slots)
         if not layout.exchanges:
             return count, None
-        copies = touch(slot_TLK, source, offsets[:-1], placement.slots_per_rank, self._node_G)
+        copies = touch(slot_TLK, source, offsets[:-1], placement.slots_per_rank, self._node_G, layout.copies)
         out_SG = np.zeros((steps, layout.ranks))
         np.add.at(out_SG, (step_N, source), 1.0)
         busiest = (out_SG.max(axis=-1) / np.diff(offsets))[:, None]
         ports = Ports(
             nvlink=np.maximum(copies.in_BLG.max(axis=-1), copies.out_BL * busiest),
-            nic=np.maximum(copies.node_in_BLN.max(axis=-1) / layout.gpus_per_node, copies.node_out_BL * busiest),
+            nic=np.maximum(copies.node_in_BLN.max(axis=-1) / layout.nics_shared, copies.node_out_BL * busiest),
             nvlink_total=copies.out_BL.astype(np.float64),
             nic_total=copies.node_out_BL.astype(np.float64),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from moesim.communication_spec import CommunicationSpec
 from moesim.dtypes import FLOAT_DTYPES
 from moesim.engine_spec import EngineSpec
 from moesim.errors import Problem
@@ -16,7 +17,7 @@ from moesim.scenario.yamlio import YamlPath
 from moesim.training_spec import TrainingSpec
 from moesim.workload.routing import RoutingSpec
 
-__all__ = ["cross_checks", "overlap_checks", "training_checks"]
+__all__ = ["communication_checks", "cross_checks", "overlap_checks", "training_checks"]
 
 _Where = Callable[[YamlPath], str]
 
@@ -252,3 +253,62 @@ def _listed(numbers: list[int]) -> str:
     if len(numbers) > 8:
         text.insert(4, "...")
     return " or ".join([", ".join(text[:-1]), text[-1]]) if len(text) > 1 else text[0]
+
+
+def communication_checks(
+    where: _Where,
+    model: MoEModel,
+    cluster: Cluster,
+    parallel: ParallelSpec,
+    communication: CommunicationSpec,
+    mode: str,
+) -> list[Problem]:
+    """What a back end of the exchange needs of model, layout and cluster."""
+    problems = []
+
+    def refuse(key: str, message: str) -> None:
+        problems.append(Problem(where(("communication", key)), message))
+
+    how, ranks, node = communication.all_to_all, parallel.tp * parallel.dp, cluster.gpus_per_node
+    facts = f"dp={parallel.dp}, ep={parallel.ep}, tp * dp={ranks}"
+    exchanges = model.is_moe and parallel.dp > 1 and parallel.ep == ranks
+    gathers = how == "allgather_reducescatter" and model.is_moe and parallel.dp > 1
+    if not exchanges and not gathers and how != "auto":
+        refuse(
+            "all_to_all",
+            "communication.all_to_all is for tokens that travel between data-parallel ranks of whole experts, which "
+            f"needs a MoE model, dp > 1 and ep = tp * dp: {facts}. Remove it or set parallel.ep to tp * dp",
+        )
+        return problems
+    if how in ("deepep_normal", "deepep_low_latency", "hierarchical") and ranks > node and ranks % node:
+        refuse(
+            "all_to_all",
+            f"{how} across nodes needs whole nodes, because a rank talks to its own number in other nodes: tp * dp="
+            f"{ranks}, gpus_per_node={node}. Use {ranks // node * node} or {-(-ranks // node) * node} ranks",
+        )
+    if communication.sms is not None and communication.sms >= cluster.profile.num_sms:
+        refuse(
+            "sms",
+            f"communication.sms must leave multiprocessors to compute on: sms={communication.sms}, "
+            f"{cluster.profile.name} has {cluster.profile.num_sms}. Lower it to 20 or 24",
+        )
+    if communication.coherent:
+        problems += _coherent_checks(where, model, exchanges, communication, facts, mode)
+    return problems
+
+
+def _coherent_checks(
+    where: _Where, model: MoEModel, exchanges: bool, communication: CommunicationSpec, facts: str, mode: str
+) -> list[Problem]:
+    rules = {
+        f"is for serving and mode is {mode}: in training a token's activations have to come back for the backward "
+        "pass. Remove it": mode != "serving",
+        f"needs tokens that travel between ranks, which a MoE model with dp > 1 and ep = tp * dp has: {facts}. Remove "
+        "it or set parallel.ep to tp * dp": not exchanges,
+        f"leaves a token where its expert was, which takes one expert a token: {model.name} has top_k={model.top_k}. "
+        "Remove it or use a top-1 model": model.top_k != 1,
+        f"counts a token once a rank, as auto, deepep_normal and deepep_v2 do: all_to_all={communication.all_to_all}. "
+        "Use one of these": communication.all_to_all not in ("auto", "deepep_normal", "deepep_v2"),
+    }
+    at = where(("communication", "coherent"))
+    return [Problem(at, f"communication.coherent {rule}") for rule, broken in rules.items() if broken]

@@ -23,7 +23,7 @@ from moesim.placement import PlacementPolicy
 from moesim.policy import load_policy, policy_class, policy_kinds, spec_problems
 from moesim.rebalance_spec import RebalanceSpec
 from moesim.routing.capacity import CapacitySpec
-from moesim.scenario.checks import cross_checks, overlap_checks, training_checks
+from moesim.scenario.checks import communication_checks, cross_checks, overlap_checks, training_checks
 from moesim.scenario.files import NAME, content_hash, find_named, shown
 from moesim.scenario.presets import Preset, apply_preset, presets
 from moesim.scenario.source import Source, rebase
@@ -160,9 +160,10 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
         router = policies.routing if policies is not None else None
         limits = spec.full.capacity if spec.full is not None else None
         problems += cross_checks(source.where, model, cluster, spec.parallel, engine, placement, router, limits)
-        talk = spec.full.communication if spec.full is not None else None
-        if talk is not None:
-            problems += overlap_checks(source.where, model, cluster, spec.parallel, talk.overlap, training)
+        if spec.full is not None and spec.full.communication is not None:
+            how, mode = spec.full.communication, spec.full.mode
+            problems += communication_checks(source.where, model, cluster, spec.parallel, how, mode)
+            problems += overlap_checks(source.where, model, cluster, spec.parallel, how.overlap, training)
         if training and spec.training is not None:
             capacity = spec.full.capacity if spec.full is not None else None
             routing = spec.routing if spec.routing is not None else RoutingSpec()

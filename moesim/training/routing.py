@@ -314,13 +314,13 @@ class StepRouter:
         slot_TW = np.where(expert_TW == NONE, home_T1, self._slot_of_LE[layer][expert_TW])
         groups = self.sampling.groups
         starts = np.arange(groups, dtype=np.int64) * (len(self._source_T) // groups)
-        copies = touch(slot_TW[:, None], self._source_T, starts, spr, self._node_G)
+        copies = touch(slot_TW[:, None], self._source_T, starts, spr, self._node_G, self._layout.copies)
         share = self._busiest_share()
         out, node_out = copies.out_BL[:, 0], copies.node_out_BL[:, 0]
         return np.stack(
             [
                 np.maximum(copies.in_BLG[:, 0].max(axis=-1), out * share),
-                np.maximum(copies.node_in_BLN[:, 0].max(axis=-1) / self._layout.gpus_per_node, node_out * share),
+                np.maximum(copies.node_in_BLN[:, 0].max(axis=-1) / self._layout.nics_shared, node_out * share),
                 out,
                 node_out,
             ]

@@ -37,7 +37,8 @@ def simulate_training(
     training, model, parallel = scenario.training, scenario.model, scenario.parallel
     assert training is not None
     seed = scenario.seed if seed is None else seed
-    layout = Layout.of(model, scenario.cluster, parallel.tp, parallel.dp, parallel.ep)
+    degrees = (parallel.tp, parallel.dp, parallel.ep)
+    layout = Layout.of(model, scenario.cluster, *degrees, scenario.communication)
     result = TrainingResult(scenario, seed, layout, warnings=scenario.warnings)
     ops = Operators(scenario.cluster.profile, training.cuda_graph)
     replicas = parallel.replicas
@@ -51,8 +52,7 @@ def simulate_training(
             scores = training_scores(scenario, seed)
             router = _router(scenario, layout, scores, seed)
             result.routing, result.assumed, result.sampling = scores.name, scores.assumed, router.sampling
-            slots = model.num_experts // layout.ep
-            prices = ExpertPrices(model, layout, ops, slots, communication=scenario.communication)
+            prices = ExpertPrices(model, layout, ops, model.num_experts // layout.ep)
             act = dtype_bytes(model.activation_dtype)
             experts = ExpertPasses(prices, ops, training.recompute, act)
             times = 3 if training.recompute == "full" else 2

@@ -167,7 +167,9 @@ def test_grades_say_what_a_time_rests_on() -> None:
     assert ops.elementwise(1e6).grade == ASSUMED
     assert ops.all_reduce([1 << 20, 3 << 19], 8, False).grade.tolist() == [MEASURED, INTERPOLATED]
     assert ops.all_reduce(1 << 20, 16, True).grade == ASSUMED
-    assert ops.all_to_all(1e6, 1e6, 32, 4).grade == ASSUMED
+    assert ops.all_to_all(1e6, 1e6, 32, 4).grade == INTERPOLATED
+    assert ops.all_to_all(1e6, 1e6, 128, 16).grade == EXTRAPOLATED
+    assert ops.all_to_all(1e6, 1e6, 32, 4, 8, "pairwise").grade == ASSUMED
     assert ops.all_to_all(1e6, 0, 8, 1).grade == INTERPOLATED
 
 
@@ -233,14 +235,15 @@ def test_causal_pairs_against_counting() -> None:
 
 def test_low_latency_all_to_all_near_published_figures() -> None:
     # DeepEP V1 README, H800, 50 GB/s NIC, 128 tokens, top 8 of 256, hidden 7168: dispatch fp8, combine bf16, us.
+    # Nothing is fitted to these rows (the profile is, to others' tables of H100): within 25 %, the issue's rule
     published = {16: (118, 195), 32: (155, 273), 64: (173, 314), 128: (192, 369), 256: (194, 360)}
     ops = h100()
     for ranks, expected in published.items():
         nodes = ranks // 8
-        far = 128 * (nodes - 1) * (1 - (1 - 1 / nodes) ** 8)
-        near = 128 * (ranks - 1) * (1 - (1 - 1 / ranks) ** 8)
-        for size, us in zip((7168 * (1 + 4 / 128), 14336), expected, strict=True):
-            assert ops.all_to_all(near * size, far * size, ranks, nodes, 8).ns / 1e3 == pytest.approx(us, rel=0.12)
+        far, near = 128 * 8 * (1 - 1 / nodes), 128 * 8 * 7 / ranks
+        for way, size, us in zip(("dispatch", "combine"), (7168 * (1 + 4 / 128) + 16, 14336), expected, strict=True):
+            ns = ops.all_to_all(near * size, far * size, ranks, nodes, 8, "ll", way).ns  # type: ignore[arg-type]
+            assert ns / 1e3 == pytest.approx(us, rel=0.25)
 
 
 def test_more_ranks_and_nodes_cost_more() -> None:

@@ -156,7 +156,7 @@ class Deployment:
 def deployment_of(scenario: Scenario) -> Deployment:
     """The deployment that a scenario describes."""
     model, p = scenario.model, scenario.parallel
-    layout = Layout.of(model, scenario.cluster, p.tp, p.dp, p.ep)
+    layout = Layout.of(model, scenario.cluster, p.tp, p.dp, p.ep, scenario.communication)
     slots, shape = 0, None
     if model.is_moe:
         redundant = getattr(scenario.policies.placement, "num_redundant_experts", 0)
