@@ -103,7 +103,7 @@ class Splitter:
         with a window; counts: decode tokens, prompt tokens and tokens of the busiest rank."""
         own, slowest, tokens_2 = self._own(batch, decoding_D, prefill_2D, tokens_2D, moe.steps)
         own_L = [own[kind] for kind in self._program]
-        own_L[0] = np.stack([own_L[0][0], own_L[0][1] - self._host_ns])
+        own_L[0] = np.stack([own_L[0][0] + self._host_ns, own_L[0][1]])
         experts = self._slow(moe.experts)
         halves = Halves(own_L, list(moe.dispatch), list(experts), list(moe.combine))
         head = int(self._dense.head_N[sampled])
@@ -128,7 +128,7 @@ class Splitter:
     def _own(
         self, batch: Batch, decoding_D: IntArray, prefill_2D: tuple[IntArray, IntArray], tokens_2D: IntArray, steps: int
     ) -> tuple[list[IntArray], int, IntArray]:
-        """ns of the slowest rank in each kind of stage, [2, S] each; the rank that is slowest in most stages of the
+        """ns of the slowest rank in each kind of stage, [2, S] each, host overhead apart; the rank slowest in most of the
         first half at the first step; tokens of each half on it, as computed."""
         half_2D = np.stack([decoding_D - decoding_D // 2, decoding_D // 2])
         pad = self._dense.pad
@@ -143,7 +143,8 @@ class Splitter:
             shares = [(x + 1 - half) // 2 for x in prefill_2D]
             for kind, table in enumerate(self._dense.stages):
                 stage = table.stage
-                stage_SD = table.ns_N[computed_D] + stage.full * (full_SD + shares[0])
+                own_D = table.ns_N[computed_D] - stage.first * self._host_ns
+                stage_SD = own_D + stage.full * (full_SD + shares[0])
                 stage_SD = stage_SD + stage.window * (window_SD + shares[1])
                 if kind == self._most and half == 0:
                     slowest = int(stage_SD[0].argmax())
