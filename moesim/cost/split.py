@@ -128,8 +128,8 @@ class Splitter:
     def _own(
         self, batch: Batch, decoding_D: IntArray, prefill_2D: tuple[IntArray, IntArray], tokens_2D: IntArray, steps: int
     ) -> tuple[list[IntArray], int, IntArray]:
-        """ns of the slowest rank in each kind of stage, [2, S] each, host overhead apart; the rank slowest in most of the
-        first half at the first step; tokens of each half on it, as computed."""
+        """ns of the slowest rank in each kind of stage, [2, S] each, host overhead apart; the rank slowest in most of
+        the first half at the first step; tokens of each half on it, as computed."""
         half_2D = np.stack([decoding_D - decoding_D // 2, decoding_D // 2])
         pad = self._dense.pad
         ramp = np.arange(steps)[:, None]

@@ -1,4 +1,4 @@
-"""FSMoE's co-scheduling (arXiv:2501.10714, section 4): inter-node all-to-all, intra-node gathers and experts overlap.
+"""FSMoE's co-scheduling (arXiv:2501.10714): inter-node all-to-all, intra-node gathers and experts overlap.
 
 Experts are split over the ranks of one node (ESP), and parts of experts sit in different nodes (EP). A chunk of a
 layer's tokens goes to its experts' node by all-to-all, is gathered by the ranks of that node, computed, summed back
@@ -37,7 +37,7 @@ class Chunk(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """t(r) = start + size / r of each part (section 4.1: t = alpha + n beta / r), items (start, size)."""
+    """t(r) = start + size / r of each part (t = alpha + n beta / r), items (start, size)."""
 
     a2a: tuple[float, float]
     ag: tuple[float, float]
@@ -49,7 +49,7 @@ class Coefficients(NamedTuple):
         return Chunk(*(start + size / np.asarray(degree) for start, size in self))
 
     def backward(self) -> Coefficients:
-        """The experts' products double (section 4.3)."""
+        """The experts' products double."""
         start, size = self.experts
         return self._replace(experts=(2 * start, 2 * size))
 
@@ -90,7 +90,7 @@ def fsmoe_ns(
 
 
 def fsmoe_case(degree: AnyArray | int, chunk: Chunk, gar: AnyArray | float = 0) -> IntArray:
-    """The paper's case, 1 to 4 (section 4.2, conditions Q1 to Q7). 1: the stream between nodes, with gradients on it,
+    """The paper's case, 1 to 4 (its conditions Q1 to Q7). 1: the stream between nodes, with gradients on it,
     is what counts; 2: the experts; 3: the all-to-alls; 4: the node's own collectives."""
     r, a, g, s, e, sums = _arrays(degree, chunk, gar)
     near, far = g + s, 2 * (r - 1) * a
@@ -116,7 +116,7 @@ def fsmoe_paper_ns(degree: AnyArray | int, chunk: Chunk, gar: AnyArray | float =
 
 
 def fsmoe_gap(degree: AnyArray | int, chunk: Chunk) -> FloatArray:
-    """How long an all-reduce between nodes may take beside a layer without making it longer (section 5): what its time
+    """How long an all-reduce between nodes may take beside a layer without making it longer: what its time
     without gradients lies above that of its all-to-alls."""
     far = 2 * np.asarray(degree) * np.asarray(chunk.a2a)
     return np.asarray(np.maximum(fsmoe_paper_ns(degree, chunk) - far, 0.0), np.float64)

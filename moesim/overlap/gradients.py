@@ -1,4 +1,4 @@
-"""Adaptive gradient partitioning (FSMoE, arXiv:2501.10714, section 5): which layer hides how much of the gradients.
+"""Adaptive gradient partitioning (FSMoE, arXiv:2501.10714): which layer hides how much of the gradients.
 
 While a backward pass goes from the last layer to the first, gradients that are ready are summed beside later work. Work
 that can hide a sum is a *slot*: a dense block hides all its time, a MoE layer the time that its own all-to-alls leave

@@ -1,6 +1,6 @@
 """A MoE layer in chunks of its tokens: exchange on one stream, experts on the other (Tutel, PipeMoE).
 
-Tutel (arXiv:2206.03382, section 3.3) and PipeMoE (INFOCOM 2023) cut the tokens of a layer into r chunks and issue all
+Tutel (arXiv:2206.03382) and PipeMoE (INFOCOM 2023) cut the tokens of a layer into r chunks and issue all
 dispatches, then the experts, then all combines: chunk i's experts run while later chunks arrive and earlier ones
 return. Each chunk launches every kernel again and reads the experts' weights again, which is why r is a choice.
 """

@@ -1,5 +1,4 @@
-"""Sums of gradients that share the stream between ranks with the experts' exchange (FSMoE, arXiv:2501.10714,
-section 5).
+"""Sums of gradients that share the stream between ranks with the experts' exchange (FSMoE, arXiv:2501.10714).
 
 Where `communication.overlap` is fsmoe, sums are no free second stream: beside a MoE layer they take the time that its
 all-to-alls leave, beside anything else all of it. Which part of the sums runs where, and in how many chunks each MoE

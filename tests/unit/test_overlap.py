@@ -135,7 +135,7 @@ def test_fsmoe_program_keeps_its_bounds(r: int, a2a: float, ag: float, rs: float
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_the_paper_s_forms_are_the_program_or_below_it(gradients: bool) -> None:
-    """Section 4.2. In more than nine of ten draws both agree; else the paper's form has left something out."""
+    """In more than nine of ten draws both agree; else the paper's form has left something out."""
     rng = np.random.default_rng(3)
     cases = []
     for degree in range(1, 9):
@@ -177,7 +177,7 @@ def draw_slots(rng: np.random.Generator, number: int, options: int) -> list[Slot
 
 @pytest.mark.filterwarnings("ignore:delta_grad")
 def test_exact_partition_is_no_worse_than_differential_evolution() -> None:
-    """The paper spreads what is left by differential evolution (section 5); the same objective, amounts and options."""
+    """The paper spreads what is left by differential evolution; the same objective, amounts and options."""
     rng = np.random.default_rng(5)
     for case in range(3):
         slots = draw_slots(rng, 4, 3)
