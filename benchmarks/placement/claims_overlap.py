@@ -203,7 +203,8 @@ def fsmoe_section() -> Section:
     )  # fmt: skip
     rows.append(
         Row(
-            "FSMoE (arXiv:2501.10714), four cases", "testbed A, 1,458 layers, both directions, degrees 1 to 16, no gradients", "nothing",
+            "FSMoE (arXiv:2501.10714), four cases", "testbed A, 1,458 layers, both directions, degrees 1 to 16",
+            "nothing",
             "one of four closed forms is a layer's time",
             f"the program takes that long in {found.agree:.1%} of {2 * 16 * total:,} cases and up to {found.below:.0%} "
             f"longer else; the least has the same degree in {found.same_degree:.1%} of {2 * total:,}",
@@ -215,9 +216,7 @@ def fsmoe_section() -> Section:
 
 def _why(bed: Testbed, name: str) -> str:
     if name == "behind the layer":
-        return (
-            "Sums that nothing hides cost more than all that FSMoE is said to gain; the paper's baseline may hide them."
-        )
+        return "Sums that nothing hides cost more than all that FSMoE is said to gain; the baseline may hide them."
     return f"Testbed {bed.name}'s times are not public; they are scaled from the other testbed's."
 
 
@@ -243,8 +242,8 @@ def _fsmoe_lines() -> list[str]:
     )  # fmt: skip
     lines += [
         "**Not blind.** Where Tutel's gradients are summed is not stated in what could be read of the paper; both "
-        "readings stand above, and were run before the rule of 5 % was written. What attention takes is priced from its "
-        "products by the experts' fit, which is ours.",
+        "readings stand above, and were run before the rule of 5 % was written. What attention takes is priced from "
+        "its products by the experts' fit, which is ours.",
         "",
     ]
     return lines
@@ -294,8 +293,8 @@ def two_batch_section(sizes: Sequence[int] = (4096, 8192, 16384)) -> Section:
     rows = [
         Row(
             "SGLang on 96 H100 (LMSYS, May 2025), two-batch overlap",
-            "DeepSeek-V3, 4 nodes of 8 H100, EP32, DeepEP normal kernels, prompts of 2,048 tokens, experts loaded alike;"
-            " one step with and without", "nothing", "+27 to +35 % prefill throughput", told,
+            "DeepSeek-V3, 4 nodes of 8 H100, EP32, DeepEP normal kernels, prompts of 2,048 tokens, experts loaded "
+            "alike; one step with and without", "nothing", "+27 to +35 % prefill throughput", told,
             REPRODUCED if good else (SHAPE if min(gain.values()) > 0 else MISSED),
             "" if good else "The blog's figures include larger batches that overlap makes room for",
             "5 points around the range at one of the sizes; else only the direction",
