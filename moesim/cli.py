@@ -261,6 +261,61 @@ def compare(
 
 
 @app.command()
+def place(
+    dump: Annotated[
+        Path, typer.Option(help="A recording of expert loads: a file, or an engine's folder.", metavar="X")
+    ],
+    ep: Annotated[int | None, typer.Option(help="Ranks that the experts are spread over.", min=1, metavar="N")] = None,
+    fmt: Annotated[
+        str | None, typer.Option("--format", help="The recording's format, where it is not recognised.", metavar="F")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model it was recorded on: a name or a file.", metavar="M")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes that the ranks fill evenly.", min=1, metavar="N")] = None,
+    cluster: Annotated[
+        Path | None, typer.Option(help="A scenario, for its model, nodes and what experts cost there.", metavar="FILE")
+    ] = None,
+    policy: Annotated[str, typer.Option(help="The placement, such as eplb.", metavar="KIND")] = "eplb",
+    parameters: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A parameter of it, such as num_redundant_experts=32.", metavar="KEY=VALUE"),
+    ] = None,
+    engines: Annotated[
+        str, typer.Option("--emit", help="Write files for these: sglang,trtllm,vllm,vllm-ascend.", metavar="ENGINE,...")
+    ] = "",
+    out: Annotated[Path | None, typer.Option(help="The folder for the files.", metavar="DIR")] = None,
+    held_out: Annotated[
+        float | None, typer.Option(help="Share of the rows to score on, not to fit to. Default 0.5.", metavar="SHARE")
+    ] = None,
+    tokens_per_row: Annotated[
+        int, typer.Option(help="Tokens that make one step, in a recording of single tokens.", min=1, metavar="N")
+    ] = 4096,
+    seed: Annotated[int, typer.Option(help="Seed of every random draw.", min=0, metavar="N")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a summary.")] = False,
+    plugin: _Plugin = None,
+) -> None:
+    """Place experts for recorded traffic, score it on what was held out, and write the files that engines load."""
+    _load_plugins(plugin)
+    from moesim.place import Ask, check_options, render, write
+    from moesim.place import place as run
+    from moesim.results import json_text
+
+    wanted = tuple(engine.strip() for engine in engines.split(",") if engine.strip())
+    ask = Ask(
+        dump, ep, fmt, model, nodes, cluster, policy, tuple(parameters or ()), wanted, held_out, tokens_per_row,
+        seed=seed,
+    )  # fmt: skip
+    check_options(ask, out)
+    placed = run(ask)
+    _notes(placed.warnings)
+    emitted = write(placed, wanted, out) if out is not None else ()
+    sys.stdout.write(json_text(placed.to_json(emitted)) if as_json else render(placed, emitted))
+    if out is not None:
+        print(f"written: {out}", file=sys.stderr if as_json else sys.stdout)
+
+
+@app.command()
 def check(file: _File, overrides: _Set = None, plugin: _Plugin = None) -> None:
     """Check a scenario and the files it names without running it."""
     scenario = _load(file, overrides, None, plugin)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from moesim.spec import Spec
+from moesim.units import Ms
 
 __all__ = ["RebalanceSpec"]
 
@@ -22,7 +23,10 @@ class RebalanceSpec(Spec):
     (SGLang's `eplb_rebalance_layers_per_chunk`); None: all at once. asynchronous: weights travel while steps go on, a
     layer takes its new map when its weights are there; else steps wait. first_after_steps: when the first one is; None:
     a quarter of the interval, as vLLM does. host_ms: time that planning takes, which a synchronous rebalance
-    waits for, too.
+    waits for, too; None: 17 ms a layer (about a second for DeepSeek-V3's 58, sgl-project/sglang#7879). layer_ms: time
+    that a layer's update takes besides its bytes (20 ms a layer in all are reported there). relabel_ranks: a rank may
+    take another's experts where that moves fewer weights. start: `initial`: with the map that engines start with (slot
+    i holds expert i mod E); `fitted`: with one made for the traffic.
     """
 
     interval_steps: _Steps = 3000
@@ -31,4 +35,7 @@ class RebalanceSpec(Spec):
     layers_per_chunk: Annotated[int, Field(ge=1, le=4096)] | None = None
     asynchronous: bool = False
     first_after_steps: _Steps | None = None
-    host_ms: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    host_ms: Annotated[Ms, Field(ge=0, le=1e6)] | None = None
+    layer_ms: Annotated[Ms, Field(ge=0, le=1e6)] = 0.0
+    relabel_ranks: bool = False
+    start: Literal["initial", "fitted"] = "initial"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from moesim.arrays import AnyArray
     from moesim.scenario.load import Scenario
 
-__all__ = ["Result", "json_text", "replacing_file", "results_folder", "write_results"]
+__all__ = ["Result", "json_text", "replacing_file", "results_folder", "write_results", "write_texts"]
 
 SCHEMA_VERSION = 1
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -77,6 +77,24 @@ def write_results(result: Result, scenario: Scenario, out: Path, command: list[s
             raise BadInput(Problem(str(target), "is there already and is no result; move it away or use --out"))
         _replace_folder(target, fill)
     return target
+
+
+def write_texts(target: Path, files: Mapping[str, str], marker: str) -> None:
+    """Write a folder of text files, whole or not at all; an earlier one, known by its file `marker`, is replaced.
+
+    Raises BadInput where the folder cannot be written, or something else lies in its place.
+    """
+
+    def fill(folder: Path) -> None:
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    with _write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        known = not target.exists() or (target / marker).is_file() or (target.is_dir() and not any(target.iterdir()))
+        if target.is_symlink() or not known:
+            raise BadInput(Problem(str(target), f"is there already and holds no {marker}; name another folder"))
+        _replace_folder(target, fill)
 
 
 def _replace_folder(target: Path, fill: Callable[[Path], None]) -> None:
@@ -165,11 +183,14 @@ def _write_parquet(path: Path, table: Mapping[str, AnyArray]) -> None:
 def _rebased(scenario: Scenario, target: Path) -> dict[str, Any]:
     """The scenario as written, with the files it names as seen from `target`, so that it runs there too."""
     raw: dict[str, Any] = json.loads(json.dumps(scenario.raw))
-    places = [("requests", "path"), ("routing", "path"), ("cluster", "device"), ("model", "name")]
+    places = [("requests", "path"), ("routing", "path"), ("placement_from.routing", "path"), ("cluster", "device")]
+    places.append(("model", "name"))
     if isinstance(raw.get("model"), str):
         raw["model"] = _seen_from(raw["model"], scenario.base, target)
     for part, key in places:
-        holder = raw.get(part)
+        holder: Any = raw
+        for name in part.split("."):
+            holder = holder.get(name) if isinstance(holder, dict) else None
         if isinstance(holder, dict) and isinstance(holder.get(key), str):
             holder[key] = _seen_from(holder[key], scenario.base, target)
     return raw

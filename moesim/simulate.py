@@ -15,10 +15,11 @@ from moesim.arrays import AnyArray, FloatArray
 from moesim.cost.attention import AttentionTables
 from moesim.cost.bank import CountExperts
 from moesim.cost.dense import DenseTables, attention_shape
-from moesim.cost.deployed import Experts, exchange_copies, experts_of, moe_cost, routing_warnings
+from moesim.cost.deployed import Experts, exchange_copies, experts_of, moe_cost, place_passes, routing_warnings
 from moesim.cost.explain import Explanation, explain
 from moesim.cost.operators import Operators
 from moesim.cost.pricer import Pricer, Run
+from moesim.cost.rebalancing import MoveCosts, RebalancingPricer
 from moesim.cost.split import Splitter
 from moesim.cost.step import StepPricer
 from moesim.cost.tokens import TokenExperts
@@ -30,6 +31,8 @@ from moesim.hardware import GRADES
 from moesim.layout import Layout
 from moesim.memory import RankMemory, require_fit
 from moesim.metrics import Errors, latencies, throughput
+from moesim.placement import Placement
+from moesim.placement.moves import MOVE_CLASSES
 from moesim.record import REJECTED
 from moesim.routing.batch import BINS
 from moesim.scenario.load import Scenario
@@ -146,6 +149,7 @@ class RunResult:
             "balance": self._balance(),
             "time_share": self._time_share(),
             "links": self._links(),
+            "rebalance": self._rebalance(),
             **({} if (overlap := self._overlap()) is None else {"overlap": overlap}),
             "memory": self._memory(),
             "drops": self._drops(),
@@ -177,6 +181,8 @@ class RunResult:
             "max_over_mean_load": float(ratio) / e.steps,
             "lockstep": float(most / mean),
             "expert_idle_share": 1.0 - float(mean_ns) / max(e.ns.get("experts", 0), 1),
+            "planned": self.experts.planned,
+            "bound": self.experts.bound,
             "hottest": self._hottest(),
         }
 
@@ -185,10 +191,42 @@ class RunResult:
         slot_LS = self._slot_load()
         if slot_LS is None or self.experts is None:
             return None
-        return self.experts.placement.rank_load(slot_LS / np.maximum(slot_LS.sum(axis=1, keepdims=True), 1e-300))
+        return self._placement().rank_load(slot_LS / np.maximum(slot_LS.sum(axis=1, keepdims=True), 1e-300))
+
+    def _rebalancing(self) -> list[RebalancingPricer]:
+        return [p for p in self.pricers if isinstance(p, RebalancingPricer)]
+
+    def _placement(self) -> Placement:
+        """Where experts are, in the end and in the first group where they move."""
+        assert self.experts is not None
+        moving = self._rebalancing()
+        return moving[0].placement if moving else self.experts.placement
+
+    def _rebalance(self) -> dict[str, Any] | None:
+        """What moving experts did, over all groups."""
+        groups = self._rebalancing()
+        if not groups or self.explanation is None:
+            return None
+        done = [g.done for g in groups]
+        slots = {name: sum(d.slots.get(name, 0) for d in done) for name in MOVE_CLASSES}
+        size = groups[0].slot_bytes
+        before, after = ([b for d in done for b in getattr(d, f"balance_{when}")] for when in ("before", "after"))
+        return {
+            "asked": sum(d.asked for d in done),
+            "moved": sum(d.moved for d in done),
+            "skipped_balanced": sum(d.skipped_balanced for d in done),
+            "skipped_busy": sum(d.skipped_busy for d in done),
+            "slots": slots,
+            "bytes": {name: number * size for name, number in slots.items() if name != "unchanged"},
+            "transfer_s": sum(d.transfer_ns for d in done) / 1e9,
+            "step_time_s": self.explanation.ns.get("rebalance", 0) / 1e9,
+            "planned_before": float(np.mean(before)) if before else None,
+            "planned_after": float(np.mean(after)) if after else None,
+        }
 
     def _slot_load(self) -> FloatArray | None:
-        loads = [p.moe.slot_load_LS() for p in self.pricers if isinstance(p.moe, CountExperts | TokenExperts)]
+        pricers = self.pricers[:1] if self._rebalancing() else self.pricers  # maps differ from group to group
+        loads = [p.moe.slot_load_LS() for p in pricers if isinstance(p.moe, CountExperts | TokenExperts)]
         return sum(loads, np.zeros_like(loads[0])) if loads else None
 
     def _hottest(self) -> dict[str, Any] | None:
@@ -198,7 +236,7 @@ class RunResult:
             return None
         ratio = rank_LP / np.maximum(rank_LP.mean(axis=1, keepdims=True), 1e-300)
         layer, part = (int(i) for i in np.unravel_index(int(ratio.argmax()), ratio.shape))
-        placement = self.experts.placement
+        placement = self._placement()
         slots = slice(part * placement.slots_per_rank, (part + 1) * placement.slots_per_rank)
         slot = slots.start + int(slot_LS[layer, slots].argmax())
         return {
@@ -374,10 +412,7 @@ def _serve(
     kv = _kv_shape(scenario, layout, memory)
     shared = _tables(scenario, layout, ops, kv)
     groups = scenario.parallel.replicas * (1 if layout.meets else layout.dp)
-    pricers = [
-        StepPricer(*shared, moe_cost(scenario, layout, experts, seed, g), _splitter(scenario, shared, experts))
-        for g in range(1 if experts is None or experts.replay is None else groups)
-    ]
+    pricers = _pricers(scenario, layout, experts, shared, seed, groups)
     result.pricers, result.groups = pricers, groups
     result.ready_ns = load_weights_ns(
         scenario.engine.weights_from, scenario.cluster, layout, memory, scenario.parallel.replicas
@@ -423,6 +458,35 @@ def _splitter(
     if scenario.communication.overlap != "two_batch" or experts is None:
         return None
     return Splitter(*shared, experts.prices.exchange.compute_scale)
+
+
+def _pricers(
+    scenario: Scenario,
+    layout: Layout,
+    experts: Experts | None,
+    shared: tuple[DenseTables, AttentionTables | None, AttentionTables | None],
+    seed: int,
+    groups: int,
+) -> list[StepPricer]:
+    """One a group, or one for all where a group's pricing keeps no state."""
+    splitter = _splitter(scenario, shared, experts)
+    if experts is None or scenario.rebalance is None:
+        number = 1 if experts is None or experts.replay is None else groups
+        return [StepPricer(*shared, moe_cost(scenario, layout, experts, seed), splitter) for _ in range(number)]
+    model, context = scenario.model, experts.context
+    assert context is not None
+    return [
+        RebalancingPricer(
+            *shared,
+            experts.placement,
+            lambda placement, before: moe_cost(scenario, layout, experts, seed, placement, before),
+            lambda load_LE: place_passes(scenario.policies.placement, load_LE, model, context),
+            scenario.rebalance,
+            MoveCosts.of(scenario.cluster.profile, int(model.expert_bytes()) // layout.expert_tp),
+            splitter,
+        )
+        for _ in range(groups)
+    ]
 
 
 def _one_each(pricers: list[StepPricer], groups: int) -> list[Pricer]:

@@ -45,12 +45,14 @@ _CAUSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "experts": ("the routed experts", ("experts", "moe")),
     "network": ("moving tokens between ranks", ("dispatch", "combine", "all_", "reduce_scatter")),
     "host": ("the engine's work on the host", ("host",)),
+    "rebalance": ("moving experts", ("rebalance",)),
 }
 _MENDS = {
     "attention": "contexts are long for what the batch does",
     "experts": "more tokens a step would use each expert's weights better",
     "network": "a faster network, a smaller EP group or fewer nodes would help most",
     "host": "the steps are short: larger batches or a leaner engine would help most",
+    "rebalance": "a longer interval, a threshold or asynchronous moves would help most",
     "dense": "the dense layers' products; more tensor parallelism or a lower precision would help most",
 }
 
@@ -78,6 +80,7 @@ def summary(report: dict[str, Any], scenario: Scenario, file: IO[str] | None = N
             _training_links(console, found)
         else:
             _balance(console, found)
+            _rebalance(console, found)
             _routing(console, found)
             _links(console, found)
         _honesty(console, report)
@@ -209,6 +212,11 @@ def _balance(console: Console, found: dict[str, Any]) -> None:
         f"busiest rank / mean: {_number(balance['max_over_mean_load'])} in load, "
         f"{_number(balance['lockstep'])} over all layers and steps"
     ]
+    if balance.get("planned") is not None:
+        lines.append(
+            f"planned by the placement: {_number(balance['planned'])}; proven: no placement plans less than "
+            f"{_number(balance['bound'])}"
+        )
     if balance.get("expert_idle_share") is not None:
         lines.append(f"ranks wait {_percent(balance['expert_idle_share'])} of the experts' time for the slowest one")
     hottest = balance.get("hottest")
@@ -220,6 +228,33 @@ def _balance(console: Console, found: dict[str, Any]) -> None:
         )
     for line in lines:
         _say(console, line)
+
+
+def _rebalance(console: Console, found: dict[str, Any]) -> None:
+    """Only where experts move."""
+    moved = found.get("rebalance")
+    if not moved:
+        return
+    _section(console, "Rebalancing")
+    skipped = moved["skipped_balanced"] + moved["skipped_busy"]
+    _say(console, f"asked {moved['asked']} times, moved {moved['moved']}, left alone {skipped}")
+    if not moved["moved"]:
+        return
+    total = max(sum(moved["slots"].values()), 1)
+    parts = [f"{_percent(n / total)} {name.replace('_', ' ')}" for name, n in moved["slots"].items() if n]
+    _say(console, f"slots of a new map: {', '.join(parts)}")
+    _say(
+        console,
+        f"each moves {_size(sum(moved['bytes'].values()) / moved['moved'])} in "
+        f"{_number(moved['transfer_s'] / moved['moved'] * 1e3)} ms; steps paid "
+        f"{_number(moved['step_time_s'])} s in all",
+    )
+    if moved["planned_before"] is not None:
+        _say(
+            console,
+            f"busiest rank / mean over the window: {_number(moved['planned_before'])} before, "
+            f"{_number(moved['planned_after'])} planned",
+        )
 
 
 def _routing(console: Console, found: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from moesim.arrays import AnyArray, FloatArray, IntArray
 from moesim.cost.experts import Computed, Drawn, ExpertPrices, LayerPrices, MoESums, Ports, padded_slots
 from moesim.cost.pricer import Batch, Chunk
 from moesim.cost.routed_bank import RoutedBank, stack_drawn
-from moesim.cost.split import HalfLayers
+from moesim.cost.split import HalfLayers, SplitDetail
 from moesim.cost.touch import count_slots, touch
 from moesim.dispatch import DispatchPolicy, assign_ragged
 from moesim.layout import Layout
@@ -63,8 +63,10 @@ class CountExperts:
         entries: int,
         seed: int,
         routed: RoutedBank | None = None,
+        before: CountExperts | None = None,
     ) -> None:
-        """`routed`: draws batches whose tokens are routed together; None: the source's ids stand."""
+        """`routed`: draws batches whose tokens are routed together; None: the source's ids stand. `before`: the same
+        deployment under another placement, whose entries are used in the same order."""
         self._routed = routed
         self._routed_LS = np.zeros((placement.num_layers, placement.num_slots))
         self._source = source
@@ -82,8 +84,10 @@ class CountExperts:
         self._layered: dict[tuple[str, int, float], IntArray] = {}
         for phase in ("prefill", "decode"):
             self._blocks[phase] = self._cut(phase)
-        self.rho = self._persistence()
-        self.sequence = self._draw_sequence()
+        self._count_BLE: dict[tuple[str, int, float], FloatArray] = {}
+        self._sizes: dict[int, tuple[str, int, float, int]] = {}
+        self.rho: float = self._persistence() if before is None else before.rho
+        self.sequence: IntArray = self._draw_sequence() if before is None else before.sequence
 
     def _persistence(self) -> float:
         assert self._pool is not None
@@ -143,6 +147,24 @@ class CountExperts:
         priced = self._price_layers(phase, tokens, skew)[0]
         return np.stack([priced.dispatch.T, priced.experts.T, priced.combine.T])
 
+    def half_counts(self, detail: SplitDetail, lo: int, hi: int) -> FloatArray:
+        """`expert_counts` of both halves of the steps lo to hi of a run."""
+        total: FloatArray | float = 0.0
+        for row, entry_S in zip(detail.rows, detail.entry_2S, strict=True):
+            phase, low, skew, tokens = self._sizes[id(row)]
+            count_BLE = self._count_BLE[phase, low, self._cell_skew(skew)]
+            used = np.bincount(entry_S[lo:hi], minlength=len(count_BLE))
+            total = total + np.tensordot(used, count_BLE, 1) * (tokens / low)
+        return np.asarray(total, np.float64)
+
+    def expert_counts(self, detail: BankDetail, steps: int) -> FloatArray:
+        """Pairs per expert in the first `steps` steps of a run, float64 [L, E]: those of the entries, at the next
+        smaller size of the grid, scaled to the run's."""
+        phase, low, skew, tokens = self._sizes[id(detail.row)]
+        count_BLE = self._count_BLE[phase, low, self._cell_skew(skew)]
+        used = np.bincount(self.sequence[detail.start : detail.start + steps], minlength=len(count_BLE))
+        return np.tensordot(used, count_BLE, 1) * (tokens / low)
+
     def slot_load_LS(self) -> FloatArray:
         """Mean tokens per slot [L, S] over the blocks drawn from, the phases that occurred together."""
         if self._routed_LS.any():
@@ -162,6 +184,7 @@ class CountExperts:
             if high > low:
                 found = _between(found, self._price(phase, high, skew), (tokens - low) / (high - low))
             self._rows[phase, tokens, skew] = found
+            self._sizes[id(found)] = (phase, low, skew, tokens)
         return found
 
     def _skew(self, tokens: int, busiest: int) -> float:
@@ -202,11 +225,7 @@ class CountExperts:
     def _cell(self, phase: Phase, tokens: int, skew: float) -> tuple[Computed, Ports | None, Drawn]:
         """Expert kernels and ports of the batches of one size of the grid, and what was routed. The skew, the busiest
         rank's tokens over the mean, counts for capacities of ranks, to the next half octave."""
-        capacity = None if self._routed is None else self._routed.router.capacity
-        if capacity is None or capacity.scope != "rank":
-            skew = 1.0
-        else:
-            skew = min(2.0 ** (round(2 * math.log2(max(skew, 1.0))) / 2), float(self._layout.dp))
+        skew = self._cell_skew(skew)
         key = (phase, tokens, skew)
         found = self._cells.get(key)
         if found is None:
@@ -215,10 +234,17 @@ class CountExperts:
             self._cells[key] = found
         return found
 
+    def _cell_skew(self, skew: float) -> float:
+        capacity = None if self._routed is None else self._routed.router.capacity
+        if capacity is None or capacity.scope != "rank":
+            return 1.0
+        return float(min(2.0 ** (round(2 * math.log2(max(skew, 1.0))) / 2), float(self._layout.dp)))
+
     def _plain_cell(self, phase: Phase, tokens: int) -> tuple[Computed, Ports | None, Drawn]:
         count_BLS, ports = self._blocks[phase].draw(tokens, self._entries, self._seed, phase)
         if self._source.ideal:
             count_BLS = np.full_like(count_BLS, tokens * self._source.top_k / count_BLS.shape[-1])
+        self._count_BLE[phase, tokens, 1.0] = self._per_expert(count_BLS)
         kept_B = count_BLS.sum(axis=(1, 2), dtype=np.float64)
         passes = np.full(len(kept_B), float(tokens * self._placement.num_layers))
         return self._prices.compute(count_BLS), ports, Drawn.plain(passes, kept_B)
@@ -229,6 +255,7 @@ class CountExperts:
         drawn = [self._routed.entry(phase, tokens, skew, i, self._entries) for i in range(self._entries)]
         count_BLS = np.stack([d.count_LS for d in drawn])
         self._routed_LS += count_BLS.mean(axis=0) / tokens
+        self._count_BLE[phase, tokens, skew] = self._per_expert(count_BLS)
         capacity, pad = self._routed.router.capacity, None
         if capacity is not None and capacity.pad:
             pad = padded_slots(np.stack([d.room_L for d in drawn]), self._placement)
@@ -238,6 +265,15 @@ class CountExperts:
         # the busiest sender's copies are added where the skew is known
         computed, ports = self._prices.padded(count_BLS, ports, pad, np.zeros(len(drawn)))
         return computed, ports, stack_drawn([d.drawn for d in drawn])
+
+    def _per_expert(self, count_BLS: AnyArray) -> FloatArray:
+        """Pairs per expert of every entry, float64 [B, L, E]."""
+        layers, experts = self._placement.replica_count_LE.shape
+        out = np.zeros((len(count_BLS), layers * experts))
+        key_LS = np.arange(layers)[:, None] * experts + self._placement.expert_LS
+        for entry in range(len(count_BLS)):
+            out[entry] = np.bincount(key_LS.ravel(), weights=count_BLS[entry].ravel(), minlength=layers * experts)
+        return out.reshape(-1, layers, experts)
 
     def _sample(self) -> _Sample:
         """Blocks of 32 consecutive tokens from all over the source, each token with the slots that serve it."""

@@ -7,11 +7,12 @@ step prices ask.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from moesim.arrays import FloatArray
 from moesim.cost.bank import CountExperts
 from moesim.cost.experts import ExpertPrices
 from moesim.cost.operators import Operators
@@ -20,9 +21,11 @@ from moesim.cost.routed import figures, route_source
 from moesim.cost.routed_bank import RoutedBank
 from moesim.cost.step import MoECost, NoExperts
 from moesim.cost.tokens import TokenExperts
+from moesim.errors import BadInput, Problem
 from moesim.layout import Layout
 from moesim.model import MoEModel
-from moesim.placement import Placement, PlacementContext, PlacementPolicy
+from moesim.placement import Placement, PlacementContext, PlacementPolicy, initial_map
+from moesim.placement.bound import balance_bound
 from moesim.routing.batch import BatchRouter
 from moesim.routing.capacity import capacity_of
 from moesim.scenario.load import Scenario
@@ -58,6 +61,14 @@ class Experts:
     """expert weights of the fullest part over the mean part's"""
     slot_size: float = 0.0
     """the fullest part's expert slots in one set of experts, in experts of relative size 1"""
+    context: PlacementContext | None = None
+    """what the placement was told"""
+    placed_for: str = ""
+    """the traffic that the placement was made for, where it is not the traffic that is served"""
+    planned: float = 1.0
+    """busiest over mean rank load that the map promises on the traffic it was made for, mean over layers"""
+    bound: float = 1.0
+    """no map with as many slots has a smaller one: proven (`moesim.placement.bound`), mean over layers"""
 
     @property
     def batches(self) -> BatchRouter | None:
@@ -68,17 +79,24 @@ class Experts:
 def experts_of(scenario: Scenario, layout: Layout, ops: Operators, stream: RequestStream, seed: int) -> Experts:
     model, policies = scenario.model, scenario.policies
     source, router, other = route_source(scenario, seed)
+    fit, source, placed_for = _placement_source(scenario, source, router, seed)
     context = placement_context(
         model,
         scenario.cluster,
         layout,
         scenario.engine,
         ops,
-        source,
+        fit,
         (float(stream.prompt_tokens.mean()), float(stream.output_tokens.mean())),
         seed,
     )
-    placement, fitted = _place(policies.placement, source, model, context)
+    start = scenario.rebalance is not None and scenario.rebalance.start == "initial"
+    if start:
+        placement = _initial(policies.placement, model, context)
+    else:
+        placement = place_passes(policies.placement, fit.count_LE().astype(np.float64), model, context)
+    uses_traffic = getattr(policies.placement, "uses_traffic", True) and not start
+    fitted = uses_traffic and not placed_for and not source.ideal
     prices = ExpertPrices(model, layout, ops, placement.slots_per_rank, placement.slot_to_expert_LS)
     coupled = router is not None and router.couples
     follow = _follow_tokens(scenario, source, stream, coupled)
@@ -87,7 +105,7 @@ def experts_of(scenario: Scenario, layout: Layout, ops: Operators, stream: Reque
     slot_size: float = placement.slots_per_rank
     uneven = 1.0
     if sizes:
-        size_LS = np.asarray(sizes)[placement.slot_to_expert_LS]
+        size_LS = placement.of_slots(np.tile(sizes, (placement.num_layers, 1)))
         part_LP = size_LS.reshape(len(size_LS), layout.ep, -1).sum(axis=2)
         slot_size, uneven = float(part_LP.max()), float(part_LP.max() / part_LP.mean())
     return Experts(
@@ -102,6 +120,60 @@ def experts_of(scenario: Scenario, layout: Layout, ops: Operators, stream: Reque
         None if follow else tokens,
         uneven,
         slot_size,
+        context,
+        placed_for,
+        *_promise(placement, fit),
+    )
+
+
+def _promise(placement: Placement, fit: RoutingSource) -> tuple[float, float]:
+    """Planned balance and its bound, means over layers."""
+    if fit.ideal:
+        return 1.0, 1.0
+    weight_LE = fit.count_LE().astype(np.float64)
+    slots = int(placement.held_LS.sum(axis=1).max())
+    bound_L = balance_bound(weight_LE, slots, placement.num_ranks)
+    return float(placement.balance(weight_LE).mean()), float(bound_L.mean())
+
+
+def _placement_source(
+    scenario: Scenario, source: RoutingSource, router: BatchRouter | None, seed: int
+) -> tuple[RoutingSource, RoutingSource, str]:
+    """The traffic that the placement is made for, the traffic that is served, and what the former is, where they
+    differ."""
+    asked = scenario.placement_from
+    if asked is None:
+        return source, source, ""
+    if asked.routing is not None:
+        other = route_source(replace(scenario, routing=asked.routing), seed)[0]
+        return other, source, other.source
+    assert asked.share is not None
+    if router is not None and router.couples:
+        message = (
+            "placement_from.share cuts the pool in two, and this router (or capacity) routes batches of the whole pool."
+            " Give placement_from.routing another trace, or remove placement_from"
+        )
+        raise BadInput(Problem("placement_from.share", message))
+    first = round(asked.share * source.num_sequences)
+    if not 0 < first < source.num_sequences:
+        message = (
+            f"both parts need a sequence: share={asked.share} of {source.num_sequences} sequences is {first}. "
+            "Use a share nearer to one half, or a trace of more sequences"
+        )
+        raise BadInput(Problem("placement_from.share", message))
+    fit, served = (source.take_sequences(part) for part in np.split(np.arange(source.num_sequences), [first]))
+    return fit, served, f"the first {first} of {source.num_sequences} sequences"
+
+
+def _initial(policy: PlacementPolicy, model: MoEModel, context: PlacementContext) -> Placement:
+    """What an engine starts with: slot i of a layer holds expert i mod E, in as many slots as the policy uses. Where
+    these are uneven over the ranks, the policy's own map for equal loads."""
+    blind = place_passes(policy, np.ones((model.num_moe_passes, model.num_experts)), model, context)
+    if not blind.held_LS.all():
+        return blind
+    return context.placement(
+        np.broadcast_to(initial_map(model.num_experts, blind.num_slots), blind.slot_to_expert_LS.shape),
+        model.num_experts,
     )
 
 
@@ -122,19 +194,17 @@ def exchange_copies(scenario: Scenario, layout: Layout, figures: dict[str, Any] 
     return max([copies, *(room * model.num_experts / tokens for room in rooms)])
 
 
-def _place(
-    policy: PlacementPolicy, source: RoutingSource, model: MoEModel, context: PlacementContext
-) -> tuple[Placement, bool]:
-    """The placement of every pass, and whether it depends on the loads. Passes of one set of experts share a map."""
-    weight_LE = source.count_LE().astype(np.float64)
+def place_passes(
+    policy: PlacementPolicy, weight_LE: FloatArray, model: MoEModel, context: PlacementContext
+) -> Placement:
+    """The placement of every pass. Passes of one set of experts share a map. weight_LE: loads of the passes."""
     set_L = np.array(model.set_of_pass)
     weight_ZE = np.zeros((model.num_expert_sets, weight_LE.shape[1]))
     np.add.at(weight_ZE, set_L, weight_LE)
     placement = policy.place(weight_ZE, context)
-    fitted = getattr(policy, "uses_traffic", True) and not source.ideal
     if model.num_expert_sets < len(set_L):
         placement = context.placement(placement.slot_to_expert_LS[set_L], placement.num_experts)
-    return placement, fitted
+    return placement
 
 
 def _follow_tokens(scenario: Scenario, source: RoutingSource, stream: RequestStream, coupled: bool) -> bool:
@@ -146,26 +216,37 @@ def _follow_tokens(scenario: Scenario, source: RoutingSource, stream: RequestStr
     return source.recorded and ids * (40 if coupled else 1) <= _TOKEN_FIDELITY_IDS
 
 
-def moe_cost(scenario: Scenario, layout: Layout, experts: Experts | None, seed: int, group: int) -> MoECost:
+def moe_cost(
+    scenario: Scenario,
+    layout: Layout,
+    experts: Experts | None,
+    seed: int,
+    placement: Placement | None = None,
+    before: MoECost | None = None,
+) -> MoECost:
+    """placement: another one than that of `experts`, with as many slots. before: the cost under the placement that it
+    replaces."""
     if experts is None:
         return NoExperts()
     dispatch = scenario.policies.dispatch
+    placed = placement or experts.placement
     if experts.replay is not None:
         return TokenExperts(
-            experts.source, experts.replay, experts.placement, dispatch, layout, experts.prices, seed, experts.batches
+            experts.source, experts.replay, placed, dispatch, layout, experts.prices, seed, experts.batches
         )
     routed = None
     if experts.batches is not None and experts.drawn_from is not None:
-        routed = RoutedBank(experts.batches, experts.drawn_from, dispatch, layout, experts.placement, seed)
+        routed = RoutedBank(experts.batches, experts.drawn_from, dispatch, layout, placed, seed)
     return CountExperts(
         experts.source,
-        experts.placement,
+        placed,
         dispatch,
         layout,
         experts.prices,
         scenario.engine.bank_entries,
         seed,
         routed,
+        before if isinstance(before, CountExperts) else None,
     )
 
 
@@ -184,4 +265,6 @@ def routing_warnings(experts: Experts) -> tuple[str, ...]:
         out.append(f"routing: {told}; use routing.fidelity token to follow them")
     if experts.fitted:
         out.append("placement: fitted on the same routing that it is judged on, so its balance is a best case")
+    if experts.placed_for:
+        out.append(f"placement: made for {experts.placed_for}, and judged on {source.source} without it")
     return tuple(out)

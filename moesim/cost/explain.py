@@ -20,6 +20,7 @@ from moesim.cost.experts import STATS, MoESums
 from moesim.cost.pricer import Run
 from moesim.cost.split import SplitDetail
 from moesim.cost.step import StepPricer
+from moesim.hardware import ASSUMED
 
 __all__ = ["Explanation", "explain", "stats_by_draw"]
 
@@ -64,6 +65,11 @@ def explain(runs: list[Run], pricer: StepPricer) -> Explanation:
     operator: dict[str, str] = {}
     grade_ns = np.zeros(4)
     rest_R = total_R - prefill_R
+    moved_R = np.array([0 if r.rebalance_ns is None else r.rebalance_ns[-1] for r in runs], np.int64)
+    if moved_R.any():
+        ns["rebalance"], operator["rebalance"] = int(moved_R.sum()), "peer_to_peer"
+        grade_ns[ASSUMED] += moved_R.sum()
+        rest_R = rest_R - moved_R
     parts = [(p, tokens_R, False) for p in dense.parts] + [(p, sampled_R, True) for p in dense.head_parts]
     for part, at_R, head in parts:
         spent_R = _part_ns(part, part.ns_N[at_R], halves_R, pricer, head) * steps_R
@@ -131,6 +137,7 @@ def _experts(runs: list[Run], steps_R: IntArray, pricer: StepPricer) -> _Found |
 
 def _from_halves(details: list[SplitDetail], steps_R: IntArray, drawn: bool) -> _Found:
     """drawn: from a bank, whose few draws have an error."""
+    details = [d.cut(n) for d, n in zip(details, steps_R.tolist(), strict=True)]
     by_part_R = np.array([[x.sum() for x in d[:3]] for d in details], np.int64)
     stats = np.sum([d.stats().sum(axis=1) for d in details], axis=0)
     grade_R = np.array([max(int(row.grade.max()) for row in d.rows) for d in details], np.int64)
@@ -221,7 +228,7 @@ def stats_by_draw(runs: list[Run], pricer: StepPricer) -> tuple[FloatArray, IntA
     entries = len((first.rows[0] if isinstance(first, SplitDetail) else cast(BankDetail, first).row).total)
     out, used_X = np.zeros((STATS, entries)), np.zeros(entries, np.int64)
     for i in np.flatnonzero(cut):
-        detail = cast(SplitDetail, runs[i].detail)
+        detail = cast(SplitDetail, runs[i].detail).cut(int(steps_R[i]))
         entry_S = detail.entry_2S[0]
         out += [np.bincount(entry_S, weights=row_S, minlength=entries) for row_S in detail.stats()]
         used_X += np.bincount(entry_S, minlength=entries)

@@ -50,16 +50,19 @@ class Key(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Consecutive steps of one batch: cumulative time after each, and the key to explain them."""
+    """Consecutive steps of one batch: cumulative time after each, and the key to explain them. rebalance_ns: of that
+    time, what moving experts added, cumulative, too; None: nothing."""
 
     cumulative_ns: IntArray
     key: Key
     detail: object = None
+    rebalance_ns: IntArray | None = None
 
     def cut(self, steps: int) -> Run:
         """The first `steps` steps (a copy: the rest is given back)."""
+        added = None if self.rebalance_ns is None else self.rebalance_ns[:steps].copy()
         cut = getattr(self.detail, "cut", None)
-        return Run(self.cumulative_ns[:steps].copy(), self.key, self.detail if cut is None else cut(steps))
+        return Run(self.cumulative_ns[:steps].copy(), self.key, self.detail if cut is None else cut(steps), added)
 
 
 @dataclass(slots=True)

@@ -61,6 +61,9 @@ class TokenExperts:
         self._plain = placement.max_replicas == 1 and not layout.exchanges and router is None
         self.kept: dict[int, LayerPrices] = {}
         """layer by layer, the first runs' prices by the tick they start at (for a timeline)"""
+        self.last_counts_SLE: IntArray | None = None
+        """tokens per expert of the steps priced last, kept where `watched`"""
+        self.watched = False
         self._slot_total_LS = np.zeros((placement.num_layers, placement.num_slots), np.int64)
 
     def slot_load_LS(self) -> FloatArray:
@@ -115,6 +118,7 @@ class TokenExperts:
         first = np.zeros(len(rank), bool)
         first[order] = turn < tokens_2D[0][rank[order]]
         found: list[_PricedSteps] = []
+        counts: list[IntArray] = []
         for half in (first, ~first):
             part = request[half], position[half], rank[half]
             if chunks:
@@ -124,6 +128,10 @@ class TokenExperts:
                 priced = self._decode(*part, steps, batch.tick)
                 steps = len(priced.layers.experts)
             found.append(priced)
+            if self.last_counts_SLE is not None:
+                counts.append(self.last_counts_SLE[:steps])
+        if self.watched:
+            self.last_counts_SLE = counts[0][:steps] + counts[1]
         dispatch, experts, combine = (
             np.stack([getattr(x.layers, name)[:steps].T for x in found], axis=1)
             for name in ("dispatch", "experts", "combine")
@@ -149,6 +157,8 @@ class TokenExperts:
                 ids, drawn, pad_LS = self._routed(rows, request_N, position_N, offsets, rank_N, tick, phase)
             slot_SLS, ports = self._slots(ids, token_N, offsets, rank_N)
         self._slot_total_LS += slot_SLS.sum(axis=0)
+        if self.watched:
+            self.last_counts_SLE = _per_expert(slot_SLS, self._placement)
         busy_S = busiest_S / np.diff(offsets) / self._layout.tp
         computed, ports = self._prices.padded(slot_SLS, ports, pad_LS, busy_S)
         priced = self._prices.price(computed, busiest_S, ports)
@@ -209,3 +219,13 @@ class TokenExperts:
             nic_total=copies.node_out_BL.astype(np.float64),
         )
         return count, ports
+
+
+def _per_expert(slot_SLS: AnyArray, placement: Placement) -> IntArray:
+    """Pairs per expert [S, L, E] from pairs per slot [S, L, slots]."""
+    steps, (layers, experts) = len(slot_SLS), placement.replica_count_LE.shape
+    key_LS = np.arange(layers)[:, None] * experts + placement.expert_LS  # empty slots have no pairs
+    out = np.zeros((steps, layers * experts), np.int64)
+    for step in range(steps):
+        out[step] = np.bincount(key_LS.ravel(), weights=slot_SLS[step].ravel(), minlength=layers * experts)
+    return out.reshape(steps, layers, experts)

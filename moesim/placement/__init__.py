@@ -302,7 +302,11 @@ class Placement:
 class PlacementPolicy(Protocol):
     """One file of this folder defines `class Policy(Spec)` with this method.
 
-    A class variable `uses_traffic = False` says that the placement depends on neither loads nor tokens.
+    Class variables: `uses_traffic = False` says that the placement depends on neither loads nor tokens. `exact = True`
+    promises the least value of its own objective. `chooses_slots = True`: the policy itself finds how many slots a rank
+    has, so that only the Placement knows; so does a field `uneven` that is true, where ranks need not divide the slots.
+    A method `objective(placement, weight_LE, ctx) -> [L] or a number` says what the policy makes small (without it:
+    `Placement.balance`).
     """
 
     def place(self, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Placement:
@@ -340,7 +344,7 @@ def slot_count(num_experts: int, num_redundant_experts: int, num_ranks: int, whe
     raise BadInput(
         f"the ranks must divide the expert slots: experts={num_experts} + num_redundant_experts="
         f"{num_redundant_experts} = {slots} slots, ranks={num_ranks} (remainder {slots % num_ranks})."
-        f" Use num_redundant_experts = {legal[0]}, {legal[1]} or {legal[2]}.",
+        f" Use num_redundant_experts = {legal[0]}, {legal[1]} or {legal[2]}, or kind: eplb_swap with uneven: true.",
         where,
     )
 

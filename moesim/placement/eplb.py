@@ -10,6 +10,7 @@ Legend: R rows (layers, or layers x nodes), I items, B bins; else as in `moesim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import numpy as np
@@ -17,10 +18,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from moesim.errors import BadInput
-from moesim.placement import Placement, PlacementContext, check_weights, slot_count
+from moesim.placement import EMPTY, Placement, PlacementContext, check_weights, slot_count
 from moesim.spec import Spec
 
-__all__ = ["Policy", "pack", "replicate"]
+__all__ = ["Mode", "Policy", "groups_on_nodes", "inside_nodes", "is_hierarchical", "members", "pack", "replicate"]
+
+Mode = Literal["auto", "hierarchical", "global"]
 
 
 class Policy(Spec):
@@ -29,7 +32,7 @@ class Policy(Spec):
     """
 
     num_redundant_experts: Annotated[int, Field(ge=0, le=1 << 20)] = 0
-    mode: Literal["auto", "hierarchical", "global"] = "auto"
+    mode: Mode = "auto"
 
     def place(self, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Placement:
         """See `moesim.placement.PlacementPolicy.place`. A layer without any load is placed as if uniform."""
@@ -38,39 +41,65 @@ class Policy(Spec):
         slots = slot_count(experts, self.num_redundant_experts, ctx.num_ranks)
         idle_L = weight_LE.sum(axis=1) <= 0
         weight_LE = np.where(idle_L[:, None], 1.0, weight_LE)
-        obstacle = _hierarchical_obstacle(experts, ctx)
-        if self.mode == "hierarchical" and obstacle:
-            raise BadInput(f"hierarchical placement is not possible: {obstacle}. Use mode: global or auto.")
-        if self.mode == "global" or obstacle or (self.mode == "auto" and ctx.num_nodes == 1):
-            table_LS = _pack_replicas(weight_LE, slots, ctx.num_ranks)
+        if is_hierarchical(self.mode, experts, slots, ctx):
+            member_LNE = groups_on_nodes(weight_LE, ctx)
+            table_LS = inside_nodes(
+                weight_LE, member_LNE, slots, lambda w, s: _pack_replicas(w, s, ctx.num_ranks // ctx.num_nodes)
+            )
         else:
-            table_LS = _hierarchical(weight_LE, slots, ctx)
+            table_LS = _pack_replicas(weight_LE, slots, ctx.num_ranks)
         return ctx.placement(table_LS, experts)
 
 
-def _hierarchical_obstacle(experts: int, ctx: PlacementContext) -> str:
+def is_hierarchical(mode: Mode, experts: int, slots: int, ctx: PlacementContext) -> bool:
+    """Whether groups are packed onto nodes first. Raises BadInput where `hierarchical` is asked for and impossible."""
+    obstacle = _obstacle(experts, slots, ctx)
+    if mode == "hierarchical" and obstacle:
+        raise BadInput(f"hierarchical placement is not possible: {obstacle}. Use mode: global or auto.")
+    return not (mode == "global" or obstacle or (mode == "auto" and ctx.num_nodes == 1))
+
+
+def _obstacle(experts: int, slots: int, ctx: PlacementContext) -> str:
     """Why groups cannot be packed onto nodes, or '' if they can."""
-    if ctx.num_groups % ctx.num_nodes:
-        return f"nodes must divide the expert groups: groups={ctx.num_groups}, nodes={ctx.num_nodes}"
+    nodes = ctx.num_nodes
+    if ctx.num_groups % nodes:
+        return f"nodes must divide the expert groups: groups={ctx.num_groups}, nodes={nodes}"
     if experts % ctx.num_groups:
         return f"groups must divide the experts: experts={experts}, groups={ctx.num_groups}"
-    if ctx.num_ranks % ctx.num_nodes:
-        return f"nodes must divide the ranks: ranks={ctx.num_ranks}, nodes={ctx.num_nodes}"
+    if ctx.num_ranks % nodes:
+        return f"nodes must divide the ranks: ranks={ctx.num_ranks}, nodes={nodes}"
+    if slots % nodes:
+        return f"nodes must divide the slots: slots={slots}, nodes={nodes}"
     return ""
 
 
-def _hierarchical(weight_LE: NDArray[np.float64], slots: int, ctx: PlacementContext) -> NDArray[np.int64]:
-    """Groups to nodes, then replicas and packing inside each node. -> [L, S]"""
+def groups_on_nodes(weight_LE: NDArray[np.float64], ctx: PlacementContext) -> NDArray[np.int64]:
+    """The experts of each node, whole groups packed onto nodes by their load: [L, N, E / N]."""
     layers, experts = weight_LE.shape
-    nodes, per_group = ctx.num_nodes, experts // ctx.num_groups
-    group_load = weight_LE.reshape(layers, ctx.num_groups, per_group).sum(axis=2)
-    group_LNg = pack(group_load, nodes).reshape(layers, nodes, -1)
-    member_LNE = (group_LNg[..., None] * per_group + np.arange(per_group)).reshape(layers, nodes, -1)
-    weight_LNE = np.take_along_axis(weight_LE, member_LNE.reshape(layers, -1), axis=1)
-    rows = weight_LNE.reshape(layers * nodes, -1)
-    local = _pack_replicas(rows, slots // nodes, ctx.num_ranks // nodes)
-    member = member_LNE.reshape(layers * nodes, -1)
-    return np.asarray(np.take_along_axis(member, local, axis=1).reshape(layers, slots))
+    load_Lg = weight_LE.reshape(layers, ctx.num_groups, -1).sum(axis=2)
+    return members(pack(load_Lg, ctx.num_nodes), experts, ctx)
+
+
+def members(group_Lg: NDArray[np.int64], experts: int, ctx: PlacementContext) -> NDArray[np.int64]:
+    """The experts of groups that are listed node after node [L, groups]: [L, N, E / N]."""
+    per_group = experts // ctx.num_groups
+    member = group_Lg[..., None] * per_group + np.arange(per_group)
+    return np.asarray(member.reshape(len(group_Lg), ctx.num_nodes, -1))
+
+
+def inside_nodes(
+    weight_LE: NDArray[np.float64],
+    member_LNE: NDArray[np.int64],
+    slots: int,
+    place: Callable[[NDArray[np.float64], int], NDArray[np.int64]],
+) -> NDArray[np.int64]:
+    """The map that `place(loads [L * N, E / N], slots of a node)` makes inside each node, [L, S]; EMPTY stays EMPTY."""
+    layers, nodes, _ = member_LNE.shape
+    member_RE = member_LNE.reshape(layers * nodes, -1)
+    weight_RE = np.take_along_axis(weight_LE, member_LNE.reshape(layers, -1), axis=1).reshape(member_RE.shape)
+    local_RS = place(weight_RE, slots // nodes)
+    table_RS = np.take_along_axis(member_RE, np.maximum(local_RS, 0), axis=1)
+    return np.asarray(np.where(local_RS == EMPTY, EMPTY, table_RS).reshape(layers, -1))
 
 
 def _pack_replicas(weight_RE: NDArray[np.float64], slots: int, ranks: int) -> NDArray[np.int64]:

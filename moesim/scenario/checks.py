@@ -17,7 +17,7 @@ from moesim.scenario.yamlio import YamlPath
 from moesim.training_spec import TrainingSpec
 from moesim.workload.routing import RoutingSpec
 
-__all__ = ["communication_checks", "cross_checks", "overlap_checks", "training_checks"]
+__all__ = ["communication_checks", "cross_checks", "overlap_checks", "serving_checks", "training_checks"]
 
 _Where = Callable[[YamlPath], str]
 
@@ -179,6 +179,25 @@ def training_checks(
             f"in training every expert has one place, got num_redundant_experts={redundant}. Set it to 0; whole "
             "copies of the experts are parallel.replicas",
         )
+    if getattr(placement, "chooses_slots", False):
+        refuse(
+            ("policies", "placement"),
+            "in training every expert has one place, and this placement gives experts as many as it finds good. "
+            "Choose another kind; whole copies of the experts are parallel.replicas",
+        )
+    return problems
+
+
+def serving_checks(where: _Where, model: MoEModel, spec: Any) -> list[Problem]:
+    """Disagreements of `placement_from` and `rebalance` with the model. spec: the whole `ScenarioSpec`."""
+    problems = []
+    for key in ("placement_from", "rebalance"):
+        if getattr(spec, key) is not None and not model.is_moe:
+            told = f"{key}: {model.name} is a dense model and has no experts to move; remove {key}"
+            problems.append(Problem(where((key,)), told))
+    if spec.rebalance is not None and model.expert_widths:
+        told = "rebalance: experts of other sizes do not fit into each other's slots; remove model.expert_widths"
+        problems.append(Problem(where(("rebalance",)), told))
     return problems
 
 
@@ -210,7 +229,8 @@ def _experts(where: _Where, model: MoEModel, parallel: ParallelSpec, placement: 
     problems = []
     redundant = getattr(placement, "num_redundant_experts", 0)
     slots = model.num_experts + redundant
-    if slots % ep:
+    own = getattr(placement, "chooses_slots", False) or getattr(placement, "uneven", False)
+    if slots % ep and not own:
         more = -slots % ep
         legal = _divisors(slots, ranks, ranks)
         facts = f"{model.num_experts} experts + {redundant} redundant = {slots} slots"
@@ -218,13 +238,16 @@ def _experts(where: _Where, model: MoEModel, parallel: ParallelSpec, placement: 
             Problem(
                 at,
                 f"parallel.ep must divide the expert slots: ep={ep}, {facts}. Use ep {legal}, or "
-                f"num_redundant_experts {redundant + more} with a placement that has replicas (eplb)",
+                f"num_redundant_experts {redundant + more} with a placement that has replicas (eplb), or uneven: true "
+                "with kind: eplb_swap",
             )
         )
     expert_tp = ranks // ep
     if model.moe_intermediate_size % expert_tp:
         legal_ep = [
-            e for e in _all_divisors(ranks) if slots % e == 0 and model.moe_intermediate_size % (ranks // e) == 0
+            e
+            for e in _all_divisors(ranks)
+            if (own or slots % e == 0) and model.moe_intermediate_size % (ranks // e) == 0
         ]
         mend = f"Use ep {_listed(legal_ep)}" if legal_ep else f"No ep does for {ranks} ranks: change tp or dp"
         problems.append(

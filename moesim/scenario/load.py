@@ -23,7 +23,13 @@ from moesim.placement import PlacementPolicy
 from moesim.policy import load_policy, policy_class, policy_kinds, spec_problems
 from moesim.rebalance_spec import RebalanceSpec
 from moesim.routing.capacity import CapacitySpec
-from moesim.scenario.checks import communication_checks, cross_checks, overlap_checks, training_checks
+from moesim.scenario.checks import (
+    communication_checks,
+    cross_checks,
+    overlap_checks,
+    serving_checks,
+    training_checks,
+)
 from moesim.scenario.files import NAME, content_hash, find_named, shown
 from moesim.scenario.presets import Preset, apply_preset, presets
 from moesim.scenario.source import Source, rebase
@@ -168,6 +174,8 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
             capacity = spec.full.capacity if spec.full is not None else None
             routing = spec.routing if spec.routing is not None else RoutingSpec()
             problems += training_checks(source.where, model, spec.parallel, spec.training, placement, capacity, routing)
+        if spec.full is not None and not training:
+            problems += serving_checks(source.where, model, spec.full)
         if source.data.get("routing") and not model.is_moe:
             message = f"routing: {model.name} is a dense model, so nothing is routed; remove routing"
             problems.append(Problem(source.where(("routing",), key=True), message))
@@ -442,13 +450,15 @@ def _find_cluster(
 
 
 def _input_files(source: Source, spec: _Parts, base: Path, problems: list[Problem]) -> dict[str, str]:
-    """Content hashes of `requests.path` and `routing.path`; a missing file is a problem of its place."""
+    """Content hashes of files by the dotted block that names them; a missing file is a problem of its place."""
     hashes: dict[str, str] = {}
-    for part, value in (("requests", spec.requests), ("routing", spec.routing)):
+    other = spec.full.placement_from.routing if spec.full is not None and spec.full.placement_from else None
+    named = (("requests", spec.requests), ("routing", spec.routing), ("placement_from.routing", other))
+    for part, value in named:
         name = getattr(value, "path", None)
         if not isinstance(name, str):
             continue
-        where = source.where((part, "path"))
+        where = source.where((*part.split("."), "path"))
         try:
             path = base / name
             if not path.exists():
@@ -474,7 +484,10 @@ def _resolved(spec: ScenarioSpec, model: MoEModel, policies: Policies, files: di
             unused[key] = True
     out: dict[str, Any] = spec.model_dump(mode="json", exclude=unused)
     for part, digest in files.items():
-        out[part]["path"] = {"name": Path(out[part]["path"]).name, "blake2b": digest}
+        block = out
+        for key in part.split("."):
+            block = block[key]
+        block["path"] = {"name": Path(block["path"]).name, "blake2b": digest}
     out["model"] = json.loads(json.dumps(dataclasses.asdict(model)))
     out["policies"] = {
         key: {"kind": policies.kinds[key], **getattr(policies, key).model_dump(mode="json")}

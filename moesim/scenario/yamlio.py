@@ -131,8 +131,11 @@ def load_yaml(path: str | Path) -> tuple[Any, Marks]:
     return parse_yaml(read_text(Path(path)), str(path))
 
 
-def parse_yaml(text: str, name: str) -> tuple[Any, Marks]:
-    """Parse one YAML document in `text`; `name` stands for the file in messages. Raises BadInput."""
+def parse_yaml(text: str, name: str, number_keys: bool = False) -> tuple[Any, Marks]:
+    """Parse one YAML document in `text`; `name` stands for the file in messages. Raises BadInput.
+
+    number_keys: a key may be a whole number (its digits as text), as in the files of programs that number their layers.
+    """
     if len(text) > MAX_BYTES:
         raise BadInput(Problem(name, f"the text has more than {MAX_BYTES} characters; no more are read"))
     bad = yaml.reader.Reader.NON_PRINTABLE.search(text)
@@ -140,7 +143,7 @@ def parse_yaml(text: str, name: str) -> tuple[Any, Marks]:
         line, col = text.count("\n", 0, bad.start()) + 1, bad.start() - text.rfind("\n", 0, bad.start())
         message = f"character U+{ord(bad[0]):04X} is not allowed in YAML; is this a text file?"
         raise BadInput(Problem(f"{name}:{line}:{col}", message))
-    builder = _Builder(name)
+    builder = _Builder(name, number_keys)
     loader = yaml.SafeLoader(text)
     try:
         while loader.check_event():
@@ -181,8 +184,9 @@ def _place(event: yaml.Event) -> tuple[int, int]:
 class _Builder:
     """Turns parser events into `_Node`s without recursion, within the bounds."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, number_keys: bool = False) -> None:
         self.name = name
+        self.number_keys = number_keys
         self.root: _Node | None = None
         self.stack: list[_Open] = []
         self.anchors: dict[str, _Node] = {}
@@ -322,6 +326,8 @@ class _Builder:
     def _key(self, top: _Open, node: _Node) -> str:
         if isinstance(node.value, str) and node.kind is str:
             return node.value
+        if self.number_keys and type(node.value) is int:
+            return str(node.value)
         shown = "a list or mapping" if node.kind is not str else repr(node.value)
         self._note(node.place, f"a key must be text, and this is {shown}; put quotes around it")
         return f"(key on line {node.place[0]}:{node.place[1]})"

@@ -14,18 +14,16 @@ import math
 import os
 import shutil
 import tempfile
-import tokenize
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from moesim.traces._npy import BROKEN, Header, read_header, read_member
 from moesim.traces._routing_checks import (
     bad,
     check_ids,
@@ -57,18 +55,6 @@ all."""
 _MEMBERS = (
     "expert_ids", "weights", "scores", "sequence_id", "token_id", "phase", "layer_index", "num_experts", "top_k",
 )  # fmt: skip
-_BROKEN = (
-    zipfile.BadZipFile, zlib.error, tokenize.TokenError,
-    EOFError, OSError, ValueError, SyntaxError, RuntimeError, KeyError,
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class _Header:
-    shape: tuple[int, ...]
-    fortran: bool
-    dtype: np.dtype[Any]
-    data_bytes: int
 
 
 def read(path: Path, num_experts: int | None = None) -> RoutingSource:
@@ -84,40 +70,11 @@ def read(path: Path, num_experts: int | None = None) -> RoutingSource:
     return _read_npz(path, num_experts)
 
 
-# ---------------------------------------------------------------------------------------------------- headers
-
-
-def _header(stream: IO[bytes], file_bytes: int, path: Path, name: str) -> _Header:
-    """The .npy header at the start of `stream`, with its size compared with the `file_bytes` that are
-    there."""
-    version = npy.read_magic(stream)
-    if version not in ((1, 0), (2, 0)):
-        raise bad(path, f"{name}: .npy format {version[0]}.{version[1]} is not read, 1.0 and 2.0 are.")
-    reader = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, fortran, dtype = reader(stream)
-    if dtype.hasobject or dtype.kind not in "iuf":
-        raise bad(
-            path,
-            f"{name}: an array of integers or floats is needed, got dtype {dtype}. Nothing is unpickled.",
-        )
-    if any(n < 0 for n in shape):
-        raise bad(path, f"{name}: the header declares a negative size, {shape}.")
-    needed, there = math.prod(shape) * dtype.itemsize, file_bytes - stream.tell()
-    if needed != there:
-        raise bad(
-            path,
-            f"{name}: the header declares shape {shape} of {dtype}, {needed} bytes, but {there} bytes"
-            " follow it."
-            " The file is cut off or damaged; write it again.",
-        )
-    return _Header(shape, fortran, dtype, needed)
-
-
 def _open_npz(path: Path, limit_bytes: int) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
     """The archive and its members by name, sizes bounded."""
     try:
         archive = zipfile.ZipFile(path)
-    except _BROKEN as error:
+    except BROKEN as error:
         raise bad(path, f"not a readable .npz (zip) file: {error}. Write it with numpy.savez_compressed.") from None
     members = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
     if "expert_ids" not in members:
@@ -153,21 +110,6 @@ def _open_npz(path: Path, limit_bytes: int) -> tuple[zipfile.ZipFile, dict[str, 
     return archive, members
 
 
-def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, name: str) -> NDArray[Any]:
-    """One whole array, in native byte order."""
-    try:
-        with archive.open(info) as stream:
-            header = _header(stream, info.file_size, path, name)
-            data = stream.read(header.data_bytes)
-            rest = stream.read(1)
-    except _BROKEN as error:
-        raise bad(path, f"{name}: damaged ({error}). Write the file again.") from None
-    if len(data) != header.data_bytes or rest:
-        raise bad(path, f"{name}: {len(data)} bytes of data where {header.data_bytes} are declared.")
-    array = np.frombuffer(data, header.dtype).reshape(header.shape, order="F" if header.fortran else "C")
-    return array.astype(header.dtype.newbyteorder("="), copy=False)
-
-
 # ------------------------------------------------------------------------------------------------------- .npz
 
 
@@ -175,7 +117,7 @@ def _read_npz(path: Path, given_experts: int | None) -> RoutingSource:
     archive, members = _open_npz(path, NPZ_LIMIT_BYTES)
     with archive:
         side = _side_arrays(archive, members, path)
-        raw = _member(archive, members["expert_ids"], path, "expert_ids")
+        raw = read_member(archive, members["expert_ids"], path, "expert_ids")
         check_integers(raw, path, "expert_ids")
         check_shape(raw.shape, path)
         tokens, layers, top_k = raw.shape
@@ -187,7 +129,7 @@ def _read_npz(path: Path, given_experts: int | None) -> RoutingSource:
         check_ids(raw, experts, path)
         weights = None
         if "weights" in members:
-            raw_weights = _member(archive, members["weights"], path, "weights")
+            raw_weights = read_member(archive, members["weights"], path, "weights")
             if raw_weights.shape != raw.shape:
                 raise bad(
                     path,
@@ -196,7 +138,7 @@ def _read_npz(path: Path, given_experts: int | None) -> RoutingSource:
             weights = to_weights(raw_weights, path)
         scores = None
         if "scores" in members:
-            raw_scores = _member(archive, members["scores"], path, "scores")
+            raw_scores = read_member(archive, members["scores"], path, "scores")
             check_scores_shape(raw_scores.shape, raw.shape, experts, path)
             scores = to_scores(raw_scores, path)
     token_T, phase_T = _facts(side, tokens, path)
@@ -232,10 +174,10 @@ def _side_arrays(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], 
     found: dict[str, Any] = {}
     for name in ("sequence_id", "token_id", "phase", "layer_index"):
         if name in members:
-            found[name] = _member(archive, members[name], path, name)
+            found[name] = read_member(archive, members[name], path, name)
     for name in ("num_experts", "top_k"):
         if name in members:
-            found[name] = scalar(_member(archive, members[name], path, name), path, name)
+            found[name] = scalar(read_member(archive, members[name], path, name), path, name)
     return found
 
 
@@ -247,9 +189,9 @@ def _map_npy(path: Path, mapped: bool) -> NDArray[Any]:
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
-            header = _header(stream, size, path.parent, path.name)
+            header = read_header(stream, size, path.parent, path.name)
             at = stream.tell()
-    except _BROKEN as error:
+    except BROKEN as error:
         raise bad(path, f"not a readable .npy file ({error}). Convert the trace again.") from None
     if header.data_bytes == 0:
         return np.empty(header.shape, header.dtype)
@@ -430,11 +372,11 @@ def convert(src: Path, dst: Path, num_experts: int | None = None) -> None:
         _atomic_folder(dst, fill)
 
 
-def _peek(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, name: str) -> _Header:
+def _peek(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path, name: str) -> Header:
     try:
         with archive.open(info) as stream:
-            return _header(stream, info.file_size, path, name)
-    except _BROKEN as error:
+            return read_header(stream, info.file_size, path, name)
+    except BROKEN as error:
         raise bad(path, f"{name}: damaged ({error}). Write the file again.") from None
 
 
@@ -463,7 +405,7 @@ def _chunks(
 ) -> Iterator[tuple[int, NDArray[Any]]]:
     try:
         with archive.open(info) as stream:
-            header = _header(stream, info.file_size, path, name)
+            header = read_header(stream, info.file_size, path, name)
             if header.fortran:
                 raise bad(
                     path,
@@ -477,5 +419,5 @@ def _chunks(
                 if len(data) != rows * row_bytes:
                     raise bad(path, f"{name}: ends after token {first}. The file is cut off; write it again.")
                 yield first, np.frombuffer(data, header.dtype).reshape(rows, *header.shape[1:])
-    except _BROKEN as error:
+    except BROKEN as error:
         raise bad(path, f"{name}: damaged ({error}). Write the file again.") from None

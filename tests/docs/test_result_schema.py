@@ -66,6 +66,12 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
             "capacity": {"factor": 1.0},
             "routing": {"pool_tokens": 512, "sequence_tokens": 64},
         },
+        "rebalance": {
+            "model": model,
+            "parallel": {"dp": 4, "ep": 4},
+            "policies": {"placement": "eplb"},
+            "rebalance": {"interval_steps": 20},
+        },
         "does_not_fit": {"model": model, "engine": {"runtime_memory_gib": 100}},
     }
     out = {name: simulate(scenario(folder, **parts)).to_json() for name, parts in cases.items()}

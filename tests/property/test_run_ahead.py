@@ -39,6 +39,7 @@ def assert_equal(ahead: RunResult, single: RunResult) -> None:
     assert ahead.explanation is not None
     assert single.explanation is not None
     assert sum(ahead.explanation.ns.values()) == sum(single.explanation.ns.values())
+    assert ahead.to_json()["summary"]["rebalance"] == single.to_json()["summary"]["rebalance"]
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -59,6 +60,19 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "token_tp": {"parallel": {"tp": 2, "dp": 4, "ep": 8}, "routing": {"fidelity": "token"}},
     "eplb": {"parallel": {"dp": 8, "ep": 8}, "policies": {"placement": {"kind": "eplb", "num_redundant_experts": 8}}},
+}
+EPLB = {"policies": {"placement": {"kind": "eplb", "num_redundant_experts": 8}}, "parallel": {"dp": 8, "ep": 8}}
+SOON = {"interval_steps": 23, "window_steps": 17, "first_after_steps": 5, "host_ms": 3.0}
+CASES |= {
+    "rebalance": {**EPLB, "rebalance": SOON},
+    "rebalance_chunks": {**EPLB, "rebalance": {**SOON, "layers_per_chunk": 1}, "routing": {"fidelity": "token"}},
+    "rebalance_async": {**EPLB, "rebalance": {**SOON, "asynchronous": True, "layer_ms": 4.0}},
+    "rebalance_async_token": {
+        **EPLB,
+        "rebalance": {**SOON, "asynchronous": True, "layer_ms": 4.0, "relabel_ranks": True},
+        "routing": {"fidelity": "token", "drift": 0.5},
+    },
+    "rebalance_threshold": {**EPLB, "rebalance": {**SOON, "threshold": 0.7}, "routing": {"fidelity": "token"}},
 }
 SMALL_KV = {"max_num_seqs": 16, "max_num_batched_tokens": 128, "block_size": 4}
 

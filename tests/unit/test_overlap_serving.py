@@ -197,6 +197,29 @@ def test_running_ahead_changes_nothing(tmp_path: Path, fidelity: str, overlap: s
     np.testing.assert_allclose(ahead.explanation.stats, stepwise.explanation.stats)
 
 
+@pytest.mark.parametrize("fidelity", ["count", "token"])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_experts_move_between_steps_of_two_halves(tmp_path: Path, fidelity: str, asynchronous: bool) -> None:
+    """Loads are those of both halves, and runs may be cut anywhere."""
+    parts: dict[str, Any] = {
+        "requests": {**CLOSED, "num_requests": 60, "concurrency": 40},
+        "routing": {"fidelity": fidelity, "popularity_zipf": 1.0},
+        "policies": {"placement": {"kind": "eplb", "num_redundant_experts": 16}},
+        "rebalance": {"interval_steps": 20, "window_steps": 20, "asynchronous": asynchronous, "host_ms": 0.0},
+    }
+    ahead, stepwise = (
+        served(deployed(tmp_path, {"overlap": "two_batch"}, engine={"run_ahead": run_ahead}, **parts))
+        for run_ahead in (True, False)
+    )
+    assert ahead.outcome is not None
+    assert stepwise.outcome is not None
+    np.testing.assert_array_equal(ahead.outcome.steps.duration_ns, stepwise.outcome.steps.duration_ns)
+    assert ahead.explanation is not None
+    assert sum(ahead.explanation.ns.values()) == time_ns(ahead)
+    assert ahead.to_json()["summary"]["rebalance"]["moved"] > 0
+    assert any(run.key.halves == 2 for run in ahead.outcome.runs)
+
+
 def test_what_cannot_overlap_is_refused(tmp_path: Path) -> None:
     refusals = {
         "there is none: parallel.dp=1": ({"dp": 1}, "pipeline"),

@@ -193,7 +193,8 @@ def test_a_page_counts_more_than_ten_and_none() -> None:
     """A page of 11 and 1 rows, its other verdicts at 0; a wrong number is noticed, a digit left out too."""
     page = tool("claim_page")
     rows = [page.Row("paper", "set-up", "nothing", "claim", "ours", page.MISSED, asked="equal")] * 11
-    text = page.page([page.Section("one", "One", [*rows, page.Row("paper", "", "", "", "", page.NOT_CHECKED)])])
+    sections = [page.Section("one", "One", [*rows, page.Row("paper", "", "", "", "", page.NOT_CHECKED)])]
+    text = page.page("Claims", ["Made here.", "Read on."], sections)
     assert told_counts(text) == (12, {**dict.fromkeys(page.VERDICTS, 0), "missed": 11, "not checked": 1})
     assert_counts(text)
     for wrong in ("1 missed", "12 missed", "0 missed"):

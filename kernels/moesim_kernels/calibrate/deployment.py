@@ -160,7 +160,7 @@ def deployment_of(scenario: Scenario) -> Deployment:
     slots, shape = 0, None
     if model.is_moe:
         redundant = getattr(scenario.policies.placement, "num_redundant_experts", 0)
-        slots = (model.num_experts + redundant) // p.ep
+        slots = -(-(model.num_experts + redundant) // p.ep)
         shape = ExpertPrices(model, layout, Operators(scenario.cluster.profile), slots).shape
     return Deployment(model, layout, scenario.engine, slots, shape)
 

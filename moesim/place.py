@@ -1,0 +1,384 @@
+"""`moesim place`: a placement fitted to the first part of a recording, scored on the rest, and written for engines.
+
+Scores are of planned loads: an expert's load is shared evenly by its replicas. `of_steps` is the mean over rows (steps)
+and layers of largest over mean rank load, `of_total` the same of the loads of all rows together; `lockstep` is the sum
+over layers and rows of the largest rank load over that of the mean (what ranks wait for that meet in every layer).
+
+Legend as in `moesim.placement`; S rows of a recording.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moesim.cost.operators import Operators
+from moesim.cost.placing import placement_costs, token_sample
+from moesim.errors import BadInput, Problem
+from moesim.exports import Emitted, Target, emit
+from moesim.exports.apart import keep_apart
+from moesim.layout import Layout
+from moesim.model import MoEModel
+from moesim.placement import Placement, PlacementContext, PlacementCosts, initial_map
+from moesim.policy import load_policy
+from moesim.results import json_text, write_texts
+from moesim.scenario.files import find_named
+from moesim.scenario.load import Scenario, load_model, load_scenario
+from moesim.scenario.yamlio import parse_yaml
+from moesim.traces.expert_loads import load_expert_loads
+from moesim.workload.loads import ExpertLoads
+from moesim.workload.requests import build_requests
+
+__all__ = ["MARKER", "Ask", "Placed", "Score", "check_options", "place", "render", "score", "write"]
+
+MARKER = "placement.json"
+"""the report beside the engines' files"""
+_CELLS = 1 << 24
+"""(row, layer, slot) scored at once"""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is asked for, as on the command line. ep None: that of `cluster`, a scenario. held_out: share of the rows
+    that is not fitted to, None: half of them where there are two, else nothing."""
+
+    dump: Path
+    ep: int | None = None
+    fmt: str | None = None
+    model: str | None = None
+    nodes: int | None = None
+    cluster: Path | None = None
+    policy: str = "eplb"
+    parameters: tuple[str, ...] = ()
+    engines: tuple[str, ...] = ()
+    held_out: float | None = None
+    tokens_per_row: int = 4096
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one placement on one traffic; see the head of this module. worst: the highest `of_total`, in `worst_layer`."""
+
+    of_steps: float
+    of_total: float
+    lockstep: float
+    worst: float
+    worst_layer: int
+
+    def to_json(self) -> dict[str, float | int]:
+        """Rounded to six digits."""
+        return {
+            "of_steps": round(self.of_steps, 6),
+            "of_total": round(self.of_total, 6),
+            "lockstep": round(self.lockstep, 6),
+            "worst_layer_of_total": round(self.worst, 6),
+            "worst_layer": self.worst_layer,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Placed:
+    """The placement, and what it is worth. before: what engines start with (`before_name`). held_out: (before, after)
+    on the rows that were not fitted to, None where nothing was held out."""
+
+    loads: ExpertLoads
+    placement: Placement
+    target: Target
+    kind: str
+    parameters: dict[str, Any]
+    context: PlacementContext
+    before_name: str
+    fitted_rows: int
+    fitted: tuple[Score, Score]
+    held_out: tuple[Score, Score] | None
+    warnings: tuple[str, ...]
+
+    def to_json(self, emitted: Sequence[Emitted] = ()) -> dict[str, Any]:
+        """The report."""
+        loads, placement = self.loads, self.placement
+        pairs = {"fitted": self.fitted, "held_out": self.held_out}
+        scores = {
+            name: None if pair is None else {"before": pair[0].to_json(), "after": pair[1].to_json()}
+            for name, pair in pairs.items()
+        }
+        return {
+            "schema_version": 1,
+            "recording": {
+                "source": loads.source,
+                "rows": loads.num_rows,
+                "rows_fitted": self.fitted_rows,
+                "layers": loads.num_layers,
+                "experts": loads.num_experts,
+                "in_time_order": loads.ordered,
+                "tokens_per_step": loads.tokens_per_step,
+            },
+            "policy": {"kind": self.kind, **self.parameters},
+            "ranks": placement.num_ranks,
+            "nodes": self.context.num_nodes,
+            "slots": placement.num_slots,
+            "redundant_experts": self.target.redundant,
+            "before": self.before_name,
+            "held_out": scores["held_out"],
+            "fitted": scores["fitted"],
+            "files": [
+                {"engine": e.engine, "file": e.file, "command": e.command, "notes": list(e.notes)} for e in emitted
+            ],
+            "warnings": list(self.warnings),
+        }
+
+
+# ------------------------------------------------------------------------------------------------------------ scores
+
+
+def score(placement: Placement, loads: ExpertLoads) -> Score:
+    """How evenly `placement` spreads the traffic of `loads` over ranks."""
+    step = max(1, _CELLS // max(1, placement.num_layers * placement.num_slots))
+    sums_SL, of_SL = np.zeros((loads.num_rows, placement.num_layers)), np.ones((loads.num_rows, placement.num_layers))
+    top_SL = np.zeros_like(sums_SL)
+    for at in range(0, loads.num_rows, step):
+        load_SLG = placement.planned_load(loads.count_SLE[at : at + step])
+        mean_SL, most_SL = load_SLG.mean(axis=2), load_SLG.max(axis=2)
+        np.divide(most_SL, mean_SL, out=of_SL[at : at + step], where=mean_SL > 0)
+        sums_SL[at : at + step], top_SL[at : at + step] = mean_SL, most_SL
+    balance_L = placement.balance(loads.total_LE)
+    worst = int(balance_L.argmax())
+    index = loads.layer_index or tuple(range(loads.num_layers))
+    return Score(
+        of_steps=float(of_SL[sums_SL > 0].mean()),
+        of_total=float(balance_L.mean()),
+        lockstep=float(top_SL.sum() / sums_SL.sum()),
+        worst=float(balance_L[worst]),
+        worst_layer=index[worst],
+    )
+
+
+def _before(loads: ExpertLoads, context: PlacementContext, slots: int) -> tuple[Placement, str]:
+    """What engines start with: experts in order without replicas or, where ranks do not divide them, in order with as
+    many replicas as the placement has."""
+    experts, ranks = loads.num_experts, context.num_ranks
+    if experts % ranks == 0:
+        return context.placement(np.tile(initial_map(experts, experts), (loads.num_layers, 1)), experts), "in order"
+    slots = max(slots, experts + -experts % ranks)
+    table = np.tile(initial_map(experts, slots), (loads.num_layers, 1))
+    return context.placement(table, experts), f"in order, {slots - experts} replicas"
+
+
+# --------------------------------------------------------------------------------------------------------- placement
+
+
+def place(ask: Ask) -> Placed:
+    """Read the recording, fit, score. Raises BadInput with what cannot be read, does not agree, or is not legal."""
+    scenario = None if ask.cluster is None else load_scenario(ask.cluster)
+    model, name = _model(ask, scenario)
+    loads = load_expert_loads(
+        ask.dump,
+        ask.fmt,
+        tokens_per_row=ask.tokens_per_row,
+        num_experts=None if model is None else model.num_experts,
+    )
+    warnings = list(loads.warnings) + ([] if scenario is None else list(scenario.warnings))
+    layer_index = _agree(loads, model)
+    loads = replace(loads, layer_index=layer_index)
+    fit, rest = _split(loads, ask.held_out)
+    context = _context(ask, scenario, model, fit)
+    if scenario is not None and context.costs is None:
+        warnings.append(
+            f"{scenario.name} serves {scenario.model.name} on ep {scenario.parallel.ep}: what experts cost here is not"
+            " known to the policy."
+        )
+    if model is None:
+        warnings.append("no model is named: expert groups are taken as one. Give --model where it routes by groups.")
+    kind, parameters = _policy(ask)
+    policy = load_policy("placement", {"kind": kind, **parameters}, "--policy")
+    placement: Placement = policy.place(fit.total_LE, context)
+    if "vllm-ascend" in ask.engines:
+        placement, moved = keep_apart(placement, fit.total_LE)
+        if moved:
+            warnings.append(f"{moved} slots changed places, so that no rank holds an expert twice (vllm-ascend).")
+    before, before_name = _before(loads, context, placement.num_slots)
+    complete, numbers, note = _complete(placement, layer_index, model)
+    if note:
+        warnings.append(note)
+    if rest is not None and not loads.ordered:
+        warnings.append("rows are not in time order: the held-out rows are others, not later ones.")
+    layers = model.num_layers if model is not None else loads.model_layers
+    return Placed(
+        loads=loads,
+        placement=placement,
+        target=Target(complete, numbers, layers, name),
+        kind=kind,
+        parameters=parameters,
+        context=context,
+        before_name=before_name,
+        fitted_rows=fit.num_rows,
+        fitted=(score(before, fit), score(placement, fit)),
+        held_out=None if rest is None else (score(before, rest), score(placement, rest)),
+        warnings=tuple(dict.fromkeys(warnings)),
+    )
+
+
+def _model(ask: Ask, scenario: Scenario | None) -> tuple[MoEModel | None, str]:
+    """The model, and what to call it; None where nobody named one."""
+    if ask.model is not None:
+        return load_model(find_named(ask.model, "workloads/models", Path(), "--model", "model")), ask.model
+    return (None, "MODEL") if scenario is None else (scenario.model, scenario.model.name)
+
+
+def _agree(loads: ExpertLoads, model: MoEModel | None) -> tuple[int, ...]:
+    """The recorded layers' numbers in the model (0, 1, ... where neither says). Raises BadInput where they disagree."""
+    if model is None:
+        return loads.layer_index or tuple(range(loads.num_layers))
+    if not model.is_moe or loads.num_experts != model.num_experts:
+        raise BadInput(f"{loads.source} has {loads.num_experts} experts, {model.name} {model.num_experts}", "--model")
+    if loads.model_layers and loads.model_layers != model.num_layers:
+        raise BadInput(f"{loads.source} has {loads.model_layers} layers, {model.name} {model.num_layers}", "--model")
+    if loads.layer_index is None:
+        if loads.num_layers != len(model.moe_layers):
+            raise BadInput(
+                f"{loads.source} has {loads.num_layers} layers without numbers, {model.name} {len(model.moe_layers)}"
+                " MoE layers. Name the model it was recorded on",
+                "--model",
+            )
+        return tuple(model.moe_layers)
+    strange = sorted(set(loads.layer_index) - set(model.moe_layers))
+    if strange:
+        raise BadInput(f"layer {strange[0]} of {loads.source} is no MoE layer of {model.name}", "--model")
+    return loads.layer_index
+
+
+def _split(loads: ExpertLoads, held_out: float | None) -> tuple[ExpertLoads, ExpertLoads | None]:
+    """What is fitted to, and what is held out."""
+    if held_out is None:
+        held_out = 0.5 if loads.num_rows > 1 else 0.0
+    if not 0 <= held_out < 1:
+        raise BadInput(f"a share from 0 to below 1 is needed, got {held_out}", "--held-out")
+    return (loads, None) if held_out == 0 else loads.split(1 - held_out)
+
+
+def _context(ask: Ask, scenario: Scenario | None, model: MoEModel | None, fit: ExpertLoads) -> PlacementContext:
+    """What the policy is told: ranks and nodes as asked for, tokens of the fitted part, costs in the scenario."""
+    ep = ask.ep if ask.ep is not None else None if scenario is None else scenario.parallel.ep
+    if ep is None:
+        raise BadInput("how many ranks? Give --ep, or a scenario by --cluster", "--ep")
+    nodes, costs = ask.nodes or 1, None
+    rank_to_node: tuple[int, ...] = ()
+    if scenario is not None:
+        if ask.nodes is None:
+            each = scenario.cluster.gpus_per_node
+            nodes, rank_to_node = -(-ep // each), tuple(rank // each for rank in range(ep))
+        costs = _costs(scenario, model, ep)
+    return PlacementContext(
+        num_ranks=ep,
+        num_nodes=nodes,
+        num_groups=1 if model is None else model.num_expert_groups,
+        rank_to_node=rank_to_node,
+        sample=None if fit.tokens is None else token_sample(fit.tokens),
+        costs=costs,
+        seed=ask.seed,
+    )
+
+
+def _costs(scenario: Scenario, model: MoEModel | None, ep: int) -> PlacementCosts | None:
+    """What experts cost in the scenario, where it is a serving run of this model on as many ranks."""
+    parallel = scenario.parallel
+    if model is None or model.name != scenario.model.name or ep != parallel.ep or scenario.requests is None:
+        return None
+    stream = build_requests(scenario.requests, scenario.base, scenario.seed)
+    mean_tokens = float(stream.prompt_tokens.mean()), float(stream.output_tokens.mean())
+    layout = Layout.of(model, scenario.cluster, parallel.tp, parallel.dp, parallel.ep)
+    ops = Operators(scenario.cluster.profile, scenario.engine.cuda_graph)
+    return placement_costs(model, scenario.cluster, layout, scenario.engine, ops, mean_tokens)
+
+
+def _policy(ask: Ask) -> tuple[str, dict[str, Any]]:
+    """Kind and parameters: `--policy KIND` or `--policy "{kind: KIND, ...}"`, and each `--set KEY=VALUE`."""
+    value, _ = parse_yaml(ask.policy, "--policy")
+    parameters: dict[str, Any] = dict(value) if isinstance(value, dict) else {"kind": value}
+    for given in ask.parameters:
+        key, equals, text = given.partition("=")
+        if not equals or not key.strip():
+            raise BadInput(f"KEY=VALUE is needed, such as num_redundant_experts=32, got {given!r}", "--set")
+        parameters[key.strip()] = parse_yaml(text, f"--set {key.strip()}")[0]
+    kind = parameters.pop("kind", None)
+    if not isinstance(kind, str):
+        raise BadInput("the name of a placement is needed, such as eplb", "--policy")
+    return kind, parameters
+
+
+def _complete(
+    placement: Placement, layer_index: tuple[int, ...], model: MoEModel | None
+) -> tuple[Placement, tuple[int, ...], str]:
+    """The placement of all MoE layers of the model: those without a record get the engines' initial map."""
+    missing = [] if model is None else sorted(set(model.moe_layers) - set(layer_index))
+    if not missing:
+        return placement, layer_index, ""
+    numbers = tuple(sorted({*layer_index, *missing}))
+    table = np.tile(initial_map(placement.num_experts, placement.num_slots), (len(numbers), 1))
+    table[[numbers.index(i) for i in layer_index]] = placement.slot_to_expert_LS
+    whole = Placement(table, placement.num_experts, placement.num_ranks, placement.rank_to_node)
+    return whole, numbers, f"{len(missing)} MoE layers are not in the recording: files give them experts in order."
+
+
+# ----------------------------------------------------------------------------------------------------------- output
+
+
+def write(placed: Placed, engines: Sequence[str], out: Path) -> tuple[Emitted, ...]:
+    """Write the engines' files and the report into the folder `out`, whole or not at all.
+
+    Raises BadInput where an engine cannot express the placement, and where the folder cannot be written.
+    """
+    emitted = emit(placed.target, engines, str(out))
+    files = {e.file: e.text for e in emitted} | {MARKER: json_text(placed.to_json(emitted))}
+    write_texts(out, files, MARKER)
+    return emitted
+
+
+def render(placed: Placed, emitted: Sequence[Emitted] = ()) -> str:
+    """The summary on screen: held-out figures first."""
+    loads, placement = placed.loads, placed.placement
+    parameters = "".join(f", {key} {value}" for key, value in placed.parameters.items())
+    lines = [
+        f"{placed.kind}{parameters}: {loads.num_layers} layers of {loads.num_experts} experts in {placement.num_slots}"
+        f" slots on {placement.num_ranks} ranks, {_nodes(placed.context.num_nodes)} ({placement.slots_per_rank} a rank,"
+        f" {placed.target.redundant} redundant)",
+        f"fitted to {placed.fitted_rows} of {loads.num_rows} rows of {loads.source}",
+        "",
+        f"{'largest over mean load of a rank':<33} {'before':>14} {'after':>8}",
+    ]
+    if placed.held_out is None:
+        lines.append("  held out: nothing, so what it is worth on other traffic is not known")
+    else:
+        lines += _rows("held out", placed.held_out)
+    lines += _rows("fitted", placed.fitted)
+    lines.append(f"before: experts {placed.before_name}. The fitted rows are those it was made for: no claim.")
+    for one in emitted:
+        lines += ["", f"{one.engine}: {one.file}", *(f"  {line}" for line in one.command.splitlines())]
+        lines += [f"  note: {note}" for note in one.notes]
+    return "\n".join(lines) + "\n"
+
+
+def _nodes(number: int) -> str:
+    return f"{number} node" + ("s" if number != 1 else "")
+
+
+def _rows(name: str, pair: tuple[Score, Score]) -> list[str]:
+    before, after = pair
+    rows = [
+        ("each step", before.of_steps, after.of_steps),
+        ("in lockstep", before.lockstep, after.lockstep),
+        ("all steps together", before.of_total, after.of_total),
+    ]
+    return [f"  {f'{name}, {what}':<31} {b:14.3f} {a:8.3f}" for what, b, a in rows]
+
+
+def check_options(ask: Ask, out: Path | None) -> None:
+    """Raises BadInput for options that do not go together."""
+    if ask.engines and out is None:
+        raise BadInput(Problem("--emit", "files need a folder: --out DIR"))
+    if out is not None and not ask.engines:
+        raise BadInput(Problem("--out", "which engines' files? --emit sglang,trtllm,vllm,vllm-ascend"))
