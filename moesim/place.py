@@ -290,7 +290,8 @@ def _costs(scenario: Scenario, model: MoEModel | None, ep: int) -> PlacementCost
         return None
     stream = build_requests(scenario.requests, scenario.base, scenario.seed)
     mean_tokens = float(stream.prompt_tokens.mean()), float(stream.output_tokens.mean())
-    layout = Layout.of(model, scenario.cluster, parallel.tp, parallel.dp, parallel.ep)
+    degrees = (parallel.tp, parallel.dp, parallel.ep)
+    layout = Layout.of(model, scenario.cluster, *degrees, scenario.communication)
     ops = Operators(scenario.cluster.profile, scenario.engine.cuda_graph)
     return placement_costs(model, scenario.cluster, layout, scenario.engine, ops, mean_tokens)
 
