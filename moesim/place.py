@@ -401,8 +401,8 @@ def render(placed: Placed, emitted: Sequence[Emitted] = ()) -> str:
     if placed.held_out is None:
         lines.append("  held out: nothing, so what it is worth on other traffic is not known")
     else:
-        lines += _rows("held out", placed.held_out, placed.bound[1] or 1.0)
-    lines += _rows("fitted", placed.fitted, placed.bound[0])
+        lines += _rows("held out", placed.held_out, placed.bound[1] or 1.0, placed.scored_rows)
+    lines += _rows("fitted", placed.fitted, placed.bound[0], placed.fitted_rows)
     lines.append(f"before: experts {placed.before_name}. The fitted rows are those it was made for: no claim.")
     for one in emitted:
         lines += ["", f"{one.engine}: {one.file}", *(f"  {line}" for line in one.command.splitlines())]
@@ -414,7 +414,7 @@ def _nodes(number: int) -> str:
     return f"{number} node" + ("s" if number != 1 else "")
 
 
-def _rows(name: str, pair: tuple[Score, Score], bound: float) -> list[str]:
+def _rows(name: str, pair: tuple[Score, Score], bound: float, number: int) -> list[str]:
     before, after = pair
     rows = [
         ("each step", before.of_steps, after.of_steps),
@@ -423,7 +423,7 @@ def _rows(name: str, pair: tuple[Score, Score], bound: float) -> list[str]:
     ]
     lines = [f"  {f'{name}, {what}':<31} {b:14.3f} {a:8.3f}" for what, b, a in rows]
     lines[-1] += f"   (proven bound {bound:.3f})"
-    return lines
+    return lines if number > 1 else lines[-1:]
 
 
 def check_options(ask: Ask, out: Path | None) -> None:
