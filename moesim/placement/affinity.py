@@ -43,7 +43,7 @@ class Policy(Spec):
     balance_weight: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     near_cost: Annotated[float, Field(gt=0, le=1e6)] = NEAR_COST
     far_cost: Annotated[float, Field(gt=0, le=1e6)] = FAR_COST
-    starts: Annotated[int, Field(ge=0, le=1000)] = 4
+    starts: Annotated[int, Field(ge=0, le=1000)] = 16
 
     def place(self, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Placement:
         """See `moesim.placement.PlacementPolicy.place`. Without a sample of tokens, layers count as independent."""

@@ -35,6 +35,8 @@ NEAR_COST, FAR_COST = 1.0, 2.0
 """of a crossing inside a node and between nodes: what ExFlow's evaluation counts (arXiv:2401.08383, its code)"""
 _GAIN = 1e-12
 _SWAPS = 10_000
+_LARGE, _KEPT = 1 << 18, 2
+"""of transitions [L - 1, E, E] with more entries, only the best starts are improved"""
 
 
 def load_shares(weight_LE: FloatArray) -> FloatArray:
@@ -126,13 +128,6 @@ def spread(share_LE: FloatArray, rank_LE: IntArray, bins: int) -> float:
 # ------------------------------------------------------------------------------------------- one layer
 
 
-def _places(experts: int, bins: int) -> tuple[IntArray, IntArray]:
-    """The bin of each of M places, and how many of the M - E fillers each may take; a filler fills the place that a
-    bin with fewer experts leaves."""
-    room = -(-experts // bins)
-    return np.repeat(np.arange(bins), room), np.full(bins, int(room * bins > experts))
-
-
 def transport(cost_EG: FloatArray) -> IntArray:
     """The cheapest assignment of experts to bins of equal size: [E]. Kuhn-Munkres over places (scipy)."""
     experts, bins = cost_EG.shape
@@ -156,42 +151,50 @@ def layer_cost(rank_E: IntArray, cost_EG: FloatArray, share_E: FloatArray, weigh
 
 
 def descend(rank_E: IntArray, cost_EG: FloatArray, share_E: FloatArray, weight: float) -> IntArray:
-    """Exchange two experts of different bins, the pair that gains most first, until none gains: [E].
+    """Exchange experts of different bins, the pairs that gain most first, until none gains: [E].
 
     The cost is sum_e cost[e, rank_e] + weight * G * sum_g load_g^2; with shares that add up to 1 the latter is weight
-    times (1 + the variance of the loads over their squared mean).
+    times (1 + the variance of the loads over their squared mean). Exchanges made together touch different bins, so that
+    each gains what it gains alone.
     """
     experts, bins = cost_EG.shape
-    place_bin, one_filler = _places(experts, bins)
-    fillers = len(place_bin) - experts
+    room = -(-experts // bins)
+    fillers = room * bins - experts  # stand in the places that stay empty, one a bin at most
     cost = np.concatenate([cost_EG, np.zeros((fillers, bins))])
     share = np.concatenate([share_E, np.zeros(fillers)])
     size_G = np.bincount(rank_E, minlength=bins)
-    bin_M = np.concatenate([rank_E, np.flatnonzero(size_G < len(place_bin) // bins)[:fillers]]).astype(np.int64)
+    bin_M = np.concatenate([rank_E, np.flatnonzero(size_G < room)[:fillers]]).astype(np.int64)
     load_G = np.bincount(bin_M, weights=share, minlength=bins)
     each = np.arange(len(bin_M))
     lighter_MM = share[:, None] - share
     filler_M = each >= experts
     for _ in range(_SWAPS):
-        here = cost[each, bin_M]
-        there = cost[:, bin_M] - here[:, None]
+        there = cost[:, bin_M] - cost[each, bin_M][:, None]
         gain = there + there.T
         if weight:
             load_M = load_G[bin_M]
             gain += (2 * weight * bins) * lighter_MM * (lighter_MM - (load_M[:, None] - load_M))
         if fillers:
-            full_G = np.zeros(bins, bool)
-            full_G[bin_M[filler_M]] = one_filler[bin_M[filler_M]] > 0
-            blocked = filler_M[:, None] & ~filler_M & full_G[bin_M]
+            has_filler_G = np.zeros(bins, bool)
+            has_filler_G[bin_M[filler_M]] = True
+            blocked = filler_M[:, None] & ~filler_M & has_filler_G[bin_M]
             gain[blocked | blocked.T] = np.inf
-        best = int(gain.argmin())
-        one, other = divmod(best, len(bin_M))
-        if gain[one, other] >= -_GAIN:
+        partner_M = gain.argmin(axis=1)
+        best_M = gain[each, partner_M]
+        if best_M.min() >= -_GAIN:
             break
-        lighter = share[one] - share[other]
-        load_G[bin_M[one]] -= lighter
-        load_G[bin_M[other]] += lighter
-        bin_M[one], bin_M[other] = bin_M[other], bin_M[one]
+        used_G = np.zeros(bins, bool)
+        for one in np.argsort(best_M, kind="stable").tolist():
+            other = int(partner_M[one])
+            if best_M[one] >= -_GAIN:
+                break
+            here, away = int(bin_M[one]), int(bin_M[other])
+            if used_G[here] or used_G[away]:
+                continue
+            used_G[here] = used_G[away] = True
+            load_G[here] -= lighter_MM[one, other]
+            load_G[away] += lighter_MM[one, other]
+            bin_M[one], bin_M[other] = away, here
     return bin_M[:experts].copy()
 
 
@@ -220,8 +223,8 @@ def alternate(
     """Assign layer after layer for the neighbours as they are, forward and backward, until nothing gains: [L, E].
 
     Minimises the mean cost of a transition + `weight` * `spread`. Starts: experts in order, and `starts` seeded ones
-    whose first layer is drawn and whose others follow it; all go there and back once, then the best goes on. share_LEE:
-    `transitions`, share_LE: loads, rows adding up to 1, cost_GG [G, G], symmetric. key: tells draws of one seed apart.
+    whose first layer is drawn and whose others follow it; all (of large problems the best two of those drawn) go there
+    and back once, then the best goes on. share_LEE: `transitions`, share_LE: loads, rows adding up to 1, cost_GG [G, G], symmetric. key: tells draws of one seed apart.
     """
     layers, experts = share_LE.shape
     bins = len(cost_GG)
@@ -252,15 +255,14 @@ def alternate(
                 rank_LE[0, order] = contiguous_ranks(1, experts, bins)[0]
             else:
                 rank_LE[layer] = transport(cost_EG(rank_LE, layer, last=False))
-            if weight:
-                cost = cost_EG(rank_LE, layer, last=False)
-                rank_LE[layer] = descend(rank_LE[layer], cost, share_LE[layer], per_layer)
         return rank_LE
 
     if not layers or bins == 1:
         return contiguous_ranks(layers, experts, bins)
-    found = [sweep(s) for s in (contiguous_ranks(layers, experts, bins), *map(chained, range(starts)))]
-    best = min(found, key=value)
+    drawn = list(map(chained, range(starts)))
+    if share_LEE.size > _LARGE:
+        drawn = sorted(drawn, key=value)[:_KEPT]
+    best = min(map(sweep, (contiguous_ranks(layers, experts, bins), *drawn)), key=value)
     reached = value(best)
     while True:
         best = sweep(best)

@@ -39,7 +39,7 @@ class Policy(Spec):
     of each stage. No expert is replicated."""
 
     stages: Literal["nodes_first", "together"] = "nodes_first"
-    starts: Annotated[int, Field(ge=0, le=1000)] = 8
+    starts: Annotated[int, Field(ge=0, le=1000)] = 16
 
     def place(self, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Placement:
         """See `moesim.placement.PlacementPolicy.place`. Without a sample of tokens, layers count as independent.
