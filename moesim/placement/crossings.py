@@ -224,7 +224,8 @@ def alternate(
 
     Minimises the mean cost of a transition + `weight` * `spread`. Starts: experts in order, and `starts` seeded ones
     whose first layer is drawn and whose others follow it; all (of large problems the best two of those drawn) go there
-    and back once, then the best goes on. share_LEE: `transitions`, share_LE: loads, rows adding up to 1, cost_GG [G, G], symmetric. key: tells draws of one seed apart.
+    and back once, then the best goes on. share_LEE: `transitions`, share_LE: loads, rows adding up to 1, cost_GG [G, G],
+    symmetric. key: tells draws of one seed apart.
     """
     layers, experts = share_LE.shape
     bins = len(cost_GG)

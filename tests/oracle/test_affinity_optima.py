@@ -1,4 +1,4 @@
-"""Placements by affinity, and those of the solver, against every assignment of small cases: at most 6 experts on 3 ranks.
+"""Placements by affinity, and those of the solver, against all assignments of small cases: 6 experts on 3 ranks at most.
 
 Exact methods must reach the least value of their own objective; how far heuristics stay above is recorded and bounded.
 """
@@ -219,7 +219,7 @@ BALANCE = [(6, 0, 3), (4, 2, 3), (5, 1, 2), (3, 3, 3), (4, 1, 2), (2, 4, 2)]
 
 @functools.cache
 def packings(experts, slots, ranks):
-    """Copies of every expert on every rank, all ways in which each has one and no rank more than its room: [N, E, G]."""
+    """Copies of experts on ranks, all ways in which each has one and no rank more than its room: [N, E, G]."""
     room = -(-slots // ranks)
     row = [r for r in itertools.product(range(room + 1), repeat=ranks) if 1 <= sum(r) <= slots - experts + 1]
     found = [()]
