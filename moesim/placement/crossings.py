@@ -19,8 +19,11 @@ from moesim.rng import generator
 
 __all__ = [
     "alternate",
+    "bin_loads",
+    "check_sizes",
     "contiguous_ranks",
     "crossing_cost",
+    "crossing_rows",
     "descend",
     "distance",
     "load_shares",
@@ -85,6 +88,18 @@ def contiguous_ranks(layers: int, experts: int, bins: int) -> IntArray:
 def rank_of(placement: Placement) -> IntArray:
     """The rank of each expert's first slot: [L, E]."""
     return (placement.first_slot_LE // placement.slots_per_rank).astype(np.int64)
+
+
+def check_sizes(experts: int, ctx: PlacementContext, uneven: bool) -> None:
+    """Raises BadInput where ranks do not divide the experts, unless they need not."""
+    if uneven or experts % ctx.num_ranks == 0:
+        return
+    legal = ", ".join(str(g) for g in range(1, experts + 1) if experts % g == 0)
+    raise BadInput(
+        "a placement by affinity gives every expert one slot and every rank equally many, so that the ranks must divide"
+        f" the experts: experts={experts}, ranks={ctx.num_ranks}. Use {legal} ranks, or set uneven: true, with which"
+        " some ranks hold one expert fewer and leave that slot empty."
+    )
 
 
 def placement_of(rank_LE: IntArray, ctx: PlacementContext) -> Placement:
@@ -217,15 +232,14 @@ def alternate(
     cost_GG: FloatArray,
     weight: float,
     starts: int,
-    seed: int,
     key: int = 0,
 ) -> IntArray:
     """Assign layer after layer for the neighbours as they are, forward and backward, until nothing gains: [L, E].
 
     Minimises the mean cost of a transition + `weight` * `spread`. Starts: experts in order, and `starts` seeded ones
     whose first layer is drawn and whose others follow it; all (of large problems the best two of those drawn) go there
-    and back once, then the best goes on. share_LEE: `transitions`, share_LE: loads, rows adding up to 1, cost_GG [G, G],
-    symmetric. key: tells draws of one seed apart.
+    and back once, then the best goes on. share_LEE: `transitions`, share_LE: loads, rows adding up to 1, cost_GG
+    [G, G], symmetric. key: tells draws apart.
     """
     layers, experts = share_LE.shape
     bins = len(cost_GG)
@@ -250,7 +264,7 @@ def alternate(
 
     def chained(start: int) -> IntArray:
         rank_LE = np.empty((layers, experts), np.int64)
-        order = generator(seed, "placement/affinity", key, start).permutation(experts)
+        order = generator(0, "placement/affinity", key, start).permutation(experts)
         for layer in range(layers):
             if not layer:
                 rank_LE[0, order] = contiguous_ranks(1, experts, bins)[0]
