@@ -39,14 +39,14 @@ class Policy(Spec):
     mean over layers of (standard deviation of rank loads / mean)^2; 0 looks at crossings alone. The default keeps
     max/mean load about where contiguous has it on recorded routing and below. near_cost, far_cost: of a crossing inside
     a node and between nodes. starts: drawn ones besides contiguous, the same whatever the
-    scenario's seed. uneven: ranks need not divide the experts; some then have an empty slot.
+    scenario's seed. uneven: where ranks do not divide the experts, some have an empty slot; false refuses that.
     """
 
     balance_weight: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     near_cost: Annotated[float, Field(gt=0, le=1e6)] = NEAR_COST
     far_cost: Annotated[float, Field(gt=0, le=1e6)] = FAR_COST
     starts: Annotated[int, Field(ge=0, le=1000)] = 16
-    uneven: bool = False
+    uneven: bool = True
 
     def place(self, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Placement:
         """See `moesim.placement.PlacementPolicy.place`. Without a sample of tokens, layers count as independent."""

@@ -37,11 +37,12 @@ __all__ = ["Policy", "inside", "staged"]
 
 class Policy(Spec):
     """stages: `nodes_first` as in the paper, `together` minimises both kinds of crossings at once. starts: drawn ones
-    of each stage. uneven: ranks need not divide the experts; some then have an empty slot. No expert is replicated."""
+    of each stage. uneven: where ranks do not divide the experts, some have an empty slot; false refuses
+    that. No expert is replicated."""
 
     stages: Literal["nodes_first", "together"] = "nodes_first"
     starts: Annotated[int, Field(ge=0, le=1000)] = 16
-    uneven: bool = False
+    uneven: bool = True
 
     def place(self, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Placement:
         """See `moesim.placement.PlacementPolicy.place`. Without a sample of tokens, layers count as independent.

@@ -48,12 +48,12 @@ _TIE = 1e-6
 
 class Policy(Spec):
     """far_cost: price of a token's way between nodes over that inside one; None: by the deployment's links (2 where
-    nobody told them). starts: drawn ones of stage 2. uneven: ranks need not divide the experts; some then have an
-    empty slot. No expert is replicated."""
+    nobody told them). starts: drawn ones of stage 2. uneven: where ranks do not divide the experts, some have an
+    empty slot; false refuses that. No expert is replicated."""
 
     far_cost: Annotated[float, Field(gt=0, le=1e6)] | None = None
     starts: Annotated[int, Field(ge=0, le=1000)] = 4
-    uneven: bool = False
+    uneven: bool = True
 
     def place(self, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Placement:
         """See `moesim.placement.PlacementPolicy.place`. Without a sample of tokens, layers count as independent."""

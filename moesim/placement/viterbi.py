@@ -43,14 +43,15 @@ _CELLS = 1 << 23
 
 class Policy(Spec):
     """balance_weight: as of `affinity`, 0 by default: crossings alone. near_cost, far_cost: of a crossing inside a node
-    and between nodes. uneven: ranks need not divide the experts; some then have an empty slot. Exact for the sum."""
+    and between nodes. uneven: where ranks do not divide the experts, some have an empty slot; false
+    refuses that. Exact for the sum of both."""
 
     exact: ClassVar[bool] = True
 
     balance_weight: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     near_cost: Annotated[float, Field(gt=0, le=1e6)] = NEAR_COST
     far_cost: Annotated[float, Field(gt=0, le=1e6)] = FAR_COST
-    uneven: bool = False
+    uneven: bool = True
 
     def place(self, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Placement:
         """See `moesim.placement.PlacementPolicy.place`. Raises BadInput above MAX_STATES assignments a layer."""

@@ -59,7 +59,7 @@ class Policy(Spec):
     stages: Literal["nodes_first", "together"] = "nodes_first"
     deterministic_time: Annotated[float, Field(gt=0, le=1e6)] = 5.0
     starts: Annotated[int, Field(ge=0, le=1000)] = 16
-    uneven: bool = False
+    uneven: bool = True
 
     def place(self, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Placement:
         """See `moesim.placement.PlacementPolicy.place`."""

@@ -54,7 +54,7 @@ class Policy(Spec):
 
     far_cost: Annotated[float, Field(gt=0, le=1e6)] | None = None
     starts: Annotated[int, Field(ge=0, le=1000)] = 4
-    uneven: bool = False
+    uneven: bool = True
     deterministic_time: Annotated[float, Field(gt=0, le=1e6)] = 5.0
 
     def place(self, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Placement:
