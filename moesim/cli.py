@@ -260,6 +260,71 @@ def compare(
         raise typer.Exit(Infeasible.exit_code)
 
 
+_explain = typer.Typer(
+    help="Answer a question about a deployment: is it worth it, and why.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+app.add_typer(_explain, name="explain")
+
+
+@_explain.callback()
+def _explain_options() -> None:
+    """A group, also while it has one command."""
+
+
+@_explain.command()
+def eplb(
+    cluster: Annotated[
+        str, typer.Option(help="A scenario file, or a device profile with --model and --ep.", metavar="FILE|DEVICE")
+    ],
+    dump: Annotated[
+        Path | None, typer.Option(help="A recording of expert loads; without: the scenario's routing.", metavar="FILE")
+    ] = None,
+    fmt: Annotated[str | None, typer.Option("--format", help="Of the recording.", metavar="NAME")] = None,
+    steps_per_row: Annotated[
+        int | None, typer.Option(help="Steps that a row stands for, where no file says it.", min=1, metavar="N")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model.", metavar="NAME")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Servers.", min=1, metavar="N")] = None,
+    ep: Annotated[int | None, typer.Option(help="Expert-parallel ranks.", min=1, metavar="N")] = None,
+    dp: Annotated[
+        int | None, typer.Option(help="Data-parallel ranks; EP / TP if not given.", min=1, metavar="N")
+    ] = None,
+    tp: Annotated[int | None, typer.Option(help="Tensor-parallel ranks of attention.", min=1, metavar="N")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Of a request.", min=1, metavar="N")] = None,
+    output_tokens: Annotated[int | None, typer.Option(help="Of a request.", min=1, metavar="N")] = None,
+    redundant: Annotated[
+        list[int] | None, typer.Option(help="Redundant experts to try. May be repeated.", min=0, metavar="N")
+    ] = None,
+    interval: Annotated[
+        list[int] | None, typer.Option(help="Steps between rebalances to try. May be repeated.", min=1, metavar="N")
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="Placement to try.", metavar="KIND")] = None,
+    host_ms: Annotated[
+        float | None, typer.Option(help="Planning of a rebalance on the host.", min=0, metavar="MS")
+    ] = None,
+    worth: Annotated[float, typer.Option(help="Least gain worth having, in percent.", min=0, max=100)] = 1.0,
+    overrides: _Set = None,
+    plugin: _Plugin = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Is expert load balancing worth enabling for this traffic, how, at what cost, and why."""
+    _load_plugins(plugin)
+    from moesim.explain_eplb import Ask, explain_eplb, render, to_json
+    from moesim.explain_eplb.deployment import Deployment, placement_kind, read_loads
+    from moesim.results import json_text
+
+    given = Deployment(cluster, model, nodes, tp, dp, ep, prompt_tokens, output_tokens, tuple(overrides or ()))
+    scenario = given.scenario()
+    _notes(scenario.warnings)
+    kind = placement_kind(scenario, policy)
+    ask = Ask(tuple(redundant or ()), tuple(interval or ()), kind, host_ms, worth / 100)
+    report = to_json(explain_eplb(read_loads(scenario, dump, fmt, steps_per_row), scenario, ask))
+    sys.stdout.write(json_text(report) if as_json else render(report))
+
+
 @app.command()
 def place(
     dump: Annotated[
