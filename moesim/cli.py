@@ -341,7 +341,7 @@ def place(
     cluster: Annotated[
         Path | None, typer.Option(help="A scenario, for its model, nodes and what experts cost there.", metavar="FILE")
     ] = None,
-    policy: Annotated[str, typer.Option(help="The placement, such as eplb.", metavar="KIND")] = "eplb",
+    policy: Annotated[str, typer.Option(help="The placement, such as eplb.", metavar="KIND")] = "eplb_swap",
     parameters: Annotated[
         list[str] | None,
         typer.Option("--set", help="A parameter of it, such as num_redundant_experts=32.", metavar="KEY=VALUE"),
@@ -350,6 +350,13 @@ def place(
         str, typer.Option("--emit", help="Write files for these: sglang,trtllm,vllm,vllm-ascend.", metavar="ENGINE,...")
     ] = "",
     out: Annotated[Path | None, typer.Option(help="The folder for the files.", metavar="DIR")] = None,
+    current: Annotated[
+        Path | None,
+        typer.Option(help="A map in use (SGLang, TensorRT-LLM, vllm-ascend) to compare with.", metavar="FILE"),
+    ] = None,
+    score_on: Annotated[
+        Path | None, typer.Option(help="Score on this recording, not on a part of the first.", metavar="Y")
+    ] = None,
     held_out: Annotated[
         float | None, typer.Option(help="Share of the rows to score on, not to fit to. Default 0.5.", metavar="SHARE")
     ] = None,
@@ -368,8 +375,8 @@ def place(
 
     wanted = tuple(engine.strip() for engine in engines.split(",") if engine.strip())
     ask = Ask(
-        dump, ep, fmt, model, nodes, cluster, policy, tuple(parameters or ()), wanted, held_out, tokens_per_row,
-        seed=seed,
+        dump, ep, fmt, model, nodes, cluster, policy, tuple(parameters or ()), wanted, current, score_on,
+        held_out, tokens_per_row, seed=seed,
     )  # fmt: skip
     check_options(ask, out)
     placed = run(ask)

@@ -20,6 +20,7 @@ from moesim.cost.explain import Explanation, explain
 from moesim.cost.operators import Operators
 from moesim.cost.pricer import Pricer, Run
 from moesim.cost.rebalancing import MoveCosts, RebalancingPricer
+from moesim.cost.split import Splitter
 from moesim.cost.step import StepPricer
 from moesim.cost.tokens import TokenExperts
 from moesim.engine.core import Deployment, Outcome, run
@@ -41,6 +42,9 @@ from moesim.units import s_to_ns
 from moesim.workload.requests import RequestsSpec, RequestStream, build_requests
 
 __all__ = ["SCHEMA_VERSION", "RunResult", "simulate"]
+
+_EXCHANGE = 9 + 2 * BINS
+"""row of `cost.experts.MoESums.stats`: ns of exchanges, hidden or not; the next one: chunks"""
 
 SCHEMA_VERSION = 1
 
@@ -146,6 +150,7 @@ class RunResult:
             "time_share": self._time_share(),
             "links": self._links(),
             "rebalance": self._rebalance(),
+            **({} if (overlap := self._overlap()) is None else {"overlap": overlap}),
             "memory": self._memory(),
             "drops": self._drops(),
             "routing": self._routing(),
@@ -247,7 +252,7 @@ class RunResult:
         e, router = self.explanation, None if self.experts is None else self.experts.batches
         if e is None or router is None or router.capacity is None:
             return None
-        wanted, dropped = e.stats[9 : 9 + BINS], e.stats[9 + BINS :]
+        wanted, dropped = e.stats[9 : 9 + BINS], e.stats[9 + BINS : 9 + 2 * BINS]
         return {
             "share": float(e.stats[8] / max(e.stats[7], 1.0)),
             "by_position": [float(d / w) if w else None for d, w in zip(dropped, wanted, strict=True)],
@@ -281,11 +286,27 @@ class RunResult:
         if e is None or experts is None or not e.stats[3]:
             return None
         size = experts.prices.dispatch_bytes + experts.prices.combine_bytes
-        busy = (e.ns.get("dispatch", 0) + e.ns.get("combine", 0)) / max(sum(e.ns.values()), 1)
+        spent = float(e.ns.get("dispatch", 0) + e.ns.get("combine", 0))
+        if self.scenario.communication.overlap != "none":
+            spent = float(e.stats[_EXCHANGE])
+        busy = spent / max(sum(e.ns.values()), 1)
         out: dict[str, Any] = {"nvlink": {"bytes": round(float(e.stats[3]) * size), "busy_share": busy}}
         if e.stats[4]:
             out["nic"] = {"bytes": round(float(e.stats[4]) * size), "busy_share": busy}
         return out
+
+    def _overlap(self) -> dict[str, Any] | None:
+        """What was cut, and how much of the exchange ran beside experts and attention."""
+        e, kind = self.explanation, self.scenario.communication.overlap
+        if e is None or kind == "none" or not e.stats[_EXCHANGE]:
+            return None
+        exchange, shown = float(e.stats[_EXCHANGE]), e.ns.get("dispatch", 0) + e.ns.get("combine", 0)
+        return {
+            "kind": kind,
+            "chunks": float(e.stats[_EXCHANGE + 1]) / e.steps,
+            "exchange_share": exchange / max(sum(e.ns.values()), 1),
+            "hidden_share": max(0.0, 1.0 - shown / exchange),
+        }
 
     def _memory(self) -> dict[str, Any]:
         assert self.memory is not None
@@ -428,6 +449,17 @@ def _serve(
     return result
 
 
+def _splitter(
+    scenario: Scenario,
+    shared: tuple[DenseTables, AttentionTables | None, AttentionTables | None],
+    experts: Experts | None,
+) -> Splitter | None:
+    """What prices steps of two micro-batches, where the scenario asks for them."""
+    if scenario.communication.overlap != "two_batch" or experts is None:
+        return None
+    return Splitter(*shared, experts.prices.exchange.compute_scale)
+
+
 def _pricers(
     scenario: Scenario,
     layout: Layout,
@@ -437,9 +469,10 @@ def _pricers(
     groups: int,
 ) -> list[StepPricer]:
     """One a group, or one for all where a group's pricing keeps no state."""
+    splitter = _splitter(scenario, shared, experts)
     if experts is None or scenario.rebalance is None:
         number = 1 if experts is None or experts.replay is None else groups
-        return [StepPricer(*shared, moe_cost(scenario, layout, experts, seed)) for _ in range(number)]
+        return [StepPricer(*shared, moe_cost(scenario, layout, experts, seed), splitter) for _ in range(number)]
     model, context = scenario.model, experts.context
     assert context is not None
     return [
@@ -450,6 +483,7 @@ def _pricers(
             lambda load_LE: place_passes(scenario.policies.placement, load_LE, model, context),
             scenario.rebalance,
             MoveCosts.of(scenario.cluster.profile, int(model.expert_bytes()) // layout.expert_tp),
+            splitter,
         )
         for _ in range(groups)
     ]

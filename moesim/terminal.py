@@ -312,6 +312,11 @@ def _links(console: Console, found: dict[str, Any]) -> None:
         if link.get("busy_share") is not None:
             text += f", tokens on their way {_percent(link['busy_share'])} of the time"
         _say(console, text)
+    if overlap := found.get("overlap"):
+        text = f"overlap {overlap['kind']}: {_percent(overlap['hidden_share'])} of the exchange hidden"
+        if overlap["kind"] != "two_batch":
+            text += f", {_number(overlap['chunks'])} chunks a layer"
+        _say(console, text)
 
 
 def _training_speed(console: Console, found: dict[str, Any]) -> None:

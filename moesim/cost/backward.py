@@ -16,7 +16,7 @@ Legend: L MoE layers, P expert-parallel parts, S slots.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -62,6 +62,7 @@ class Block:
 
 
 _SELECTIVE = ("norm", "activation")
+_GRADIENTS: tuple[Literal["dgrad"], Literal["wgrad"]] = ("dgrad", "wgrad")
 
 
 class Passes:
@@ -214,11 +215,13 @@ def _op(name: str, operator: str, *priced: Priced) -> Op:
 
 class Gradients(NamedTuple):
     """The experts' backward kernels: ns by part [..., L, P] of both gradients, of what is computed again before, and
-    the worst grade [..., L]."""
+    the worst grade [..., L]. chunk_RL: both gradients on the slowest part in one of r chunks, for each degree tried
+    [R, ..., L]; None where layers are not cut."""
 
     backward_LP: IntArray
     again_LP: IntArray
     grade: U8Array
+    chunk_RL: IntArray | None = None
 
 
 class ExpertPasses:
@@ -241,7 +244,19 @@ class ExpertPasses:
         again_LP = np.zeros(rows_LP.shape, np.int64)
         if self._recompute == "selective":
             again_LP = _whole(self._ops.elementwise(rows_LP * self._activation).ns)
-        return Gradients(_whole(inputs.ns) + _whole(weights.ns), again_LP, grade)
+        chunk_RL = self._chunks(slot_count) if self.prices.chunks.degrees else None
+        return Gradients(_whole(inputs.ns) + _whole(weights.ns), again_LP, grade, chunk_RL)
+
+    def _chunks(self, slot_count: AnyArray) -> IntArray:
+        """See `Gradients.chunk_RL`; while an exchange runs, its multiprocessors are missing."""
+        out = []
+        for degree in self.prices.chunks.degrees:
+            rows_LP, active_LP, work_LP, _ = self.prices.sizes(slot_count, degree)
+            sizes = rows_LP, active_LP, work_LP, self.prices.shape
+            scale = self.prices.exchange.compute_scale if degree > 1 else 1.0
+            inputs, weights = (self._ops.moe_gradient(of, *sizes).ns / scale for of in _GRADIENTS)
+            out.append((_whole(inputs) + _whole(weights)).max(axis=-1))
+        return np.stack(out)
 
 
 def _whole(ns: FloatArray) -> IntArray:

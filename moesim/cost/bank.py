@@ -25,6 +25,7 @@ from moesim.arrays import AnyArray, FloatArray, IntArray
 from moesim.cost.experts import Computed, Drawn, ExpertPrices, LayerPrices, MoESums, Ports, padded_slots
 from moesim.cost.pricer import Batch, Chunk
 from moesim.cost.routed_bank import RoutedBank, stack_drawn
+from moesim.cost.split import HalfLayers, SplitDetail
 from moesim.cost.touch import count_slots, touch
 from moesim.dispatch import DispatchPolicy, assign_ragged
 from moesim.layout import Layout
@@ -80,6 +81,7 @@ class CountExperts:
         self._cells: dict[tuple[str, int, float], tuple[Computed, Ports | None, Drawn]] = {}
         self._priced: dict[tuple[str, int, float], MoESums] = {}
         self._rows: dict[tuple[str, int, float], MoESums] = {}
+        self._layered: dict[tuple[str, int, float], IntArray] = {}
         for phase in ("prefill", "decode"):
             self._blocks[phase] = self._cut(phase)
         self._count_BLE: dict[tuple[str, int, float], FloatArray] = {}
@@ -116,6 +118,45 @@ class CountExperts:
         start = batch.tick & (_PERIOD - 1)
         return int(row.total[self.sequence[start]]), BankDetail(row, start)
 
+    def halves(
+        self, batch: Batch, chunks: list[Chunk], paused: list[int], tokens_2D: IntArray, phase: Phase, steps: int
+    ) -> HalfLayers:
+        """See MoECost. The second half is another draw, half the bank further on."""
+        start = batch.tick & (_PERIOD - 1)
+        entry = self.sequence[start : start + steps]
+        entry_2S = np.stack([entry, (entry + self._entries // 2) % self._entries])
+        sizes = zip(tokens_2D.sum(axis=1).tolist(), tokens_2D.max(axis=1).tolist(), strict=True)
+        (row_0, ns_0), (row_1, ns_1) = (self._half(phase, tokens, busiest) for tokens, busiest in sizes)
+        dispatch, experts, combine = np.stack([ns_0[..., entry_2S[0]], ns_1[..., entry_2S[1]]], axis=2)
+        return HalfLayers(dispatch, experts, combine, (row_0, row_1), entry_2S)
+
+    def _half(self, phase: Phase, tokens: int, busiest: int) -> tuple[MoESums, IntArray]:
+        """`row`, and ns of dispatch, experts and combine layer by layer [3, L, entries]."""
+        row, skew = self.row(phase, tokens, busiest), self._skew(tokens, busiest)
+        found = self._layered.get((phase, tokens, skew))
+        if found is None:
+            low, high = _grid(tokens, self._routed is not None)
+            found = self._layer_ns(phase, low, skew)
+            if high > low:
+                more = self._layer_ns(phase, high, skew) - found
+                found = found + np.rint(more * ((tokens - low) / (high - low))).astype(np.int64)
+            self._layered[phase, tokens, skew] = found
+        return row, found
+
+    def _layer_ns(self, phase: Phase, tokens: int, skew: float) -> IntArray:
+        priced = self._price_layers(phase, tokens, skew)[0]
+        return np.stack([priced.dispatch.T, priced.experts.T, priced.combine.T])
+
+    def half_counts(self, detail: SplitDetail, lo: int, hi: int) -> FloatArray:
+        """`expert_counts` of both halves of the steps lo to hi of a run."""
+        total: FloatArray | float = 0.0
+        for row, entry_S in zip(detail.rows, detail.entry_2S, strict=True):
+            phase, low, skew, tokens = self._sizes[id(row)]
+            count_BLE = self._count_BLE[phase, low, self._cell_skew(skew)]
+            used = np.bincount(entry_S[lo:hi], minlength=len(count_BLE))
+            total = total + np.tensordot(used, count_BLE, 1) * (tokens / low)
+        return np.asarray(total, np.float64)
+
     def expert_counts(self, detail: BankDetail, steps: int) -> FloatArray:
         """Pairs per expert in the first `steps` steps of a run, float64 [L, E]: those of the entries, at the next
         smaller size of the grid, scaled to the run's."""
@@ -135,11 +176,7 @@ class CountExperts:
 
     def row(self, phase: Phase, tokens: int, busiest: int) -> MoESums:
         """Prices of a batch of `tokens` tokens of which `busiest` sit on one data-parallel rank."""
-        skew = 1.0
-        if self._layout.meets:
-            ratio = busiest * self._layout.dp / tokens
-            at = bisect.bisect_left(_SKEWS, ratio)
-            skew = min(_SKEWS[at] if at < len(_SKEWS) else ratio, float(self._layout.dp))
+        skew = self._skew(tokens, busiest)
         found = self._rows.get((phase, tokens, skew))
         if found is None:
             low, high = _grid(tokens, self._routed is not None)
@@ -149,6 +186,13 @@ class CountExperts:
             self._rows[phase, tokens, skew] = found
             self._sizes[id(found)] = (phase, low, skew, tokens)
         return found
+
+    def _skew(self, tokens: int, busiest: int) -> float:
+        if not self._layout.meets:
+            return 1.0
+        ratio = busiest * self._layout.dp / tokens
+        at = bisect.bisect_left(_SKEWS, ratio)
+        return min(_SKEWS[at] if at < len(_SKEWS) else ratio, float(self._layout.dp))
 
     def layers(self, phase: Phase, tokens: int, busiest: int) -> LayerPrices:
         """Layer by layer, the prices behind the next smaller size of the grid (for a timeline)."""
@@ -162,18 +206,21 @@ class CountExperts:
         key = (phase, tokens, skew)
         found = self._priced.get(key)
         if found is None:
-            computed, ports, drawn = self._cell(phase, tokens, skew)
-            busiest = tokens / self._layout.dp * skew
-            if ports is not None:
-                # the busiest sender's copies: its tokens times the copies a token needs
-                sent = busiest / self._layout.tp / tokens
-                ports = ports._replace(
-                    nvlink=np.maximum(ports.nvlink, ports.nvlink_total * sent),
-                    nic=np.maximum(ports.nic, ports.nic_total * sent),
-                )
-            found = self._prices.price(computed, np.full(len(computed.grade), busiest), ports).sums(ports, drawn)
-            self._priced[key] = found
+            priced, ports, drawn = self._price_layers(phase, tokens, skew)
+            found = self._priced[key] = priced.sums(ports, drawn)
         return found
+
+    def _price_layers(self, phase: Phase, tokens: int, skew: float) -> tuple[LayerPrices, Ports | None, Drawn]:
+        computed, ports, drawn = self._cell(phase, tokens, skew)
+        busiest = tokens / self._layout.dp * skew
+        if ports is not None:
+            # the busiest sender's copies: its tokens times the copies a token needs
+            sent = busiest / self._layout.tp / tokens
+            ports = ports._replace(
+                nvlink=np.maximum(ports.nvlink, ports.nvlink_total * sent),
+                nic=np.maximum(ports.nic, ports.nic_total * sent),
+            )
+        return self._prices.price(computed, np.full(len(computed.grade), busiest), ports), ports, drawn
 
     def _cell(self, phase: Phase, tokens: int, skew: float) -> tuple[Computed, Ports | None, Drawn]:
         """Expert kernels and ports of the batches of one size of the grid, and what was routed. The skew, the busiest

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moesim.arrays import AnyArray, FloatArray, IntArray, U8Array
+from moesim.cost.chunks import Chunks
 from moesim.cost.exchange import Exchange, Ports
 from moesim.cost.operators import MoEShape, Operators
 from moesim.layout import Layout
@@ -19,10 +20,10 @@ from moesim.model import MoEModel
 from moesim.placement import EMPTY, Placement
 from moesim.routing.batch import BINS
 
-__all__ = ["STATS", "Computed", "Drawn", "ExpertPrices", "LayerPrices", "MoESums", "Ports", "padded_slots"]
+__all__ = ["MEANS", "STATS", "Computed", "Drawn", "ExpertPrices", "LayerPrices", "MoESums", "Ports", "padded_slots"]
 
 
-STATS = 9 + 2 * BINS
+STATS = 11 + 2 * BINS
 
 
 class Drawn(NamedTuple):
@@ -43,7 +44,11 @@ class Drawn(NamedTuple):
 
 
 class LayerPrices(NamedTuple):
-    """ns by layer [..., L]; rows by part [..., L, P]; grades of the expert kernel and the exchange [..., L]."""
+    """ns by layer [..., L]; rows by part [..., L, P]; grades of the expert kernel and the exchange [..., L].
+
+    dispatch, combine: what is not hidden behind experts. exchange [..., L]: hidden or not; travel: of it what goes
+    between the ranks of a replica. degree [..., L]: chunks.
+    """
 
     dispatch: IntArray
     experts: IntArray
@@ -52,6 +57,9 @@ class LayerPrices(NamedTuple):
     rows_LP: FloatArray
     grade: U8Array
     exchange_grade: U8Array
+    exchange: IntArray
+    degree: IntArray
+    travel: IntArray
 
     def sums(self, ports: Ports | None, drawn: Drawn) -> MoESums:
         """Add the layers up; `ports` are those that were priced, `drawn` what was routed."""
@@ -68,6 +76,8 @@ class LayerPrices(NamedTuple):
             *drawn[:3],
             *drawn.wanted_bins,
             *drawn.dropped_bins,
+            self.exchange.sum(axis=-1),
+            self.degree.mean(axis=-1),
         ]
         grade, exchange_grade = self.grade.max(axis=-1), self.exchange_grade.max(axis=-1)
         total = dispatch + experts + combine
@@ -75,23 +85,21 @@ class LayerPrices(NamedTuple):
 
     def first(self) -> LayerPrices:
         """The first step only, copied."""
-        return LayerPrices(
-            self.dispatch[:1].copy(),
-            self.experts[:1].copy(),
-            self.combine[:1].copy(),
-            self.expert_LP[:1].copy(),
-            self.rows_LP[:1].copy(),
-            self.grade[:1].copy(),
-            self.exchange_grade[:1].copy(),
-        )
+        return LayerPrices._make(x[:1].copy() for x in self)
 
 
 class Computed(NamedTuple):
-    """Expert kernels: ns and rows by part [..., L, P], the worst grade of a layer's parts [..., L]."""
+    """Expert kernels: ns and rows by part [..., L, P], the worst grade of a layer's parts [..., L]. chunk_RL: ns of the
+    slowest part's kernels in one of r chunks, for each degree tried [R, ..., L]; None where layers are not cut."""
 
     expert_LP: IntArray
     rows_LP: FloatArray
     grade: U8Array
+    chunk_RL: IntArray | None = None
+
+
+MEANS = (2, STATS - 1)
+"""rows of `MoESums.stats` that are means over layers, where the others are sums"""
 
 
 class MoESums(NamedTuple):
@@ -100,7 +108,8 @@ class MoESums(NamedTuple):
 
     `stats`: sum over layers of the largest part's rows, of the mean part's rows, mean over layers of max/mean rows,
     copies over NVLink and over NICs in all layers, sum over layers of the parts' mean expert ns; tokens times passes,
-    pairs wanted and pairs dropped, and these by tenth of the request.
+    pairs wanted and pairs dropped, and these by tenth of the request; ns of the exchanges of all layers, hidden or not,
+    and mean over layers of the chunks that they are cut into.
     """
 
     total: IntArray
@@ -124,6 +133,7 @@ class ExpertPrices:
         slot_to_expert_LS: AnyArray | None = None,
     ) -> None:
         self.exchange = Exchange(model, layout, ops, layout.communication)
+        self.chunks = Chunks.of(layout, self.exchange, ops, model.top_k)
         self._layout = layout
         self._ops = ops
         self._block = ops.moe_block_rows
@@ -144,23 +154,33 @@ class ExpertPrices:
             size_LS = np.where(slot_to_expert_LS == EMPTY, 0.0, np.asarray(model.expert_size_E)[slot_to_expert_LS])
             self._size_LPS = size_LS.reshape(len(size_LS), layout.ep, -1)
 
-    def sizes(self, slot_count: AnyArray) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray | float]:
+    def sizes(
+        self, slot_count: AnyArray, degree: int = 1
+    ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray | float]:
         """Rows, active experts, rows of work and rows of other parts that every part's kernel sees, [..., L, P].
         slot_count [..., L, S]: (token, choice) pairs per slot.
 
         Experts of another size count as so much of one of size 1, in work and in weights read. Token by token, every
-        pair reads its expert's weights.
+        pair reads its expert's weights. degree: of one of so many equal chunks of the tokens, in the mean over how
+        tokens fall into them: a slot with n rows is in use in a chunk with chance 1 - (1 - 1/r)^n.
         """
-        parts = slot_count.reshape(*slot_count.shape[:-1], self._layout.ep, -1)
+        parts: AnyArray = slot_count.reshape(*slot_count.shape[:-1], self._layout.ep, -1)
+        used: AnyArray = parts > 0
+        if degree > 1:
+            used = -np.expm1(parts * np.log1p(-1.0 / degree))
+            parts = parts / degree
         rows_LP = _over_slots(parts)
-        active = parts if self._token_centric else parts > 0
-        work = np.ceil(parts * (1.0 / self._block)) if self._row_work is None else self._row_work.at(parts)
+        active = parts if self._token_centric else used
+        each = parts if degree == 1 else np.divide(parts, used, out=np.zeros(parts.shape), where=parts > 0)
+        work = np.ceil(each * (1.0 / self._block)) if self._row_work is None else self._row_work.at(each)
+        if degree > 1:
+            work = work * used
         if self._size_LPS is not None:
             active, work = active * self._size_LPS, work * self._size_LPS
         active_LP = _over_slots(active)
         work_LP = _over_slots(work) * (self._block if self._row_work is None else 1)
         elsewhere_LP: FloatArray | float = 0.0
-        if not self._layout.exchanges:
+        if not self._layout.exchanges and not self.chunks.sharded:
             elsewhere_LP = rows_LP.sum(axis=-1, keepdims=True) - rows_LP
         return rows_LP, active_LP, work_LP, elsewhere_LP
 
@@ -168,7 +188,16 @@ class ExpertPrices:
         """The expert kernels of every part. slot_count: as of `sizes`."""
         rows_LP, active_LP, work_LP, elsewhere_LP = self.sizes(slot_count)
         priced = self._ops.moe(rows_LP, active_LP, work_LP, elsewhere_LP, self.shape)
-        return Computed(np.rint(priced.ns).astype(np.int64), rows_LP, priced.grade.max(axis=-1))
+        expert_LP, grade = np.rint(priced.ns).astype(np.int64), priced.grade.max(axis=-1)
+        if not self.chunks.degrees:
+            return Computed(expert_LP, rows_LP, grade)
+        chunk_RL = np.empty((len(self.chunks.degrees), *grade.shape), np.int64)
+        for at, degree in enumerate(self.chunks.degrees):
+            cut = self._ops.moe(*self.sizes(slot_count, degree), self.shape)
+            slowed = cut.ns.max(axis=-1) / (self.exchange.compute_scale if degree > 1 else 1.0)
+            chunk_RL[at] = np.rint(slowed)
+            grade = np.maximum(grade, cut.grade.max(axis=-1))
+        return Computed(expert_LP, rows_LP, grade, chunk_RL)
 
     def padded(
         self, slot_count: AnyArray, ports: Ports | None, pad: FloatArray | None, busiest: AnyArray | float
@@ -181,7 +210,7 @@ class ExpertPrices:
             return computed, ports
         open_BL = pad[..., 0] < 0
         work = self.compute(np.where(pad < 0, slot_count, pad))
-        computed = Computed(work.expert_LP, computed.rows_LP, work.grade)
+        computed = work._replace(rows_LP=computed.rows_LP)
         if ports is None:
             return computed, None
         lay = self._layout
@@ -200,15 +229,28 @@ class ExpertPrices:
         )
         return computed, Ports(*(np.where(open_BL, own, p) for own, p in zip(ports, moved, strict=True)))
 
-    def price(self, computed: Computed, busiest: AnyArray, ports: Ports | None) -> LayerPrices:
+    def price(self, computed: Computed, busiest: AnyArray, ports: Ports | None, by_layer: bool = False) -> LayerPrices:
         """Prices of layers: the kernels in `computed` between dispatch and combine.
 
         busiest [...]: tokens of the data-parallel rank that has most (for the gather of groups whose experts are
-        split over ranks). ports: for exchanges.
+        split over ranks). ports: for exchanges. by_layer: chunks are chosen for each layer, else for a batch.
         """
-        dispatch, combine, grade = self.exchange.price(computed.expert_LP.shape[:-1], busiest, ports)
-        slowest = computed.expert_LP.max(axis=-1)
-        return LayerPrices(dispatch, slowest, combine, computed.expert_LP, computed.rows_LP, computed.grade, grade)
+        shape = computed.expert_LP.shape[:-1]
+        if computed.chunk_RL is not None:
+            options = self.chunks.options(computed.chunk_RL, computed.rows_LP, busiest, ports)
+            cut = self.chunks.best(options, by_layer)
+            longer = cut.experts / np.maximum(computed.expert_LP.max(axis=-1), 1)
+            expert_LP = np.rint(computed.expert_LP * longer[..., None]).astype(np.int64)
+            return LayerPrices(
+                cut.dispatch, cut.experts, cut.combine, expert_LP, computed.rows_LP, computed.grade, cut.grade,
+                cut.exchange, cut.degree, cut.travel,
+            )  # fmt: skip
+        dispatch, combine, grade = self.exchange.price(shape, busiest, ports)
+        slowest, once = computed.expert_LP.max(axis=-1), np.ones(shape, np.int64)
+        return LayerPrices(
+            dispatch, slowest, combine, computed.expert_LP, computed.rows_LP, computed.grade, grade,
+            dispatch + combine, once, dispatch + combine,
+        )  # fmt: skip
 
 
 def _mean_ratio(most: FloatArray, mean: FloatArray) -> FloatArray:

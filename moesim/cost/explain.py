@@ -15,8 +15,10 @@ import numpy as np
 
 from moesim.arrays import FloatArray, IntArray
 from moesim.cost.bank import BankDetail, CountExperts
+from moesim.cost.dense import Part
 from moesim.cost.experts import STATS, MoESums
 from moesim.cost.pricer import Run
+from moesim.cost.split import SplitDetail
 from moesim.cost.step import StepPricer
 from moesim.hardware import ASSUMED
 
@@ -24,6 +26,8 @@ __all__ = ["Explanation", "explain", "stats_by_draw"]
 
 _ENTRIES_AT_ONCE = 1 << 22
 _BATCHES = 20
+_Found = tuple[IntArray, FloatArray, IntArray, IntArray, float]
+"""ns by run of dispatch, experts and combine [R, 3], stats, grades by run of experts and exchange, bank error"""
 
 
 @dataclass(slots=True)
@@ -56,7 +60,7 @@ def explain(runs: list[Run], pricer: StepPricer) -> Explanation:
     total_R = np.array([r.cumulative_ns[-1] for r in runs], np.int64)
     key = np.array([r.key for r in runs], np.int64).reshape(len(runs), -1)
     _, tokens_R, sampled_R, decoding_R, context_R, _, _, prefill_R = key.T[:8]
-    chunk_R = key[:, 9]
+    chunk_R, halves_R = key[:, 9], key[:, 11]
     ns: dict[str, int] = {}
     operator: dict[str, str] = {}
     grade_ns = np.zeros(4)
@@ -66,8 +70,9 @@ def explain(runs: list[Run], pricer: StepPricer) -> Explanation:
         ns["rebalance"], operator["rebalance"] = int(moved_R.sum()), "peer_to_peer"
         grade_ns[ASSUMED] += moved_R.sum()
         rest_R = rest_R - moved_R
-    for part, at_R in [(p, tokens_R) for p in dense.parts] + [(p, sampled_R) for p in dense.head_parts]:
-        spent_R = part.ns_N[at_R] * steps_R
+    parts = [(p, tokens_R, False) for p in dense.parts] + [(p, sampled_R, True) for p in dense.head_parts]
+    for part, at_R, head in parts:
+        spent_R = _part_ns(part, part.ns_N[at_R], halves_R, pricer, head) * steps_R
         ns[part.name] = ns.get(part.name, 0) + int(spent_R.sum())
         operator[part.name] = part.operator
         grade_ns += np.bincount(part.grade_N[at_R], weights=spent_R, minlength=4)
@@ -98,19 +103,53 @@ def explain(runs: list[Run], pricer: StepPricer) -> Explanation:
     return Explanation(ns, operator, grade_ns, stats, int(steps_R.sum()), sigma)
 
 
-def _experts(
-    runs: list[Run], steps_R: IntArray, pricer: StepPricer
-) -> tuple[IntArray, FloatArray, IntArray, IntArray, float] | None:
+def _part_ns(part: Part, ns_R: IntArray, halves_R: IntArray, pricer: StepPricer, head: bool) -> IntArray:
+    """What a step takes of a part, where a rank's tokens, or half of them, take `ns_R`."""
+    if pricer.splitter is None or head:
+        return ns_R
+    return np.where(halves_R == 2, pricer.splitter.part_ns(ns_R, part.operator == "host"), ns_R)
+
+
+def _experts(runs: list[Run], steps_R: IntArray, pricer: StepPricer) -> _Found | None:
     if not runs or runs[0].detail is None:
         return None
-    if isinstance(runs[0].detail, MoESums):
-        return _from_tokens([cast(MoESums, r.detail) for r in runs], steps_R)
-    moe = pricer.moe
-    assert isinstance(moe, CountExperts)
-    return _from_bank([cast(BankDetail, r.detail) for r in runs], steps_R, moe)
+    cut = np.array([isinstance(r.detail, SplitDetail) for r in runs])
+    found = []
+    if cut.any():
+        halves = [cast(SplitDetail, runs[i].detail) for i in np.flatnonzero(cut)]
+        found.append(_from_halves(halves, steps_R[cut], isinstance(pricer.moe, CountExperts)))
+    if not cut.all():
+        whole = [r.detail for r, is_cut in zip(runs, cut, strict=True) if not is_cut]
+        if isinstance(whole[0], MoESums):
+            found.append(_from_tokens(cast(list[MoESums], whole), steps_R[~cut]))
+        else:
+            moe = pricer.moe
+            assert isinstance(moe, CountExperts)
+            found.append(_from_bank(cast(list[BankDetail], whole), steps_R[~cut], moe))
+    if len(found) == 1:
+        return found[0]
+    order = np.argsort(np.concatenate([np.flatnonzero(cut), np.flatnonzero(~cut)]), kind="stable")
+    by_part, stats, grade, exchange, sigma = zip(*found, strict=True)
+    together = [np.concatenate(x)[order] for x in (by_part, grade, exchange)]
+    # the same draws serve both, so their errors add
+    return together[0], stats[0] + stats[1], together[1], together[2], max(sigma)
 
 
-def _from_tokens(details: list[MoESums], steps_R: IntArray) -> tuple[IntArray, FloatArray, IntArray, IntArray, float]:
+def _from_halves(details: list[SplitDetail], steps_R: IntArray, drawn: bool) -> _Found:
+    """drawn: from a bank, whose few draws have an error."""
+    details = [d.cut(n) for d, n in zip(details, steps_R.tolist(), strict=True)]
+    by_part_R = np.array([[x.sum() for x in d[:3]] for d in details], np.int64)
+    stats = np.sum([d.stats().sum(axis=1) for d in details], axis=0)
+    grade_R = np.array([max(int(row.grade.max()) for row in d.rows) for d in details], np.int64)
+    exchange_R = np.array([max(int(row.exchange_grade.max()) for row in d.rows) for d in details], np.int64)
+    rows = {id(d.rows[0]): d.rows[0] for d in details}
+    at = {key: i for i, key in enumerate(rows)}
+    row_R = np.array([at[id(d.rows[0])] for d in details], np.int64)
+    sigma = _bank_sigma(list(rows.values()), row_R, steps_R) if drawn else 0.0
+    return by_part_R, stats, grade_R, exchange_R, sigma
+
+
+def _from_tokens(details: list[MoESums], steps_R: IntArray) -> _Found:
     by_part = np.array(
         [
             [d.dispatch[:n].sum(), d.experts[:n].sum(), d.combine[:n].sum()]
@@ -123,9 +162,7 @@ def _from_tokens(details: list[MoESums], steps_R: IntArray) -> tuple[IntArray, F
     return by_part, stats, grade, exchange, 0.0
 
 
-def _from_bank(
-    details: list[BankDetail], steps_R: IntArray, moe: CountExperts
-) -> tuple[IntArray, FloatArray, IntArray, IntArray, float]:
+def _from_bank(details: list[BankDetail], steps_R: IntArray, moe: CountExperts) -> _Found:
     """How often each run used each entry, from prefix counts of the entry sequence; then one product a row."""
     rows: dict[int, int] = {}
     ordered: list[MoESums] = []
@@ -178,23 +215,41 @@ def stats_by_draw(runs: list[Run], pricer: StepPricer) -> tuple[FloatArray, IntA
     if not runs or runs[0].detail is None:
         return None
     steps_R = np.array([len(r.cumulative_ns) for r in runs], np.int64)
-    if isinstance(runs[0].detail, MoESums):
-        details = [cast(MoESums, r.detail) for r in runs]
-        stats_XS = np.concatenate([d.stats[:, :n] for d, n in zip(details, steps_R, strict=True)], axis=1)
+    if not isinstance(pricer.moe, CountExperts):
+        told = [cast(MoESums | SplitDetail, r.detail) for r in runs]
+        stats_XS = np.concatenate([_stats(d)[:, :n] for d, n in zip(told, steps_R, strict=True)], axis=1)
         steps = stats_XS.shape[1]
         draws = min(_BATCHES, steps)
         draw_S = np.arange(steps) * draws // steps
-        by_draw = [np.bincount(draw_S, weights=row_S, minlength=draws) for row_S in stats_XS]
-    else:
-        moe = pricer.moe
-        assert isinstance(moe, CountExperts)
-        used = [cast(BankDetail, r.detail) for r in runs]
-        draws = len(used[0].row.total)
-        rows: dict[int, int] = {}  # runs share rows
-        row_R = np.array([rows.setdefault(id(d.row), len(rows)) for d in used])
-        stats_YXE = np.array([row.stats for row in {id(d.row): d.row for d in used}.values()])
-        draw_S = np.concatenate([moe.sequence[d.start : d.start + n] for d, n in zip(used, steps_R, strict=True)])
-        cell_S = np.repeat(row_R, steps_R) * draws + draw_S
-        used_YE = np.bincount(cell_S, minlength=len(rows) * draws).reshape(len(rows), draws)
-        by_draw = list(np.einsum("ye,yxe->xe", used_YE, stats_YXE))
-    return np.array(by_draw, np.float64), np.bincount(draw_S, minlength=draws).astype(np.int64)
+        by_draw = np.array([np.bincount(draw_S, weights=row_S, minlength=draws) for row_S in stats_XS])
+        return by_draw.astype(np.float64), np.bincount(draw_S, minlength=draws).astype(np.int64)
+    cut = np.array([isinstance(r.detail, SplitDetail) for r in runs])
+    first = runs[0].detail
+    entries = len((first.rows[0] if isinstance(first, SplitDetail) else cast(BankDetail, first).row).total)
+    out, used_X = np.zeros((STATS, entries)), np.zeros(entries, np.int64)
+    for i in np.flatnonzero(cut):
+        detail = cast(SplitDetail, runs[i].detail).cut(int(steps_R[i]))
+        entry_S = detail.entry_2S[0]
+        out += [np.bincount(entry_S, weights=row_S, minlength=entries) for row_S in detail.stats()]
+        used_X += np.bincount(entry_S, minlength=entries)
+    if not cut.all():
+        whole = [cast(BankDetail, runs[i].detail) for i in np.flatnonzero(~cut)]
+        more, steps_X = _bank_by_draw(whole, steps_R[~cut], pricer.moe)
+        out, used_X = out + more, used_X + steps_X
+    return out, used_X
+
+
+def _stats(detail: MoESums | SplitDetail) -> FloatArray:
+    return detail.stats() if isinstance(detail, SplitDetail) else detail.stats
+
+
+def _bank_by_draw(used: list[BankDetail], steps_R: IntArray, moe: CountExperts) -> tuple[FloatArray, IntArray]:
+    draws = len(used[0].row.total)
+    rows: dict[int, int] = {}  # runs share rows
+    row_R = np.array([rows.setdefault(id(d.row), len(rows)) for d in used])
+    stats_YXE = np.array([row.stats for row in {id(d.row): d.row for d in used}.values()])
+    draw_S = np.concatenate([moe.sequence[d.start : d.start + n] for d, n in zip(used, steps_R, strict=True)])
+    cell_S = np.repeat(row_R, steps_R) * draws + draw_S
+    used_YE = np.bincount(cell_S, minlength=len(rows) * draws).reshape(len(rows), draws)
+    by_draw = np.einsum("ye,yxe->xe", used_YE, stats_YXE)
+    return np.asarray(by_draw, np.float64), np.bincount(draw_S, minlength=draws).astype(np.int64)

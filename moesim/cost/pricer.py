@@ -46,6 +46,7 @@ class Key(NamedTuple):
     total_decode: int  # tokens of all ranks
     total_prefill: int
     busiest_tokens: int  # tokens on the rank with the most, before padding
+    halves: int = 1  # 2: each rank computes two halves of its tokens; the critical rank's numbers are the first one's
 
 
 class Run(NamedTuple):
@@ -60,7 +61,8 @@ class Run(NamedTuple):
     def cut(self, steps: int) -> Run:
         """The first `steps` steps (a copy: the rest is given back)."""
         added = None if self.rebalance_ns is None else self.rebalance_ns[:steps].copy()
-        return Run(self.cumulative_ns[:steps].copy(), self.key, self.detail, added)
+        cut = getattr(self.detail, "cut", None)
+        return Run(self.cumulative_ns[:steps].copy(), self.key, self.detail if cut is None else cut(steps), added)
 
 
 @dataclass(slots=True)

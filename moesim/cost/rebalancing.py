@@ -27,6 +27,7 @@ from moesim.cost.bank import BankDetail, CountExperts
 from moesim.cost.dense import DenseTables
 from moesim.cost.experts import MoESums
 from moesim.cost.pricer import Batch, Chunk, Run
+from moesim.cost.split import SplitDetail, Splitter
 from moesim.cost.step import MoECost, StepPricer
 from moesim.cost.tokens import TokenExperts
 from moesim.errors import BadInput, Problem
@@ -111,6 +112,7 @@ class RebalancingPricer(StepPricer):
         place: Callable[[FloatArray], Placement],
         spec: RebalanceSpec,
         costs: MoveCosts,
+        splitter: Splitter | None = None,
     ) -> None:
         """build: the experts' cost under a map. place: the policy's map for loads [L, E]."""
         self.placement = placement
@@ -125,7 +127,7 @@ class RebalancingPricer(StepPricer):
         self._unbuilt = 0
         self._loads = _Loads(spec.window_steps)
         self._last: tuple[int, IntArray, IntArray | None] | None = None
-        super().__init__(dense, full, window, self._watched(build(placement, None)))
+        super().__init__(dense, full, window, self._watched(build(placement, None)), splitter)
 
     @property
     def slot_bytes(self) -> int:
@@ -205,7 +207,7 @@ class RebalancingPricer(StepPricer):
         if isinstance(run.detail, BankDetail):
             row, entry = run.detail.row, cast(CountExperts, self.moe).sequence[run.detail.start :][:steps]
             return np.asarray((row.dispatch + row.combine)[entry])
-        detail = cast(MoESums, run.detail)
+        detail = cast(MoESums | SplitDetail, run.detail)
         return np.asarray(detail.dispatch[:steps] + detail.combine[:steps])
 
     # -- maps ---------------------------------------------------------------------------------------------------
@@ -274,7 +276,11 @@ class RebalancingPricer(StepPricer):
             assert self.moe.last_counts_SLE is not None
             counts_SLE = self.moe.last_counts_SLE
             return lambda lo, hi: counts_SLE[lo:hi].sum(axis=0).astype(np.float64)
-        moe, detail = cast(CountExperts, self.moe), cast(BankDetail, run.detail)
+        moe = cast(CountExperts, self.moe)
+        if isinstance(run.detail, SplitDetail):
+            halves = run.detail
+            return lambda lo, hi: moe.half_counts(halves, lo, hi)
+        detail = cast(BankDetail, run.detail)
         return lambda lo, hi: moe.expert_counts(detail._replace(start=detail.start + lo), hi - lo)
 
 

@@ -15,6 +15,8 @@ from moesim.arrays import IntArray
 from moesim.cost.attention import AttentionTables
 from moesim.cost.dense import DenseTables
 from moesim.cost.pricer import Batch, Chunk, Key, Run
+from moesim.cost.split import HalfLayers, Splitter, phase_order, split_tokens
+from moesim.routing.capacity import Phase
 
 __all__ = ["MoECost", "NoExperts", "StepPricer"]
 
@@ -33,6 +35,12 @@ class MoECost(Protocol):
         """ns of one step with prompts; `busiest`: tokens on the rank with the most."""
         ...
 
+    def halves(
+        self, batch: Batch, chunks: list[Chunk], paused: list[int], tokens_2D: IntArray, phase: Phase, steps: int
+    ) -> HalfLayers:
+        """The MoE layers of the next `steps` steps (or fewer), cut in halves of tokens_2D tokens on each rank."""
+        ...
+
 
 class NoExperts:
     """A dense model."""
@@ -43,17 +51,29 @@ class NoExperts:
     def mixed_ns(self, batch: Batch, chunks: list[Chunk], paused: list[int], busiest: int) -> tuple[int, None]:
         return 0, None
 
+    def halves(
+        self, batch: Batch, chunks: list[Chunk], paused: list[int], tokens_2D: IntArray, phase: Phase, steps: int
+    ) -> HalfLayers:
+        raise NotImplementedError("a dense model exchanges nothing, so its steps are not cut")
+
 
 class StepPricer:
-    """Prices runs of steps for one group (see `moesim.cost.pricer.Pricer`)."""
+    """Prices runs of steps for one group (see `moesim.cost.pricer.Pricer`). splitter: prices steps that are cut in two
+    micro-batches, where they can be; None: none is."""
 
     def __init__(
-        self, dense: DenseTables, full: AttentionTables | None, window: AttentionTables | None, moe: MoECost
+        self,
+        dense: DenseTables,
+        full: AttentionTables | None,
+        window: AttentionTables | None,
+        moe: MoECost,
+        splitter: Splitter | None = None,
     ) -> None:
         self.dense = dense
         self.full = full
         self.window = window
         self.moe = moe
+        self.splitter = splitter
         self._total = dense.total_N.tolist()
         self._head = dense.head_N.tolist()
         self._pad = dense.pad
@@ -67,6 +87,8 @@ class StepPricer:
             self.full.fill(decoding)
         if self.window is not None:
             self.window.fill(decoding)
+        if self.splitter is not None:
+            self.splitter.prepare(decoding)
 
     def decode(self, batch: Batch, steps: int) -> Run:
         """A run of decode-only steps. Raises nothing; prices at least one step."""
@@ -101,6 +123,12 @@ class StepPricer:
 
     def _decode_together(self, batch: Batch, steps: int) -> Run:
         decoding_D = batch.decoding_D
+        if self.splitter is not None and (tokens_2D := split_tokens(decoding_D)) is not None:
+            none = (np.zeros_like(decoding_D),) * 2
+            halves = self.moe.halves(batch, [], [], tokens_2D, "decode", steps)
+            most = int(decoding_D.max())
+            counts = batch.total_decoding, 0, most
+            return self.splitter.run(batch, decoding_D, none, tokens_2D, most, halves, "shifted", counts)
         experts, detail = self.moe.decode_ns(batch, steps)
         if not isinstance(experts, int):
             steps = len(experts)
@@ -171,6 +199,13 @@ class StepPricer:
             if self.window is not None:
                 window_ns_D[d] += self.window.prefill(chunk.start, chunk.tokens)
         busiest = int(tokens_D.max())
+        sampled, total_decode = int(sampled_D.max()), int(decoding_D.sum())
+        if self.splitter is not None and (tokens_2D := split_tokens(tokens_D)) is not None:
+            phase: Phase = "prefill" if prefill > total_decode else "decode"
+            halves = self.moe.halves(batch, chunks, paused, tokens_2D, phase, 1)
+            counts = total_decode, prefill, busiest
+            own = full_ns_D, window_ns_D
+            return self.splitter.run(batch, decoding_D, own, tokens_2D, sampled, halves, phase_order(phase), counts)
         full_D = window_D = None
         if self.full is not None:
             decode = self.full.decode_BC[decoding_D, batch.context_D >> self.full.shift]
@@ -181,10 +216,8 @@ class StepPricer:
         computed_D = self._padded(tokens_D, busiest)
         ns, slowest = self._meet(computed_D, full_D, window_D)
         experts, detail = self.moe.mixed_ns(batch, chunks, paused, busiest)
-        sampled = int(sampled_D.max())
         ns = ns + (experts + self._head[sampled])
         spent = int(full_ns_D[slowest]) * self.dense.full_layers + int(window_ns_D[slowest]) * self.dense.window_layers
-        total_decode = int(decoding_D.sum())
         key = self._key(batch, slowest, computed_D, sampled, spent, total_decode, prefill, busiest)
         if slowest in paused:
             key = key._replace(decoding=0, context=0, context_window=0)

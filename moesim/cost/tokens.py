@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from moesim.arrays import AnyArray, FloatArray, IntArray
 from moesim.cost.experts import Drawn, ExpertPrices, LayerPrices, MoESums, Ports, padded_slots
 from moesim.cost.pricer import Batch, Chunk
 from moesim.cost.routed_bank import drawn_of, room_of, stack_drawn
+from moesim.cost.split import HalfLayers
 from moesim.cost.touch import count_slots, touch
 from moesim.dispatch import DispatchPolicy, assign_ragged
 from moesim.layout import Layout
@@ -22,6 +25,13 @@ __all__ = ["TokenExperts"]
 _KEPT = 256
 _IDS = 1 << 21
 """expert ids priced at once in a run of decode steps"""
+
+
+class _PricedSteps(NamedTuple):
+    """Steps, layer by layer and summed."""
+
+    layers: LayerPrices
+    sums: MoESums
 
 
 class TokenExperts:
@@ -63,6 +73,10 @@ class TokenExperts:
     def decode_ns(self, batch: Batch, steps: int) -> tuple[IntArray, MoESums]:
         """See MoECost."""
         request, position, rank = batch.tokens()
+        sums = self._decode(request, position, rank, steps, batch.tick).sums
+        return sums.total, sums
+
+    def _decode(self, request: IntArray, position: IntArray, rank: IntArray, steps: int, tick: int) -> _PricedSteps:
         tokens = len(request)
         steps = min(steps, max(1, _IDS // (tokens * self._source.num_layers * self._source.top_k)))
         ahead = np.arange(steps, dtype=np.int64)[:, None]
@@ -70,10 +84,19 @@ class TokenExperts:
         offsets = np.arange(steps + 1, dtype=np.int64) * tokens
         busiest = int(np.bincount(rank).max())
         rank_N, busiest_S = np.tile(rank, steps), np.full(steps, busiest)
-        return self._price(request_N, position_N, offsets, rank_N, busiest_S, batch.tick, "decode")
+        return self._price(request_N, position_N, offsets, rank_N, busiest_S, tick, "decode")
 
     def mixed_ns(self, batch: Batch, chunks: list[Chunk], paused: list[int], busiest: int) -> tuple[int, MoESums]:
         """See MoECost."""
+        request, position, rank = self._mixed(batch, chunks, paused)
+        offsets = np.array([0, len(request)])
+        prompts = sum(chunk.tokens for chunk in chunks)
+        phase: Phase = "prefill" if 2 * prompts > len(request) else "decode"  # as the bank does
+        sums = self._price(request, position, offsets, rank, np.array([busiest]), batch.tick, phase).sums
+        return int(sums.total[0]), sums
+
+    def _mixed(self, batch: Batch, chunks: list[Chunk], paused: list[int]) -> tuple[IntArray, IntArray, IntArray]:
+        """Request, position and rank of every token of a step."""
         request, position, rank = batch.tokens()
         if paused:
             keep = ~np.isin(rank, paused)
@@ -82,16 +105,44 @@ class TokenExperts:
             request = np.concatenate([request, np.full(chunk.tokens, chunk.request)])
             position = np.concatenate([position, np.arange(chunk.start, chunk.start + chunk.tokens)])
             rank = np.concatenate([rank, np.full(chunk.tokens, chunk.rank)])
-        offsets = np.array([0, len(request)])
-        prompts = sum(chunk.tokens for chunk in chunks)
-        phase: Phase = "prefill" if 2 * prompts > len(request) else "decode"  # as the bank does
-        ns, detail = self._price(request, position, offsets, rank, np.array([busiest]), batch.tick, phase)
-        return int(ns[0]), detail
+        return request, position, rank
+
+    def halves(
+        self, batch: Batch, chunks: list[Chunk], paused: list[int], tokens_2D: IntArray, phase: Phase, steps: int
+    ) -> HalfLayers:
+        """See MoECost. The first of a rank's tokens, in their order, are its first half."""
+        request, position, rank = self._mixed(batch, chunks, paused)
+        order = np.argsort(rank, kind="stable")
+        start_D = np.cumsum(tokens_2D.sum(axis=0)) - tokens_2D.sum(axis=0)
+        turn = np.arange(len(rank)) - start_D[rank[order]]
+        first = np.zeros(len(rank), bool)
+        first[order] = turn < tokens_2D[0][rank[order]]
+        found: list[_PricedSteps] = []
+        counts: list[IntArray] = []
+        for half in (first, ~first):
+            part = request[half], position[half], rank[half]
+            if chunks:
+                offsets, busiest = np.array([0, len(part[0])]), np.array([int(np.bincount(part[2]).max())])
+                priced = self._price(part[0], part[1], offsets, part[2], busiest, batch.tick, phase)
+            else:
+                priced = self._decode(*part, steps, batch.tick)
+                steps = len(priced.layers.experts)
+            found.append(priced)
+            if self.last_counts_SLE is not None:
+                counts.append(self.last_counts_SLE[:steps])
+        if self.watched:
+            self.last_counts_SLE = counts[0][:steps] + counts[1]
+        dispatch, experts, combine = (
+            np.stack([getattr(x.layers, name)[:steps].T for x in found], axis=1)
+            for name in ("dispatch", "experts", "combine")
+        )
+        entry_2S = np.tile(np.arange(steps), (2, 1))
+        return HalfLayers(dispatch, experts, combine, (found[0].sums, found[1].sums), entry_2S)
 
     def _price(
         self, request_N: IntArray, position_N: IntArray, offsets: IntArray, rank_N: IntArray, busiest_S: IntArray,
         tick: int, phase: Phase,
-    ) -> tuple[IntArray, MoESums]:  # fmt: skip
+    ) -> _PricedSteps:  # fmt: skip
         rows = self._replay.rows(request_N, position_N)
         tokens_S = np.diff(offsets) * float(self._source.num_layers)
         ports = pad_LS = drawn = None
@@ -115,8 +166,7 @@ class TokenExperts:
             self.kept[tick] = priced.first()
         if drawn is None:
             drawn = Drawn.plain(tokens_S, slot_SLS.sum(axis=(1, 2), dtype=np.float64))
-        sums = priced.sums(ports, drawn)
-        return sums.total, sums
+        return _PricedSteps(priced, priced.sums(ports, drawn))
 
     def _routed(
         self, rows: IntArray, request_N: IntArray, position_N: IntArray, offsets: IntArray, rank_N: IntArray,

@@ -17,7 +17,7 @@ from moesim.scenario.yamlio import YamlPath
 from moesim.training_spec import TrainingSpec
 from moesim.workload.routing import RoutingSpec
 
-__all__ = ["communication_checks", "cross_checks", "serving_checks", "training_checks"]
+__all__ = ["communication_checks", "cross_checks", "overlap_checks", "serving_checks", "training_checks"]
 
 _Where = Callable[[YamlPath], str]
 
@@ -71,6 +71,44 @@ def cross_checks(
             )
         )
     return problems
+
+
+def overlap_checks(
+    where: _Where, model: MoEModel, cluster: Cluster, parallel: ParallelSpec, overlap: str, training: bool
+) -> list[Problem]:
+    """An overlap needs an exchange to hide, and FSMoE's the two levels of links that it runs beside each other."""
+    if overlap == "none":
+        return []
+    at = where(("communication", "overlap"))
+    if not model.is_moe or parallel.dp == 1:
+        facts = f"parallel.dp={parallel.dp}" if model.is_moe else f"{model.name} is a dense model"
+        return [
+            Problem(
+                at,
+                f"communication.overlap hides the exchange of tokens between data-parallel ranks, and there is none: "
+                f"{facts}. Set overlap to none{', or dp above 1' if model.is_moe else ''}",
+            )
+        ]
+    if overlap == "two_batch" and training:
+        mend = "Use pipeline or fsmoe"
+        return [
+            Problem(at, f"communication.overlap two_batch cuts the batches of a serving step, not of training. {mend}")
+        ]
+    ranks = parallel.tp * parallel.dp
+    split = ranks // parallel.ep
+    inside = split > 1 and cluster.gpus_per_node % split == 0
+    if overlap == "fsmoe" and not (inside and ranks > cluster.gpus_per_node):
+        legal = [s for s in _all_divisors(cluster.gpus_per_node) if s > 1 and ranks % s == 0]
+        mend = f"Use ep {_listed([ranks // s for s in legal[::-1]])}, or pipeline" if legal else "Use pipeline"
+        return [
+            Problem(
+                at,
+                "communication.overlap fsmoe needs experts that are split over ranks of one node, and several nodes: "
+                f"tp * dp / ep = {ranks} / {parallel.ep} = {split} ranks an expert, {cluster.gpus_per_node} GPUs a "
+                f"node, {ranks} ranks. {mend}",
+            )
+        ]
+    return []
 
 
 def training_checks(

@@ -23,7 +23,13 @@ from moesim.placement import PlacementPolicy
 from moesim.policy import load_policy, policy_class, policy_kinds, spec_problems
 from moesim.rebalance_spec import RebalanceSpec
 from moesim.routing.capacity import CapacitySpec
-from moesim.scenario.checks import communication_checks, cross_checks, serving_checks, training_checks
+from moesim.scenario.checks import (
+    communication_checks,
+    cross_checks,
+    overlap_checks,
+    serving_checks,
+    training_checks,
+)
 from moesim.scenario.files import NAME, content_hash, find_named, shown
 from moesim.scenario.presets import Preset, apply_preset, presets
 from moesim.scenario.source import Source, rebase
@@ -163,6 +169,7 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
         if spec.full is not None and spec.full.communication is not None:
             how, mode = spec.full.communication, spec.full.mode
             problems += communication_checks(source.where, model, cluster, spec.parallel, how, mode)
+            problems += overlap_checks(source.where, model, cluster, spec.parallel, how.overlap, training)
         if training and spec.training is not None:
             capacity = spec.full.capacity if spec.full is not None else None
             routing = spec.routing if spec.routing is not None else RoutingSpec()

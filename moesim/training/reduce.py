@@ -25,7 +25,16 @@ from moesim.model import MoEModel
 from moesim.training.memory import expert_params_rank, layer_params
 from moesim.training_spec import TrainingSpec
 
-__all__ = ["Buckets", "LinkBytes", "gather_bytes", "optimizer_ops", "serial_end", "stalls_one_ahead", "stalls_serial"]
+__all__ = [
+    "Buckets",
+    "LinkBytes",
+    "gather_bytes",
+    "optimizer_ops",
+    "serial_end",
+    "sharded_bytes",
+    "stalls_one_ahead",
+    "stalls_serial",
+]
 
 
 class LinkBytes(NamedTuple):
@@ -68,10 +77,20 @@ def gather_bytes(layout: Layout, size: float) -> LinkBytes:
     return LinkBytes(*(layout.ranks * b for b in sent))
 
 
+def sharded_bytes(layout: Layout, size: float, top_k: int) -> LinkBytes:
+    """Sent by all ranks of one replica in one direction where FSMoE's exchange takes every (token, expert) pair to one
+    rank of its expert's, and these gather them (see `moesim.cost.chunks`); size: as of `gather_bytes`."""
+    pairs = size * layout.dp * top_k
+    near = min(layout.gpus_per_node // layout.expert_tp, layout.ep)
+    inside = (near - 1) / layout.ep + (layout.expert_tp - 1)
+    return LinkBytes(pairs * inside, pairs * (layout.ep - near) / layout.ep)
+
+
 class Buckets:
     """Prices by bucket in forward order, B = N + 2: the embedding, each layer, the final norm and head.
 
-    reduce_B: ns of one bucket's gradients; gather_B: of its weights. 0 where one rank alone holds them.
+    reduce_B: ns of one bucket's gradients; gather_B: of its weights. 0 where one rank alone holds them. start_ns: of a
+    sum with next to nothing in it.
     """
 
     def __init__(self, model: MoEModel, layout: Layout, ops: Operators, training: TrainingSpec, replicas: int) -> None:
@@ -88,6 +107,8 @@ class Buckets:
         self.reduce_B, self.reduce_grade, reduced = self._price(op, dense_B * grad, expert_B * grad)
         self.gather_B, self.gather_grade, gathered = self._price("all_gather", dense_B * sizes[0], expert_B * sizes[1])
         self.reduce_op, self.gather_op = op, "all_gather"
+        starts = [g.price(ops, op, float(g.ranks)).ns for g in (self._dense, self._experts) if g.ranks > 1]
+        self.start_ns = round(float(max(starts, default=0.0)))
         self.reduce_bytes = LinkBytes(*(world * b for b in reduced))
         self.gather_bytes = LinkBytes(*(world * b for b in gathered))
 

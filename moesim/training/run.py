@@ -17,7 +17,7 @@ from moesim.layout import Layout
 from moesim.placement import Placement, PlacementContext
 from moesim.scenario.load import Scenario
 from moesim.training.memory import balanced_rows, require_fit
-from moesim.training.reduce import Buckets, LinkBytes, gather_bytes, optimizer_ops
+from moesim.training.reduce import Buckets, LinkBytes, gather_bytes, optimizer_ops, sharded_bytes
 from moesim.training.result import Loads, TrainingResult
 from moesim.training.routing import ScoreSource, StepRouter
 from moesim.training.scores import training_scores
@@ -58,6 +58,8 @@ def simulate_training(
             times = 3 if training.recompute == "full" else 2
             result.exchange_bytes = times * (prices.dispatch_bytes + prices.combine_bytes)
             sent = gather_bytes(layout, prices.combine_bytes * tokens)
+            if prices.chunks.sharded:
+                sent = sharded_bytes(layout, prices.combine_bytes * tokens, model.top_k)
             calls = 2 * times * router.micro_batches * replicas * model.num_moe_layers
             result.gather_bytes = LinkBytes(*(calls * b for b in sent))
             result.warnings = (*result.warnings, *_warnings(scenario, layout, router, scores))
@@ -74,7 +76,7 @@ def simulate_training(
             optimizer_ops(model, layout, ops, training, replicas),
             result.micro_batches,
             replicas,
-            gathers=layout.meets and not layout.exchanges,
+            gathers=layout.meets and not layout.exchanges and scenario.communication.overlap != "fsmoe",
         )
         result.reduce_bytes = _bytes_summed(buckets, training.zero_stage, result.micro_batches)
         _steps(result, router, clock, progress)
@@ -151,7 +153,7 @@ def _warnings(scenario: Scenario, layout: Layout, router: StepRouter, scores: Sc
     replicas = scenario.parallel.replicas
     if sampled := _sampled(router, scenario):
         out.append(f"routing: {sampled}; training.routing_tokens sets how many")
-    if layout.meets and layout.expert_tp > 1:
+    if layout.meets and layout.expert_tp > 1 and scenario.communication.overlap != "fsmoe":
         out.append(
             f"parallel: each expert is split over {layout.expert_tp} ranks, which gather all tokens; for whole copies "
             f"of the experts use dp={max(1, layout.ep // layout.tp)}, replicas={replicas * layout.expert_tp}"

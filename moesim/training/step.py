@@ -17,8 +17,10 @@ import numpy as np
 
 from moesim.arrays import FloatArray, IntArray, U8Array
 from moesim.cost.backward import Block, ExpertPasses, Op, Passes
+from moesim.cost.chunks import ChunkPrices
 from moesim.hardware import GRADES
 from moesim.model import MoEModel
+from moesim.training.hidden import LayerOptions, exposed_ns
 from moesim.training.reduce import Buckets, serial_end, stalls_one_ahead, stalls_serial
 from moesim.training.routing import StepRouting
 from moesim.training_spec import TrainingSpec
@@ -127,7 +129,7 @@ class StepClock:
         busy_MRU = unit_MRU + stall_MRU
         end_RT = np.cumsum(busy_MRU.transpose(1, 0, 2).reshape(unit_MRU.shape[1], -1), axis=1)
         slowest = int(end_RT[:, -1].argmax())
-        exposed = self._exposed(end_RT)
+        exposed = self._exposed(end_RT) if passes[1].options is None else self._shared(passes, unit_MRU, slowest)
         gather = int(stall_MRU[:, slowest].sum()) + self._gather_after()
         tail = sum(op.ns for op in self._optimizer)
         compute = int(unit_MRU[:, slowest].sum())
@@ -166,11 +168,21 @@ class StepClock:
         assert experts is not None
         computed = experts.prices.compute(routing.slot_MRLS)
         tokens = np.full(routing.slot_MRLS.shape[:2], self._passes.tokens)
-        priced = experts.prices.price(computed, tokens, routing.ports)
+        priced = experts.prices.price(computed, tokens, routing.ports, by_layer=True)
         gradients = experts.gradients(routing.slot_MRLS)
         part = (gradients.backward_LP + gradients.again_LP).argmax(axis=-1)[..., None]
-        backward, again = (np.take_along_axis(x, part, -1)[..., 0] for x in gradients[:2])
+        backward, again = (np.take_along_axis(x, part, -1)[..., 0] for x in (gradients.backward_LP, gradients.again_LP))
         travel = priced.exchange_grade
+        there, back_again, options = priced.dispatch, priced.combine, None
+        longer: FloatArray | float = 1.0
+        if gradients.chunk_RL is not None:
+            chunks = experts.prices.chunks
+            options = chunks.options(gradients.chunk_RL, computed.rows_LP, tokens, routing.ports)
+            best = chunks.best(options, by_layer=True)
+            there, back_again = best.dispatch, best.combine
+            longer, backward = best.experts / np.maximum(backward, 1), best.experts
+            if not chunks.sharded or not self._training.overlap_grad_reduce:
+                options = None
         ahead = (
             _Priced("dispatch", "exchange", self._there, priced.dispatch, travel),
             _Priced("experts", "forward", "moe", priced.experts, priced.grade),
@@ -179,16 +191,16 @@ class StepClock:
         # gradients take the way back: as many bytes through the same ports, received where they were sent; that of a
         # sum is a gather, and that of a gather a sum
         back = [
-            _Priced("combine_backward", "exchange", self._there, priced.dispatch, travel),
+            _Priced("combine_backward", "exchange", self._there, there, travel),
             _Priced("experts_backward", "backward", "moe_wgrad", backward, gradients.grade),
-            _Priced("dispatch_backward", "exchange", self._back, priced.combine, travel),
+            _Priced("dispatch_backward", "exchange", self._back, back_again, travel),
         ]
         if self._training.recompute == "full":
             back += [p._replace(name="recompute", phase="recompute") for p in ahead]
         elif self._training.recompute == "selective":
             back.append(_Priced("recompute", "recompute", "elementwise", again, gradients.grade))
-        means = computed.expert_LP.mean(axis=-1), gradients.backward_LP.mean(axis=-1)
-        return _Pass(ahead, means[0]), _Pass(tuple(back), means[1])
+        means = priced.expert_LP.mean(axis=-1), gradients.backward_LP.mean(axis=-1) * longer
+        return _Pass(ahead, means[0], travel=priced.travel), _Pass(tuple(back), means[1], options)
 
     def _per_layer(self, own_N: IntArray, one: _Pass) -> IntArray:
         """ns of every layer [M, R, N]: the rank's own part and, in MoE layers, the prices."""
@@ -241,12 +253,45 @@ class StepClock:
         cost_MB = np.broadcast_to(reduce_B[::-1], ready_MB.shape)
         return max(0, serial_end(ready_MB.ravel(), cost_MB.ravel()) - int(end_RT[:, -1].max()))
 
+    def _shared(self, passes: tuple[_Pass, _Pass], unit_MRU: IntArray, replica: int) -> int:
+        """`_exposed` where sums of gradients share the stream of the experts' exchange."""
+        ahead, back = passes
+        assert back.options is not None
+        assert ahead.travel is not None
+        moe = {layer: at for at, layer in enumerate(self._model.moe_layers)}
+        more_MRL = back.total() - np.min([o.total for o in back.options], axis=0)
+        again = self._training.recompute == "full"
+        found: list[list[int | LayerOptions | None]] = []
+        number = self._model.num_layers
+        for m in range(self._micro_batches - self._reductions, self._micro_batches):
+            one: list[int | LayerOptions | None] = []
+            if found:  # what is left of the one before is summed beside this one's forward pass
+                free, busy = int(unit_MRU[m, replica, : number + 2].sum()), int(ahead.travel[m, replica].sum())
+                one.append(LayerOptions(np.array([float(free)]), np.array([float(min(busy, free))])))
+            one += [self._head_backward, None]
+            for layer in reversed(range(number)):
+                if layer in moe:
+                    at = m, replica, moe[layer]
+                    travel = int(ahead.travel[at]) if again else 0
+                    one.append(LayerOptions.of(back.options, at, int(more_MRL[at]), travel))
+                one += [int(self._backward_N[layer]), None]
+            found.append([*one, self._first.backward_ns, None])
+        return exposed_ns(found, self._buckets.reduce_B[::-1], self._buckets.start_ns)
+
 
 class _Pass:
     """The MoE layers' prices in one direction, and the mean part's expert ns [M, R, L]."""
 
-    def __init__(self, prices: tuple[_Priced, ...], mean_MRL: FloatArray | None = None) -> None:
-        self.prices = prices
+    def __init__(
+        self,
+        prices: tuple[_Priced, ...],
+        mean_MRL: FloatArray | None = None,
+        options: list[ChunkPrices] | None = None,
+        travel: IntArray | None = None,
+    ) -> None:
+        """options: of the experts and their exchange under each degree, where sums of gradients share its stream.
+        travel: ns of exchanges between ranks [M, R, L]."""
+        self.prices, self.options, self.travel = prices, options, travel
         self.mean_MRL = np.zeros((1, 1, 1)) if mean_MRL is None else mean_MRL
 
     def total(self) -> IntArray:
