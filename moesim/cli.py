@@ -301,6 +301,9 @@ def eplb(
     interval: Annotated[
         list[int] | None, typer.Option(help="Steps between rebalances to try. May be repeated.", min=1, metavar="N")
     ] = None,
+    mode: Annotated[
+        list[str] | None, typer.Option(help="Only this: static, sync or async. May be repeated.", metavar="MODE")
+    ] = None,
     policy: Annotated[str | None, typer.Option(help="Placement to try.", metavar="KIND")] = None,
     host_ms: Annotated[
         float | None, typer.Option(help="Planning of a rebalance on the host.", min=0, metavar="MS")
@@ -320,7 +323,9 @@ def eplb(
     scenario = given.scenario()
     _notes(scenario.warnings)
     kind = placement_kind(scenario, policy)
-    ask = Ask(tuple(redundant or ()), tuple(interval or ()), kind, host_ms, worth / 100)
+    ask = Ask(tuple(redundant or ()), tuple(interval or ()), kind, host_ms, worth / 100, recorded=dump is not None)
+    if mode:
+        ask = dataclasses.replace(ask, modes=tuple(mode))
     report = to_json(explain_eplb(read_loads(scenario, dump, fmt, steps_per_row), scenario, ask))
     sys.stdout.write(json_text(report) if as_json else render(report))
 

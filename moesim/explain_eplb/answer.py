@@ -34,6 +34,7 @@ from moesim.workload.requests import build_requests
 
 __all__ = ["Answer", "Ask", "Judged", "Stages", "explain_eplb"]
 
+MODES = ("static", "sync", "async")
 _LEAST_SPLIT = 24
 """scored rows from which on some are kept for the choice"""
 _FRESH_ROWS = 24
@@ -43,13 +44,17 @@ _FRESH_ROWS = 24
 class Ask:
     """What is asked for. redundant: counts to try (empty: legal ones up to four a rank); intervals: in steps (empty:
     what the recording can judge); policy: kind of the placement; host_ms: planning of one rebalance, None: 17 ms a
-    layer; worth: the least gain that is worth enabling EPLB for."""
+    layer; worth: the least gain that is worth enabling EPLB for. recorded: rows are steps
+    of an engine; else batches of a pool, each taken for `steps_per_row` steps. modes: which to
+    try."""
 
     redundant: tuple[int, ...] = ()
     intervals: tuple[int, ...] = ()
     policy: str = "eplb"
     host_ms: float | None = None
     worth: float = 0.01
+    recorded: bool = True
+    modes: tuple[str, ...] = MODES
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +172,7 @@ def _answer(loads: ExpertLoads, scenario: Scenario, ask: Ask, replay: Replay) ->
         persistence=kept,
         moving=next((j for j in judged if j.played is moving), None),
         skip=None if moving is None else skip_below(moving, replay),
-        warnings=_warnings(loads, replay, split),
+        warnings=_warnings(loads, replay, ask, split),
     )
 
 
@@ -194,12 +199,15 @@ def _interval_rows(replay: Replay, asked: Sequence[int]) -> list[int]:
 def _candidates(replay: Replay, ask: Ask, base: Played, choose: slice) -> list[Played]:
     """All that is tried: counts, intervals, waiting or not, and for the best of them longer windows."""
     counts = _counts(replay, ask.redundant)
-    tried = [Candidate("static", count) for count in counts]
+    wrong = sorted(set(ask.modes) - set(MODES))
+    if wrong or not ask.modes:
+        raise BadInput(f"unknown mode {', '.join(wrong)}. Known: {', '.join(MODES)}", "--mode")
+    tried = [Candidate("static", count) for count in counts if "static" in ask.modes or not replay.rows.timed]
     if replay.rows.timed:
         intervals = _interval_rows(replay, ask.intervals)
         for count in counts:
             for rows in intervals:
-                tried += [Candidate("sync", count, rows, rows), Candidate("async", count, rows, rows)]
+                tried += [Candidate(m, count, rows, rows) for m in ("sync", "async") if m in ask.modes]
     played = [p for c in tried if (p := replay.play(c)) is not None]
     if not played:
         raise BadInput(
@@ -274,10 +282,14 @@ def _bound(stages: Stages, worth: float, chosen: Judged, kept: Persistence, enab
     return "chance"
 
 
-def _warnings(loads: ExpertLoads, replay: Replay, split: bool) -> tuple[str, ...]:
+def _warnings(loads: ExpertLoads, replay: Replay, ask: Ask, split: bool) -> tuple[str, ...]:
     out = [*loads.warnings, *replay.rows.notes]
     batch = replay.base_batch
-    if loads.steps_per_row and loads.top_k:
+    if not ask.recorded:
+        out.append(
+            f"no recording: a row is one batch of the scenario's pool, taken for {replay.rows.row_steps:g} steps"
+        )
+    elif loads.steps_per_row and loads.top_k:
         recorded = loads.tokens_per_step or 0.0
         if abs(recorded / batch.tokens - 1) > 0.25:
             out.append(

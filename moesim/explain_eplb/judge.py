@@ -28,6 +28,9 @@ __all__ = ["Gain", "Persistence", "Skip", "block_rows", "compare_gain", "persist
 _DRAWS = 1000
 _LEAST_BLOCKS = 6
 _MOST_LAG = 0.97
+_LEAST_PERIODS = 8
+_SHARES = (0.1, 0.3, 0.5, 0.7)
+"""quantiles of utilisation that are tried as thresholds"""
 
 
 class Gain(NamedTuple):
@@ -143,40 +146,58 @@ def persistence(rows: Rows, lag_rows: int) -> Persistence:
 
 
 class Skip(NamedTuple):
-    """Rebalances of a candidate one by one: mean over max load before [P], ns that the new map saves until the next
-    one, less what it costs [P]; and the utilisation from which on skipping them saves most (1: never skip)."""
+    """A threshold of utilisation (mean over max load of ranks, executed since the last time of asking) from which on a
+    rebalance is skipped, 1: never; chosen on the first half of the periods. Of the second half: times that one was due
+    and skipped, and the gain in tokens a second over never skipping."""
 
-    utilisation_P: FloatArray
-    net_ns_P: FloatArray
     threshold: float
-
-    @property
-    def idle(self) -> int:
-        """Rebalances that cost more than they saved."""
-        return int((self.net_ns_P < 0).sum())
-
-    @property
-    def skipped(self) -> int:
-        """Rebalances that the threshold leaves out."""
-        return int((self.utilisation_P >= self.threshold).sum())
+    due: int
+    skipped: int
+    gain: float
 
 
-def skip_below(played: Played, replay: Replay) -> Skip:
-    """What each rebalance of `played` brought against going on with the map before it."""
-    period = played.candidate.interval_rows
-    maps = replay.maps(played.candidate)
+def skip_below(played: Played, replay: Replay) -> Skip | None:
+    """Replay `played` with thresholds; None where it has fewer than eight periods."""
+    period, steps = played.candidate.interval_rows, replay.rows.row_steps
+    maps = replay.maps(played.candidate, played.lag_rows)
+    periods = len(maps)
+    if periods < _LEAST_PERIODS:
+        return None
     count = replay.batches(played.batch.tokens)[replay.start :]
-    old = replay.prices.layers(replay.slot_counts(maps[:-1], count[period:], period), played.batch.tokens)
-    new = played.times
-    saved_R = (old.exchange + old.experts) - (new.exchange + new.experts)[period:]
-    edges = np.arange(0, len(saved_R), period)
-    steps = replay.rows.row_steps
-    net_P = np.add.reduceat(saved_R, edges) * steps - played.stall_ns
-    before = new.utilisation[: len(edges) * period]
-    rows_P = np.diff(np.append(np.arange(0, len(before), period), len(before)))
-    used_P = np.add.reduceat(before, np.arange(0, len(before), period)) / rows_P
-    order = np.argsort(-used_P)
-    lost = np.concatenate([[0.0], np.cumsum(net_P[order])])  # skipping the k best used ones loses their net
-    best = int(np.argmin(lost))
-    threshold = 1.0 if best == 0 else float(used_P[order[best - 1]])
-    return Skip(used_P, net_P, threshold)
+    own = sum(played.batch.own_ns.values())
+    known: dict[tuple[int, int], tuple[float, float]] = {}
+
+    def seen(at: int, when: int) -> tuple[float, float]:
+        """ns of all steps of period `when` under map `at`, and the mean utilisation."""
+        if (at, when) not in known:
+            part = count[when * period : (when + 1) * period]
+            slots = replay.slot_counts(maps[at : at + 1], part, len(part))
+            times = replay.prices.layers(slots, played.batch.tokens)
+            ns = float((own + times.exchange + times.experts).sum()) * steps
+            known[at, when] = ns, float(times.utilisation.mean())
+        return known[at, when]
+
+    def run(threshold: float) -> tuple[FloatArray, IntArray]:
+        """ns of each period, and whether it began with a new map."""
+        spent, moved, at = [seen(0, 0)[0]], [1], 0
+        for when in range(1, periods):
+            due = seen(at, when - 1)[1] < threshold
+            at = when if due else at
+            spent.append(seen(at, when)[0] + (played.stall_ns if due else 0.0))
+            moved.append(int(due))
+        return np.array(spent), np.array(moved)
+
+    always = run(1.0)[0]
+    first, second = slice(1, periods // 2), slice(periods // 2, None)
+    used = np.array([seen(when, when)[1] for when in range(periods)])
+    tried = {round(float(x), 2) for x in np.quantile(used, _SHARES)} | {
+        round(float(used.min()) * x, 2) for x in (0.8, 0.9)
+    }
+    threshold = min(sorted(tried | {1.0}, reverse=True), key=lambda u: run(u)[0][first].sum())
+    spent, moved = run(threshold)
+    return Skip(
+        threshold,
+        len(moved[second]),
+        int((moved[second] == 0).sum()),
+        float(always[second].sum() / spent[second].sum() - 1),
+    )

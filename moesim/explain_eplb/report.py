@@ -117,16 +117,7 @@ def _costs(answer: Answer) -> dict[str, Any]:
 
 
 def _skip(answer: Answer) -> dict[str, Any] | None:
-    skip = answer.skip
-    if skip is None or not len(skip.net_ns_P):
-        return None
-    return {
-        "rebalances": len(skip.net_ns_P),
-        "not_worth_it": skip.idle,
-        "threshold": skip.threshold,
-        "skipped_at_threshold": skip.skipped,
-        "mean_utilisation": float(skip.utilisation_P.mean()),
-    }
+    return None if answer.skip is None else answer.skip._asdict()
 
 
 def engine_flags(answer: Answer) -> dict[str, str]:
@@ -296,8 +287,9 @@ def _cost_lines(report: dict[str, Any]) -> list[str]:
             f" {move['stall_ms']:,.0f} ms, the new map is in use after {move['in_use_after_steps']:,} steps",
         ]
     if skip is not None:
-        told = f"{skip['not_worth_it']} of {skip['rebalances']} rebalances cost more than they saved"
+        told = "no rebalance is worth skipping"
         if skip["threshold"] < 1:
-            told += f"; skip at a mean/max load of {skip['threshold']:.2f} and above ({skip['skipped_at_threshold']})"
+            told = f"skip rebalances at a mean/max load of {skip['threshold']:.2f} and above: {skip['skipped']} of"
+            told += f" {skip['due']} fewer, {_percent(skip['gain'])} tokens/s"
         out.append(told)
     return out

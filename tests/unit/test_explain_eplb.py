@@ -197,6 +197,7 @@ def test_moves_are_all_slots(tmp_path: Path) -> None:
     [
         ({}, Ask(redundant=(3,)), "num_redundant_experts = 0, 8 or 16"),
         ({"top_k": 2}, Ask(), "2 experts a token"),
+        ({}, Ask(modes=("sometimes",)), "unknown mode sometimes"),
         ({}, Ask(intervals=(7,)), "cannot be judged on rows of 200 steps"),
     ],
 )
@@ -379,6 +380,24 @@ def later_gain(loads: ExpertLoads, answer: Answer) -> float:
     assert base is not None
     assert other is not None
     return compare_gain(base, other, slice(None), 0).value
+
+
+def test_rebalances_of_what_stays_even_are_skipped_and_needed_ones_are_not(tmp_path: Path) -> None:
+    """Popularity that never changes needs no second map; one that changes in every period needs them all."""
+    place, ask = deployment(tmp_path), Ask(redundant=(8,), intervals=(STEPS * 4,), host_ms=50)
+    kept = explain_eplb(steady(128), place, ask).skip
+    assert kept is not None
+    assert kept.due == 12
+    assert kept.skipped >= 11
+    assert kept.gain > 0
+    changing = recording(np.stack([zipf(row // 4) for row in range(128)]))
+    fresh = Ask(redundant=(8,), intervals=(STEPS,), host_ms=1)
+    needed = explain_eplb(changing, place, fresh).skip
+    assert needed is not None
+    assert needed.gain >= 0
+    assert (
+        needed.due / 2 < needed.due - needed.skipped + needed.due / 4
+    )  # a quarter of the periods begins with a change
 
 
 def test_dispatch_of_the_scenario_is_used(tmp_path: Path) -> None:
