@@ -377,7 +377,7 @@ def test_too_large_a_dispatch_cap_is_infeasible_and_told_which_fits(tmp_path: Pa
             )
         )  # fmt: skip
 
-    # 64 experts' 32,768 rows, sent with 520 bytes (bf16, 8 of least and greatest) and received with 528 (a header), twice
+    # 64 experts' 32,768 rows twice, sent with 520 bytes (bf16, least and greatest), received with 528 (a header)
     refused = run(32768, 0.03)
     assert not refused.feasible
     assert f"exchange_buffers {2 * (64 * 32768 * (520 + 528) + 256) + 128:,} B" in refused.reasons[0]
