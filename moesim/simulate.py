@@ -150,7 +150,7 @@ class RunResult:
             "time_share": self._time_share(),
             "links": self._links(),
             "rebalance": self._rebalance(),
-            **({} if (overlap := self._overlap()) is None else {"overlap": overlap}),
+            "overlap": self._overlap(),
             "memory": self._memory(),
             "drops": self._drops(),
             "routing": self._routing(),
