@@ -260,6 +260,71 @@ def compare(
         raise typer.Exit(Infeasible.exit_code)
 
 
+_explain = typer.Typer(
+    help="Answer a question about a deployment: is it worth it, and why.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+app.add_typer(_explain, name="explain")
+
+
+@_explain.callback()
+def _explain_options() -> None:
+    """A group, also while it has one command."""
+
+
+@_explain.command()
+def eplb(
+    cluster: Annotated[
+        str, typer.Option(help="A scenario file, or a device profile with --model and --ep.", metavar="FILE|DEVICE")
+    ],
+    dump: Annotated[
+        Path | None, typer.Option(help="A recording of expert loads; without: the scenario's routing.", metavar="FILE")
+    ] = None,
+    fmt: Annotated[str | None, typer.Option("--format", help="Of the recording.", metavar="NAME")] = None,
+    steps_per_row: Annotated[
+        int | None, typer.Option(help="Steps that a row stands for, where no file says it.", min=1, metavar="N")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model.", metavar="NAME")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Servers.", min=1, metavar="N")] = None,
+    ep: Annotated[int | None, typer.Option(help="Expert-parallel ranks.", min=1, metavar="N")] = None,
+    dp: Annotated[
+        int | None, typer.Option(help="Data-parallel ranks; EP / TP if not given.", min=1, metavar="N")
+    ] = None,
+    tp: Annotated[int | None, typer.Option(help="Tensor-parallel ranks of attention.", min=1, metavar="N")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(help="Of a request.", min=1, metavar="N")] = None,
+    output_tokens: Annotated[int | None, typer.Option(help="Of a request.", min=1, metavar="N")] = None,
+    redundant: Annotated[
+        list[int] | None, typer.Option(help="Redundant experts to try. May be repeated.", min=0, metavar="N")
+    ] = None,
+    interval: Annotated[
+        list[int] | None, typer.Option(help="Steps between rebalances to try. May be repeated.", min=1, metavar="N")
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="Placement to try.", metavar="KIND")] = None,
+    host_ms: Annotated[
+        float | None, typer.Option(help="Planning of a rebalance on the host.", min=0, metavar="MS")
+    ] = None,
+    worth: Annotated[float, typer.Option(help="Least gain worth having, in percent.", min=0, max=100)] = 1.0,
+    overrides: _Set = None,
+    plugin: _Plugin = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Is expert load balancing worth enabling for this traffic, how, at what cost, and why."""
+    _load_plugins(plugin)
+    from moesim.explain_eplb import Ask, explain_eplb, render, to_json
+    from moesim.explain_eplb.deployment import Deployment, placement_kind, read_loads
+    from moesim.results import json_text
+
+    given = Deployment(cluster, model, nodes, tp, dp, ep, prompt_tokens, output_tokens, tuple(overrides or ()))
+    scenario = given.scenario()
+    _notes(scenario.warnings)
+    kind = placement_kind(scenario, policy)
+    ask = Ask(tuple(redundant or ()), tuple(interval or ()), kind, host_ms, worth / 100)
+    report = to_json(explain_eplb(read_loads(scenario, dump, fmt, steps_per_row), scenario, ask))
+    sys.stdout.write(json_text(report) if as_json else render(report))
+
+
 @app.command()
 def place(
     dump: Annotated[
@@ -276,7 +341,7 @@ def place(
     cluster: Annotated[
         Path | None, typer.Option(help="A scenario, for its model, nodes and what experts cost there.", metavar="FILE")
     ] = None,
-    policy: Annotated[str, typer.Option(help="The placement, such as eplb.", metavar="KIND")] = "eplb",
+    policy: Annotated[str, typer.Option(help="The placement, such as eplb.", metavar="KIND")] = "eplb_swap",
     parameters: Annotated[
         list[str] | None,
         typer.Option("--set", help="A parameter of it, such as num_redundant_experts=32.", metavar="KEY=VALUE"),
@@ -285,6 +350,13 @@ def place(
         str, typer.Option("--emit", help="Write files for these: sglang,trtllm,vllm,vllm-ascend.", metavar="ENGINE,...")
     ] = "",
     out: Annotated[Path | None, typer.Option(help="The folder for the files.", metavar="DIR")] = None,
+    current: Annotated[
+        Path | None,
+        typer.Option(help="A map in use (SGLang, TensorRT-LLM, vllm-ascend) to compare with.", metavar="FILE"),
+    ] = None,
+    score_on: Annotated[
+        Path | None, typer.Option(help="Score on this recording, not on a part of the first.", metavar="Y")
+    ] = None,
     held_out: Annotated[
         float | None, typer.Option(help="Share of the rows to score on, not to fit to. Default 0.5.", metavar="SHARE")
     ] = None,
@@ -303,8 +375,8 @@ def place(
 
     wanted = tuple(engine.strip() for engine in engines.split(",") if engine.strip())
     ask = Ask(
-        dump, ep, fmt, model, nodes, cluster, policy, tuple(parameters or ()), wanted, held_out, tokens_per_row,
-        seed=seed,
+        dump, ep, fmt, model, nodes, cluster, policy, tuple(parameters or ()), wanted, current, score_on,
+        held_out, tokens_per_row, seed=seed,
     )  # fmt: skip
     check_options(ask, out)
     placed = run(ask)

@@ -238,6 +238,13 @@ def _mends(model: MoEModel, cluster: Cluster, layout: Layout, engine: EngineSpec
             if fits(model, layout, smaller, slots_per_part):
                 out.append(f"Or engine.max_num_batched_tokens={tokens}.")
                 break
+    how = layout.communication
+    if layout.exchanges and how.all_to_all == "deepep_low_latency":
+        for cap in [c for c in (1024, 512, 256, 128, 64, 32, 16) if c < how.max_dispatch_tokens]:
+            less = replace(layout, communication=how.model_copy(update={"max_dispatch_tokens": cap}))
+            if fits(model, less, engine, slots_per_part):
+                out.append(f"Or communication.max_dispatch_tokens={cap}.")
+                break
     if not out:
         out.append("No single change of ranks, precision or batch size fits; use devices with more memory.")
     return out

@@ -27,7 +27,7 @@ from moesim.training.result import TrainingResult
 __all__ = ["DEFAULT_FIGURES", "FIGURES", "Figure", "Observation", "Seen", "observe"]
 
 _PARTS = 20
-_LOAD_RATIO, _WANTED, _DROPPED = 2, 7, 8  # rows of `cost.experts.MoESums.stats`
+_LOAD_RATIO, _NVLINK, _NIC, _TOKENS, _WANTED, _DROPPED = 2, 3, 4, 6, 7, 8  # rows of `cost.experts.MoESums.stats`
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 _LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "e2e": "whole request"}
 
@@ -67,6 +67,8 @@ def _figures() -> dict[str, Figure]:
             "hbm_used_bytes", "HBM at peak, GiB", "bytes", ("memory", "hbm", "used"), False, True, True, 0.1 * 2**30
         ),
         Figure("dropped_share", "dropped share", "", ("drops", "share"), False, True, False, 5e-4),
+        Figure("nvlink_bytes", "by NVLink, GiB", "bytes", ("links", "nvlink", "bytes")),
+        Figure("nic_bytes", "by NIC, GiB", "bytes", ("links", "nic", "bytes")),
         Figure("step_mean_ms", "training step, ms", "ms", ("step_ms", "mean")),
         Figure("tok_per_s", "tokens trained/s", "tokens/s", ("throughput", "tok_per_s"), True),
         Figure("mfu", "model FLOP utilisation", "share", ("mfu",), True),
@@ -145,7 +147,7 @@ def _observed(
 ) -> Observation:
     """The figures that the result has. left_out: by figure, without each part; paced: how far rates go with steps."""
     profile, summary = result.scenario.cluster.profile, result.to_json()["summary"]
-    slopes = {"throughput": -paced, "mfu": -1.0, "balance": 0.0, "memory": 0.0, "drops": 0.0}
+    slopes = {"throughput": -paced, "mfu": -1.0, "balance": 0.0, "memory": 0.0, "drops": 0.0, "links": 0.0}
     figures: dict[str, Seen] = {}
     for name, figure in FIGURES.items():
         value = _at(summary, figure.key)
@@ -196,6 +198,9 @@ def _without(result: RunResult) -> dict[str, FloatArray]:
         stats_XD, steps_D = sums
         out["max_over_mean_load"] = _left_ratio(stats_XD[_LOAD_RATIO], steps_D)
         out["dropped_share"] = _left_ratio(stats_XD[_DROPPED], stats_XD[_WANTED])
+        # copies a token, up to a constant factor: the tokens are the same for all candidates
+        out["nvlink_bytes"] = _left_ratio(stats_XD[_NVLINK], stats_XD[_TOKENS])
+        out["nic_bytes"] = _left_ratio(stats_XD[_NIC], stats_XD[_TOKENS])
     return out
 
 

@@ -19,11 +19,12 @@ import numpy as np
 from moesim.cost.operators import Operators
 from moesim.cost.placing import placement_costs, token_sample
 from moesim.errors import BadInput, Problem
-from moesim.exports import Emitted, Target, emit
+from moesim.exports import Emitted, Target, emit, load_map
 from moesim.exports.apart import keep_apart
 from moesim.layout import Layout
 from moesim.model import MoEModel
 from moesim.placement import Placement, PlacementContext, PlacementCosts, initial_map
+from moesim.placement.bound import balance_bound
 from moesim.policy import load_policy
 from moesim.results import json_text, write_texts
 from moesim.scenario.files import find_named
@@ -43,8 +44,9 @@ _CELLS = 1 << 24
 
 @dataclass(frozen=True)
 class Ask:
-    """What is asked for, as on the command line. ep None: that of `cluster`, a scenario. held_out: share of the rows
-    that is not fitted to, None: half of them where there are two, else nothing."""
+    """What is asked for, as on the command line. ep None: that of `cluster`, a scenario. current: an engine's map that
+    is in use, to compare with. score_on: another recording to score on, in place of a part of `dump`. held_out: share
+    of the rows that is not fitted to, None: half of them where there are two, else nothing."""
 
     dump: Path
     ep: int | None = None
@@ -52,9 +54,11 @@ class Ask:
     model: str | None = None
     nodes: int | None = None
     cluster: Path | None = None
-    policy: str = "eplb"
+    policy: str = "eplb_swap"
     parameters: tuple[str, ...] = ()
     engines: tuple[str, ...] = ()
+    current: Path | None = None
+    score_on: Path | None = None
     held_out: float | None = None
     tokens_per_row: int = 4096
     seed: int = 0
@@ -84,7 +88,8 @@ class Score:
 @dataclass(frozen=True, eq=False)
 class Placed:
     """The placement, and what it is worth. before: what engines start with (`before_name`). held_out: (before, after)
-    on the rows that were not fitted to, None where nothing was held out."""
+    on the rows that were not fitted to, None where nothing was held out. bound: no map of as many slots has a lower
+    `of_total` on the fitted rows, on those held out, whatever it is fitted to."""
 
     loads: ExpertLoads
     placement: Placement
@@ -94,16 +99,26 @@ class Placed:
     context: PlacementContext
     before_name: str
     fitted_rows: int
+    scored_rows: int
+    scored_source: str
     fitted: tuple[Score, Score]
     held_out: tuple[Score, Score] | None
+    bound: tuple[float, float | None]
     warnings: tuple[str, ...]
 
     def to_json(self, emitted: Sequence[Emitted] = ()) -> dict[str, Any]:
         """The report."""
         loads, placement = self.loads, self.placement
         pairs = {"fitted": self.fitted, "held_out": self.held_out}
+        bounds = dict(zip(pairs, self.bound, strict=True))
         scores = {
-            name: None if pair is None else {"before": pair[0].to_json(), "after": pair[1].to_json()}
+            name: None
+            if pair is None
+            else {
+                "before": pair[0].to_json(),
+                "after": pair[1].to_json(),
+                "bound_of_total": round(bounds[name] or 1.0, 6),
+            }
             for name, pair in pairs.items()
         }
         return {
@@ -112,6 +127,8 @@ class Placed:
                 "source": loads.source,
                 "rows": loads.num_rows,
                 "rows_fitted": self.fitted_rows,
+                "rows_scored": self.scored_rows,
+                "scored_source": self.scored_source,
                 "layers": loads.num_layers,
                 "experts": loads.num_experts,
                 "in_time_order": loads.ordered,
@@ -157,10 +174,22 @@ def score(placement: Placement, loads: ExpertLoads) -> Score:
     )
 
 
-def _before(loads: ExpertLoads, context: PlacementContext, slots: int) -> tuple[Placement, str]:
-    """What engines start with: experts in order without replicas or, where ranks do not divide them, in order with as
-    many replicas as the placement has."""
+def _bound(placement: Placement, loads: ExpertLoads) -> float:
+    """Mean over layers of what no map with as many slots can do better on the sum of the rows."""
+    filled = int(placement.held_LS.sum(axis=1).max(initial=0))
+    return float(balance_bound(loads.total_LE, filled, placement.num_ranks).mean())
+
+
+def _before(
+    ask: Ask, loads: ExpertLoads, model: MoEModel | None, context: PlacementContext, slots: int
+) -> tuple[Placement, str]:
+    """The map in use, or what engines start with: experts in order without replicas or, where ranks do not divide them,
+    in order with as many replicas as the placement has."""
     experts, ranks = loads.num_experts, context.num_ranks
+    if ask.current is not None:
+        assert loads.layer_index is not None
+        moe_layers = loads.layer_index if model is None else model.moe_layers
+        return load_map(ask.current, experts, ranks, loads.layer_index, moe_layers), f"as in {ask.current.name}"
     if experts % ranks == 0:
         return context.placement(np.tile(initial_map(experts, experts), (loads.num_layers, 1)), experts), "in order"
     slots = max(slots, experts + -experts % ranks)
@@ -175,16 +204,11 @@ def place(ask: Ask) -> Placed:
     """Read the recording, fit, score. Raises BadInput with what cannot be read, does not agree, or is not legal."""
     scenario = None if ask.cluster is None else load_scenario(ask.cluster)
     model, name = _model(ask, scenario)
-    loads = load_expert_loads(
-        ask.dump,
-        ask.fmt,
-        tokens_per_row=ask.tokens_per_row,
-        num_experts=None if model is None else model.num_experts,
-    )
+    loads = _recording(ask, ask.dump, model)
     warnings = list(loads.warnings) + ([] if scenario is None else list(scenario.warnings))
-    layer_index = _agree(loads, model)
-    loads = replace(loads, layer_index=layer_index)
-    fit, rest = _split(loads, ask.held_out)
+    layer_index = loads.layer_index
+    assert layer_index is not None
+    fit, rest = _parts(ask, loads, model)
     context = _context(ask, scenario, model, fit)
     if scenario is not None and context.costs is None:
         warnings.append(
@@ -200,11 +224,11 @@ def place(ask: Ask) -> Placed:
         placement, moved = keep_apart(placement, fit.total_LE)
         if moved:
             warnings.append(f"{moved} slots changed places, so that no rank holds an expert twice (vllm-ascend).")
-    before, before_name = _before(loads, context, placement.num_slots)
+    before, before_name = _before(ask, loads, model, context, placement.num_slots)
     complete, numbers, note = _complete(placement, layer_index, model)
     if note:
         warnings.append(note)
-    if rest is not None and not loads.ordered:
+    if rest is not None and ask.score_on is None and not loads.ordered:
         warnings.append("rows are not in time order: the held-out rows are others, not later ones.")
     layers = model.num_layers if model is not None else loads.model_layers
     return Placed(
@@ -216,8 +240,11 @@ def place(ask: Ask) -> Placed:
         context=context,
         before_name=before_name,
         fitted_rows=fit.num_rows,
+        scored_rows=0 if rest is None else rest.num_rows,
+        scored_source="" if rest is None else rest.source,
         fitted=(score(before, fit), score(placement, fit)),
         held_out=None if rest is None else (score(before, rest), score(placement, rest)),
+        bound=(_bound(placement, fit), None if rest is None else _bound(placement, rest)),
         warnings=tuple(dict.fromkeys(warnings)),
     )
 
@@ -227,6 +254,14 @@ def _model(ask: Ask, scenario: Scenario | None) -> tuple[MoEModel | None, str]:
     if ask.model is not None:
         return load_model(find_named(ask.model, "workloads/models", Path(), "--model", "model")), ask.model
     return (None, "MODEL") if scenario is None else (scenario.model, scenario.model.name)
+
+
+def _recording(ask: Ask, path: Path, model: MoEModel | None) -> ExpertLoads:
+    """A recording whose layers have the model's numbers."""
+    experts = None if model is None else model.num_experts
+    fmt = ask.fmt if path == ask.dump else None
+    loads = load_expert_loads(path, fmt, tokens_per_row=ask.tokens_per_row, num_experts=experts)
+    return replace(loads, layer_index=_agree(loads, model))
 
 
 def _agree(loads: ExpertLoads, model: MoEModel | None) -> tuple[int, ...]:
@@ -251,8 +286,20 @@ def _agree(loads: ExpertLoads, model: MoEModel | None) -> tuple[int, ...]:
     return loads.layer_index
 
 
-def _split(loads: ExpertLoads, held_out: float | None) -> tuple[ExpertLoads, ExpertLoads | None]:
-    """What is fitted to, and what is held out."""
+def _parts(ask: Ask, loads: ExpertLoads, model: MoEModel | None) -> tuple[ExpertLoads, ExpertLoads | None]:
+    """What is fitted to, and what is scored: another recording, or the rows held out of this one."""
+    held_out = ask.held_out
+    if ask.score_on is not None:
+        if held_out is not None:
+            raise BadInput("the other recording is what is held out; leave --held-out out", "--score-on")
+        other = _recording(ask, ask.score_on, model)
+        if other.num_experts != loads.num_experts or other.layer_index != loads.layer_index:
+            raise BadInput(
+                f"{other.source} has {other.num_layers} layers of {other.num_experts} experts, {loads.source}"
+                f" {loads.num_layers} of {loads.num_experts}, or others of the model; they are of one model",
+                "--score-on",
+            )
+        return loads, other
     if held_out is None:
         held_out = 0.5 if loads.num_rows > 1 else 0.0
     if not 0 <= held_out < 1:
@@ -290,7 +337,8 @@ def _costs(scenario: Scenario, model: MoEModel | None, ep: int) -> PlacementCost
         return None
     stream = build_requests(scenario.requests, scenario.base, scenario.seed)
     mean_tokens = float(stream.prompt_tokens.mean()), float(stream.output_tokens.mean())
-    layout = Layout.of(model, scenario.cluster, parallel.tp, parallel.dp, parallel.ep)
+    degrees = (parallel.tp, parallel.dp, parallel.ep)
+    layout = Layout.of(model, scenario.cluster, *degrees, scenario.communication)
     ops = Operators(scenario.cluster.profile, scenario.engine.cuda_graph)
     return placement_costs(model, scenario.cluster, layout, scenario.engine, ops, mean_tokens)
 
@@ -346,15 +394,16 @@ def render(placed: Placed, emitted: Sequence[Emitted] = ()) -> str:
         f"{placed.kind}{parameters}: {loads.num_layers} layers of {loads.num_experts} experts in {placement.num_slots}"
         f" slots on {placement.num_ranks} ranks, {_nodes(placed.context.num_nodes)} ({placement.slots_per_rank} a rank,"
         f" {placed.target.redundant} redundant)",
-        f"fitted to {placed.fitted_rows} of {loads.num_rows} rows of {loads.source}",
+        f"fitted to {placed.fitted_rows} of {loads.num_rows} rows of {loads.source}"
+        + (f", scored on {placed.scored_rows} of {placed.scored_source}" if placed.held_out else ""),
         "",
         f"{'largest over mean load of a rank':<33} {'before':>14} {'after':>8}",
     ]
     if placed.held_out is None:
         lines.append("  held out: nothing, so what it is worth on other traffic is not known")
     else:
-        lines += _rows("held out", placed.held_out)
-    lines += _rows("fitted", placed.fitted)
+        lines += _rows("held out", placed.held_out, placed.bound[1] or 1.0, placed.scored_rows)
+    lines += _rows("fitted", placed.fitted, placed.bound[0], placed.fitted_rows)
     lines.append(f"before: experts {placed.before_name}. The fitted rows are those it was made for: no claim.")
     for one in emitted:
         lines += ["", f"{one.engine}: {one.file}", *(f"  {line}" for line in one.command.splitlines())]
@@ -366,14 +415,16 @@ def _nodes(number: int) -> str:
     return f"{number} node" + ("s" if number != 1 else "")
 
 
-def _rows(name: str, pair: tuple[Score, Score]) -> list[str]:
+def _rows(name: str, pair: tuple[Score, Score], bound: float, number: int) -> list[str]:
     before, after = pair
     rows = [
         ("each step", before.of_steps, after.of_steps),
         ("in lockstep", before.lockstep, after.lockstep),
         ("all steps together", before.of_total, after.of_total),
     ]
-    return [f"  {f'{name}, {what}':<31} {b:14.3f} {a:8.3f}" for what, b, a in rows]
+    lines = [f"  {f'{name}, {what}':<31} {b:14.3f} {a:8.3f}" for what, b, a in rows]
+    lines[-1] += f"   (proven bound {bound:.3f})"
+    return lines if number > 1 else lines[-1:]
 
 
 def check_options(ask: Ask, out: Path | None) -> None:

@@ -79,7 +79,7 @@ def _wrapped(label: str) -> str:
 
 def _panel(panel: Any, name: str, fits: list[dict[str, Any]], labels: list[str]) -> None:
     known = FIGURES[name]
-    scale = 1 / 2**30 if name == "hbm_used_bytes" else 1.0
+    scale = 1 / 2**30 if name.endswith("_bytes") else 1.0
     for i, candidate in enumerate(fits):
         row = candidate["figures"][name]
         if row is None:

@@ -170,7 +170,7 @@ def _unfit(console: Console, report: dict[str, Any]) -> None:
 
 def shown(value: float, name: str) -> str:
     """A figure as text, in the unit of its label."""
-    if name == "hbm_used_bytes":
+    if name.endswith("_bytes"):
         return f"{value / _GIB:.1f}"
     if name == "dropped_share":
         return _percent(value)

@@ -27,7 +27,7 @@ from moesim_kernels.fit.model import profile_yaml
 from scipy.optimize import isotonic_regression, least_squares
 
 from moesim.cost.swaps import knee
-from moesim.hardware import Curve
+from moesim.hardware import ASSUMED, Curve
 
 OUT = Path(__file__).resolve().parents[2] / "hw_profiles"
 NODE = "comm/sglang/0.5.12/wideep_deepep_"
@@ -89,7 +89,7 @@ def curve(key: tuple[str, int], size: np.ndarray, ns: np.ndarray, model: np.ndar
 
 
 def shared_curve(
-    key: tuple[str, int], size: np.ndarray, ns: np.ndarray, model: Callable[[np.ndarray], np.ndarray], source: int
+    key: tuple[str | int, ...], size: np.ndarray, ns: np.ndarray, model: Callable[[np.ndarray], np.ndarray], source: int
 ) -> tuple[Curve, np.ndarray]:
     """One residual for many shapes, smoothed over knots two octaves apart, and what is left of each point. model: ns of
     sizes."""
@@ -233,21 +233,27 @@ def pairwise(wheel: Wheel, fits: Fits, nvlink: float, latency: float, table: str
     return curves, miss
 
 
-def rings(wheel: Wheel, nvlink: float, latency: float, table: str) -> Fits:
-    """Launch and NVLink efficiency of NCCL's gather and scatter inside a node."""
+def rings(wheel: Wheel, nvlink: float, latency: float, table: str) -> tuple[Fits, dict[str, list[Curve]]]:
+    """NCCL's gather and scatter inside a node; sizes are one rank's part."""
     fits: Fits = {}
+    curves: dict[str, list[Curve]] = {}
     whole = wheel.read(table)
     for op in ("all_gather", "reduce_scatter"):
         t = pick(whole, (whole["op_name"] == op) & (whole["nccl_dtype"] == "half"))
         ranks = t["num_gpus"].astype(float)
-        port, ns = t["message_size"] * 2.0 * (1 - 1 / ranks), t["latency"] * 1e6
+        part, ns = t["message_size"] * 2.0 / ranks, t["latency"] * 1e6
 
-        def model(p: np.ndarray, ranks: np.ndarray = ranks, port: np.ndarray = port) -> np.ndarray:
-            return np.asarray(p[0] + latency * np.log2(ranks) + port / (nvlink * p[1]))
+        def model(p: np.ndarray, part: np.ndarray = part, ranks: Any = ranks) -> np.ndarray:
+            return np.asarray(p[0] + latency * np.log2(ranks) + part * (ranks - 1) / (nvlink * p[1]))
 
         p = solve(model, ns, [3e3, 0.7], [1e3, 0.1])
         fits[op] = {"launch_ns": p[0], "nvlink_eff": min(p[1], 1.0)}
-    return fits
+        curves[op] = []
+        for r in sorted(set(ranks.tolist())):
+            at = ranks == r
+            found, _ = shared_curve((int(r),), part[at], ns[at], partial(model, p, ranks=r), 0)
+            curves[op].append(found)
+    return fits, curves
 
 
 def sigma(absolute: list[float]) -> float:
@@ -287,6 +293,44 @@ def measured(path: str) -> None:
         print(kind, {k: float(f"{v:.5g}") for k, v in values.items()})
 
 
+DATASHEETS = {"b200_sxm": "2.29.2", "h200_sxm": "2.29.2", "a100_sxm_80gb": "2.27.3"}
+"""profile -> NCCL's version"""
+MARK = "fits:  # links alone, by benchmarks/profiles/fit_exchange.py; from tables of this device, one node of 8\n"
+
+
+def datasheet(path: str, name: str) -> None:
+    """Rewrite the links of a datasheet profile, on one node; assumed, as the profile says of all it gives."""
+    wheel, file = Wheel(path, name.removesuffix("_80gb")), OUT / f"{name}.yaml"
+    text = file.read_text()
+    node = yaml.safe_load(text)["node"]
+    nvlink, latency = float(node["nvlink_gb_per_s"]), node["nvlink_latency_us"] * 1e3
+    nccl = f"comm/nccl/{DATASHEETS[name]}/nccl_perf.parquet"
+    fits, curves = rings(wheel, nvlink, latency, nccl)
+    curves["all_to_all"] = pairwise(wheel, fits, nvlink, latency, nccl)[0]
+    if not name.startswith("a100"):  # DeepEP needs Hopper
+        own, found, _ = inside(wheel, nvlink, latency)
+        fits |= own
+        curves["all_to_all"] += found
+    assumed = {
+        op: [Curve(c.key, "", c.axes, c.log_ratio, np.full(len(c.log_ratio), ASSUMED), 0) for c in found]
+        for op, found in curves.items()
+    }
+    write_curves(OUT / f"{name}.links.json", assumed)
+    lines = []
+    for op, values in sorted(fits.items()):
+        lines.append(f"  {op}:\n")
+        lines += [f"    {key}: {float(f'{value:.5g}')}\n" for key, value in values.items()]
+    lines.append(f"curves: [{name}.links.json]\n")
+    head, _, tail = text.partition("fits:")
+    if tail:
+        tail = tail[tail.index("provenance:") :]
+    else:
+        head, _, tail = text.partition("provenance:")
+        tail = "provenance:" + tail
+    write_whole(file, head + MARK + "".join(lines) + tail)
+    print(name, {op: {k: float(f"{v:.4g}") for k, v in values.items()} for op, values in sorted(fits.items())})
+
+
 PROVENANCE = (
     "python benchmarks/profiles/fit_exchange.py: DeepEP normal kernels on 1, 2, 4 nodes, low-latency kernels on 1, 2, "
     "4, 8, NCCL on one; across nodes NCCL, 2DH and DeepEP V2 are assumed"
@@ -294,3 +338,5 @@ PROVENANCE = (
 
 if __name__ == "__main__":
     measured(sys.argv[1])
+    for sheet in DATASHEETS:
+        datasheet(sys.argv[1], sheet)

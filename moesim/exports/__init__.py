@@ -10,17 +10,29 @@ Legend as in `moesim.placement`.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import ModuleType
 
 from moesim.errors import BadInput, Problem
 from moesim.placement import Placement
+from moesim.scenario.yamlio import read_text
 
-__all__ = ["ENGINES", "Emitted", "Target", "emit", "full_slots"]
+__all__ = ["ENGINES", "Emitted", "Target", "emit", "full_slots", "load_map"]
 
-ENGINES = ("sglang", "trtllm", "vllm", "vllm-ascend")
+_WRITER = re.compile(rb"^FILE = ", re.MULTILINE)
+
+
+def _engines() -> tuple[str, ...]:
+    """Names of the files of this folder that have a `FILE`, with - for _."""
+    files = Path(__file__).parent.glob("[a-z]*.py")
+    return tuple(sorted(f.stem.replace("_", "-") for f in files if _WRITER.search(f.read_bytes())))
+
+
+ENGINES = _engines()
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +83,32 @@ def full_slots(target: Target, engine: str) -> None:
             f" {target.redundant}",
             f"--emit {engine}",
         )
+
+
+def load_map(
+    path: Path, num_experts: int, num_ranks: int, layer_index: Sequence[int], moe_layers: Sequence[int]
+) -> Placement:
+    """The placement of the layers `layer_index` in a file of SGLang, TensorRT-LLM or vllm-ascend.
+
+    moe_layers: all MoE layers of the model, by which vllm-ascend's rows are counted. Raises BadInput for what the
+    engine would refuse, and where a layer is not in the file.
+    """
+    text, where = read_text(path), str(path)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        placement, numbers = _module("trtllm").read(text, num_experts, num_ranks, where)
+    elif '"layer_list"' in text:
+        placement, numbers = _module("vllm-ascend").read(text, num_experts, where), tuple(moe_layers)
+    else:
+        placement = _module("sglang").read(text, num_experts, num_ranks, None, where)
+        numbers = tuple(range(placement.num_layers))
+    missing = sorted(set(layer_index) - set(numbers[: placement.num_layers]))
+    if missing or placement.num_ranks != num_ranks:
+        problem = f"layer {missing[0]} is not in it" if missing else f"it is for {placement.num_ranks} ranks"
+        raise BadInput(
+            f"{problem}; the recording has layers {layer_index[0]} to {layer_index[-1]}, --ep {num_ranks}", where
+        )
+    rows = [numbers.index(layer) for layer in layer_index]
+    return Placement(placement.slot_to_expert_LS[rows], num_experts, num_ranks)
 
 
 def _module(engine: str) -> ModuleType:

@@ -19,8 +19,11 @@ from moesim.rng import generator
 
 __all__ = [
     "alternate",
+    "bin_loads",
+    "check_sizes",
     "contiguous_ranks",
     "crossing_cost",
+    "crossing_rows",
     "descend",
     "distance",
     "load_shares",
@@ -35,6 +38,8 @@ NEAR_COST, FAR_COST = 1.0, 2.0
 """of a crossing inside a node and between nodes: what ExFlow's evaluation counts (arXiv:2401.08383, its code)"""
 _GAIN = 1e-12
 _SWAPS = 10_000
+_LARGE, _KEPT = 1 << 18, 2
+"""of transitions [L - 1, E, E] with more entries, only the best starts are improved"""
 
 
 def load_shares(weight_LE: FloatArray) -> FloatArray:
@@ -85,6 +90,18 @@ def rank_of(placement: Placement) -> IntArray:
     return (placement.first_slot_LE // placement.slots_per_rank).astype(np.int64)
 
 
+def check_sizes(experts: int, ctx: PlacementContext, uneven: bool) -> None:
+    """Raises BadInput where ranks do not divide the experts, unless they need not."""
+    if uneven or experts % ctx.num_ranks == 0:
+        return
+    legal = ", ".join(str(g) for g in range(1, experts + 1) if experts % g == 0)
+    raise BadInput(
+        "a placement by affinity gives every expert one slot and every rank equally many, so that the ranks must divide"
+        f" the experts: experts={experts}, ranks={ctx.num_ranks}. Use {legal} ranks, or set uneven: true, with which"
+        " some ranks hold one expert fewer and leave that slot empty."
+    )
+
+
 def placement_of(rank_LE: IntArray, ctx: PlacementContext) -> Placement:
     """The placement of an assignment: experts of a rank in increasing order, empty slots where it holds fewer."""
     layers, experts = rank_LE.shape
@@ -126,13 +143,6 @@ def spread(share_LE: FloatArray, rank_LE: IntArray, bins: int) -> float:
 # ------------------------------------------------------------------------------------------- one layer
 
 
-def _places(experts: int, bins: int) -> tuple[IntArray, IntArray]:
-    """The bin of each of M places, and how many of the M - E fillers each may take; a filler fills the place that a
-    bin with fewer experts leaves."""
-    room = -(-experts // bins)
-    return np.repeat(np.arange(bins), room), np.full(bins, int(room * bins > experts))
-
-
 def transport(cost_EG: FloatArray) -> IntArray:
     """The cheapest assignment of experts to bins of equal size: [E]. Kuhn-Munkres over places (scipy)."""
     experts, bins = cost_EG.shape
@@ -156,42 +166,50 @@ def layer_cost(rank_E: IntArray, cost_EG: FloatArray, share_E: FloatArray, weigh
 
 
 def descend(rank_E: IntArray, cost_EG: FloatArray, share_E: FloatArray, weight: float) -> IntArray:
-    """Exchange two experts of different bins, the pair that gains most first, until none gains: [E].
+    """Exchange experts of different bins, the pairs that gain most first, until none gains: [E].
 
     The cost is sum_e cost[e, rank_e] + weight * G * sum_g load_g^2; with shares that add up to 1 the latter is weight
-    times (1 + the variance of the loads over their squared mean).
+    times (1 + the variance of the loads over their squared mean). Exchanges made together touch different bins, so that
+    each gains what it gains alone.
     """
     experts, bins = cost_EG.shape
-    place_bin, one_filler = _places(experts, bins)
-    fillers = len(place_bin) - experts
+    room = -(-experts // bins)
+    fillers = room * bins - experts  # stand in the places that stay empty, one a bin at most
     cost = np.concatenate([cost_EG, np.zeros((fillers, bins))])
     share = np.concatenate([share_E, np.zeros(fillers)])
     size_G = np.bincount(rank_E, minlength=bins)
-    bin_M = np.concatenate([rank_E, np.flatnonzero(size_G < len(place_bin) // bins)[:fillers]]).astype(np.int64)
+    bin_M = np.concatenate([rank_E, np.flatnonzero(size_G < room)[:fillers]]).astype(np.int64)
     load_G = np.bincount(bin_M, weights=share, minlength=bins)
     each = np.arange(len(bin_M))
     lighter_MM = share[:, None] - share
     filler_M = each >= experts
     for _ in range(_SWAPS):
-        here = cost[each, bin_M]
-        there = cost[:, bin_M] - here[:, None]
+        there = cost[:, bin_M] - cost[each, bin_M][:, None]
         gain = there + there.T
         if weight:
             load_M = load_G[bin_M]
             gain += (2 * weight * bins) * lighter_MM * (lighter_MM - (load_M[:, None] - load_M))
         if fillers:
-            full_G = np.zeros(bins, bool)
-            full_G[bin_M[filler_M]] = one_filler[bin_M[filler_M]] > 0
-            blocked = filler_M[:, None] & ~filler_M & full_G[bin_M]
+            has_filler_G = np.zeros(bins, bool)
+            has_filler_G[bin_M[filler_M]] = True
+            blocked = filler_M[:, None] & ~filler_M & has_filler_G[bin_M]
             gain[blocked | blocked.T] = np.inf
-        best = int(gain.argmin())
-        one, other = divmod(best, len(bin_M))
-        if gain[one, other] >= -_GAIN:
+        partner_M = gain.argmin(axis=1)
+        best_M = gain[each, partner_M]
+        if best_M.min() >= -_GAIN:
             break
-        lighter = share[one] - share[other]
-        load_G[bin_M[one]] -= lighter
-        load_G[bin_M[other]] += lighter
-        bin_M[one], bin_M[other] = bin_M[other], bin_M[one]
+        used_G = np.zeros(bins, bool)
+        for one in np.argsort(best_M, kind="stable").tolist():
+            other = int(partner_M[one])
+            if best_M[one] >= -_GAIN:
+                break
+            here, away = int(bin_M[one]), int(bin_M[other])
+            if used_G[here] or used_G[away]:
+                continue
+            used_G[here] = used_G[away] = True
+            load_G[here] -= lighter_MM[one, other]
+            load_G[away] += lighter_MM[one, other]
+            bin_M[one], bin_M[other] = away, here
     return bin_M[:experts].copy()
 
 
@@ -214,14 +232,14 @@ def alternate(
     cost_GG: FloatArray,
     weight: float,
     starts: int,
-    seed: int,
     key: int = 0,
 ) -> IntArray:
     """Assign layer after layer for the neighbours as they are, forward and backward, until nothing gains: [L, E].
 
     Minimises the mean cost of a transition + `weight` * `spread`. Starts: experts in order, and `starts` seeded ones
-    whose first layer is drawn and whose others follow it; all go there and back once, then the best goes on. share_LEE:
-    `transitions`, share_LE: loads, rows adding up to 1, cost_GG [G, G], symmetric. key: tells draws of one seed apart.
+    whose first layer is drawn and whose others follow it; all (of large problems the best two of those drawn) go there
+    and back once, then the best goes on. share_LEE: `transitions`, share_LE: loads, rows adding up to 1, cost_GG
+    [G, G], symmetric. key: tells draws apart.
     """
     layers, experts = share_LE.shape
     bins = len(cost_GG)
@@ -246,21 +264,20 @@ def alternate(
 
     def chained(start: int) -> IntArray:
         rank_LE = np.empty((layers, experts), np.int64)
-        order = generator(seed, "placement/affinity", key, start).permutation(experts)
+        order = generator(0, "placement/affinity", key, start).permutation(experts)
         for layer in range(layers):
             if not layer:
                 rank_LE[0, order] = contiguous_ranks(1, experts, bins)[0]
             else:
                 rank_LE[layer] = transport(cost_EG(rank_LE, layer, last=False))
-            if weight:
-                cost = cost_EG(rank_LE, layer, last=False)
-                rank_LE[layer] = descend(rank_LE[layer], cost, share_LE[layer], per_layer)
         return rank_LE
 
     if not layers or bins == 1:
         return contiguous_ranks(layers, experts, bins)
-    found = [sweep(s) for s in (contiguous_ranks(layers, experts, bins), *map(chained, range(starts)))]
-    best = min(found, key=value)
+    drawn = list(map(chained, range(starts)))
+    if share_LEE.size > _LARGE:
+        drawn = sorted(drawn, key=value)[:_KEPT]
+    best = min(map(sweep, (contiguous_ranks(layers, experts, bins), *drawn)), key=value)
     reached = value(best)
     while True:
         best = sweep(best)

@@ -21,6 +21,7 @@ from moesim.placement.crossings import (
     FAR_COST,
     NEAR_COST,
     alternate,
+    check_sizes,
     contiguous_ranks,
     crossing_cost,
     distance,
@@ -36,10 +37,12 @@ __all__ = ["Policy", "inside", "staged"]
 
 class Policy(Spec):
     """stages: `nodes_first` as in the paper, `together` minimises both kinds of crossings at once. starts: drawn ones
-    of each stage. No expert is replicated."""
+    of each stage. uneven: where ranks do not divide the experts, some have an empty slot; false refuses
+    that. No expert is replicated."""
 
     stages: Literal["nodes_first", "together"] = "nodes_first"
-    starts: Annotated[int, Field(ge=0, le=1000)] = 8
+    starts: Annotated[int, Field(ge=0, le=1000)] = 16
+    uneven: bool = True
 
     def place(self, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Placement:
         """See `moesim.placement.PlacementPolicy.place`. Without a sample of tokens, layers count as independent.
@@ -50,10 +53,11 @@ class Policy(Spec):
         share_LEE, load_LE = transitions(weight_LE, ctx), load_shares(weight_LE)
         cost_GG = distance(ctx)
         layers, experts = weight_LE.shape
+        check_sizes(experts, ctx, self.uneven)
         if layers and self.stages == "nodes_first" and staged(experts, ctx):
             found = self._by_stages(share_LEE, load_LE, ctx)
         else:
-            found = alternate(share_LEE, load_LE, cost_GG, 0.0, self.starts, ctx.seed)
+            found = alternate(share_LEE, load_LE, cost_GG, 0.0, self.starts)
         plain = contiguous_ranks(layers, experts, ctx.num_ranks)
         best = min((found, plain), key=lambda rank_LE: crossing_cost(share_LEE, rank_LE, cost_GG))
         return placement_of(best, ctx)
@@ -67,12 +71,12 @@ class Policy(Spec):
         """Nodes, then the ranks of each node for the experts that it got."""
         nodes = ctx.rank_to_node[-1] + 1
         each = ctx.num_ranks // nodes
-        node_LE = alternate(share_LEE, load_LE, _apart(nodes), 0.0, self.starts, ctx.seed)
+        node_LE = alternate(share_LEE, load_LE, _apart(nodes), 0.0, self.starts)
         rank_LE = np.empty_like(node_LE)
         for node in range(nodes):
             mine_LM, sub_LMM = inside(share_LEE, node_LE, node)
             load_LM = np.take_along_axis(load_LE, mine_LM, axis=1)
-            found_LM = alternate(sub_LMM, load_LM, _apart(each), 0.0, self.starts, ctx.seed, 1 + node)
+            found_LM = alternate(sub_LMM, load_LM, _apart(each), 0.0, self.starts, 1 + node)
             np.put_along_axis(rank_LE, mine_LM, found_LM + node * each, axis=1)
         return rank_LE
 

@@ -26,6 +26,7 @@ from moesim.placement.crossings import (
     FAR_COST,
     NEAR_COST,
     bin_loads,
+    check_sizes,
     contiguous_ranks,
     descend,
     distance,
@@ -47,17 +48,20 @@ _TIE = 1e-6
 
 class Policy(Spec):
     """far_cost: price of a token's way between nodes over that inside one; None: by the deployment's links (2 where
-    nobody told them). starts: drawn ones of stage 2. No expert is replicated."""
+    nobody told them). starts: drawn ones of stage 2. uneven: where ranks do not divide the experts, some have an
+    empty slot; false refuses that. No expert is replicated."""
 
     far_cost: Annotated[float, Field(gt=0, le=1e6)] | None = None
     starts: Annotated[int, Field(ge=0, le=1000)] = 4
+    uneven: bool = True
 
     def place(self, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Placement:
         """See `moesim.placement.PlacementPolicy.place`. Without a sample of tokens, layers count as independent."""
         weight_LE = check_weights(weight_LE)
+        check_sizes(weight_LE.shape[1], ctx, self.uneven)
         cluster_LE = clusters(load_shares(weight_LE), ctx.num_ranks)
         flow_LCC = cluster_flows(transitions(weight_LE, ctx), cluster_LE, ctx.num_ranks)
-        rank_LC = to_ranks(flow_LCC, link_prices(ctx, self.far_cost), len(weight_LE), self.starts, ctx.seed)
+        rank_LC = to_ranks(flow_LCC, link_prices(ctx, self.far_cost), len(weight_LE), self.starts)
         return placement_of(np.take_along_axis(rank_LC, cluster_LE, axis=1), ctx)
 
     def objective(self, placement: Placement, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> FloatArray:
@@ -141,7 +145,7 @@ def dearest(flow_LCC: FloatArray, rank_LC: IntArray, price_GG: FloatArray) -> fl
     return total
 
 
-def to_ranks(flow_LCC: FloatArray, price_GG: FloatArray, layers: int, starts: int, seed: int) -> IntArray:
+def to_ranks(flow_LCC: FloatArray, price_GG: FloatArray, layers: int, starts: int) -> IntArray:
     """The rank of each cluster, one each a layer: [L, C]."""
     bins = len(price_GG)
     away = price_GG[~np.eye(bins, dtype=bool)]
@@ -155,7 +159,7 @@ def to_ranks(flow_LCC: FloatArray, price_GG: FloatArray, layers: int, starts: in
 
     first = [np.broadcast_to(np.arange(bins), (layers, bins)).copy(), _followed(flow_LCC, layers)]
     for start in range(starts):
-        rng = generator(seed, "placement/moetuner", start)
+        rng = generator(0, "placement/moetuner", start)
         first.append(np.stack([rng.permutation(bins) for _ in range(layers)]))
     best = min((_sweep(rank_LC, flow_LCC, price_GG) for rank_LC in first), key=value)
     while True:

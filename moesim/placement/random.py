@@ -24,6 +24,7 @@ class Policy(Spec):
     """`num_redundant_experts`: slots beyond one an expert. `seed`: another map for the same seed of the scenario."""
 
     uses_traffic: ClassVar[bool] = False
+    draws: ClassVar[bool] = True
 
     num_redundant_experts: Annotated[int, Field(ge=0, le=1 << 20)] = 0
     seed: Annotated[int, Field(ge=0, le=1 << 62)] = 0

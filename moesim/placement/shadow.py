@@ -63,7 +63,7 @@ class Policy(Spec):
         table_LGQ = np.full((layers, ranks, room), EMPTY, np.int64)
         held_LGQ = np.take_along_axis(held_LGE, first_LGQ, axis=2)
         table_LGQ[:, :, : held_LGQ.shape[2]][held_LGQ] = first_LGQ[held_LGQ]
-        return ctx.placement(table_LGQ.reshape(layers, -1), experts)
+        return ctx.placement(table_LGQ.reshape(layers, ranks * room), experts)
 
     def objective(self, placement: Placement, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Floats:
         """Modelled ns of each layer, [L]; a shadow is an expert with a replica on every rank."""

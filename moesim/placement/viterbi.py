@@ -22,6 +22,7 @@ from moesim.placement import Placement, PlacementContext, check_weights
 from moesim.placement.crossings import (
     FAR_COST,
     NEAR_COST,
+    check_sizes,
     crossing_cost,
     crossing_rows,
     distance,
@@ -42,18 +43,21 @@ _CELLS = 1 << 23
 
 class Policy(Spec):
     """balance_weight: as of `affinity`, 0 by default: crossings alone. near_cost, far_cost: of a crossing inside a node
-    and between nodes. Exact for the sum of both."""
+    and between nodes. uneven: where ranks do not divide the experts, some have an empty slot; false
+    refuses that. Exact for the sum of both."""
 
     exact: ClassVar[bool] = True
 
     balance_weight: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     near_cost: Annotated[float, Field(gt=0, le=1e6)] = NEAR_COST
     far_cost: Annotated[float, Field(gt=0, le=1e6)] = FAR_COST
+    uneven: bool = True
 
     def place(self, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Placement:
         """See `moesim.placement.PlacementPolicy.place`. Raises BadInput above MAX_STATES assignments a layer."""
         weight_LE = check_weights(weight_LE)
         layers, experts = weight_LE.shape
+        check_sizes(experts, ctx, self.uneven)
         count = state_count(experts, ctx.num_ranks)
         if count > MAX_STATES:
             raise BadInput(

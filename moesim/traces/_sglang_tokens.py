@@ -97,7 +97,7 @@ def _joined(
         layers, tokens, _ = dump["topk_ids"].shape
         sizes = {int(dump["tokens"].sum()), tokens, len(dump["input_ids"]), len(dump["positions"])}
         records = {len(dump[name]) for name in ("tokens", "forward_mode", "extends", "forward_pass_id", "rank")}
-        whole = dump["tokens"].min() >= 0 and dump["extends"].min() >= 0
+        whole = bool((dump["tokens"] >= 0).all() and (dump["extends"] >= 0).all())
         if layers != len(map_LP) or len(sizes) > 1 or len(records) > 1 or not whole:
             raise bad(path, "the records' tokens do not fit together. Convert the .pt file again.")
         if dump["extends"].sum() != len(dump["extend_tokens"]):

@@ -5,7 +5,9 @@ Formats: `routing` (moesim's routing traces), `counts` (per-layer counts), and t
 
 from __future__ import annotations
 
+import functools
 import importlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from moesim.traces import routing_counts, routing_npz
 from moesim.workload.loads import MAX_CELLS, ExpertLoads
 from moesim.workload.pool import RoutingSource, count_steps
 
-__all__ = ["FORMATS", "ReadOptions", "from_tokens", "load_expert_loads", "recognise"]
+__all__ = ["FORMATS", "ReadOptions", "engine_formats", "from_tokens", "load_expert_loads", "recognise"]
 
 
 @dataclass(frozen=True)
@@ -80,22 +82,30 @@ def from_tokens(source: RoutingSource, tokens_per_row: int, model_layers: int = 
 
 
 FORMATS: dict[str, Callable[[Path, ReadOptions], ExpertLoads]] = {"routing": _routing, "counts": _counts}
-"""Formats read here; the engines' are modules of this folder with `recognise(path)` and `read(path, options)`."""
-ENGINES = ("sglang_recorder", "vllm_routed_experts", "trtllm_statistics")
+"""Formats read here. The engines' are the modules of this folder with `recognise(path)` and `read(path, options)`."""
+_READER = re.compile(rb"^def recognise\b", re.MULTILINE)
+
+
+@functools.cache
+def engine_formats() -> tuple[str, ...]:
+    """Names of the files of this folder that define `recognise`, but this one."""
+    files = Path(__file__).parent.glob("[a-z]*.py")
+    return tuple(sorted(f.stem for f in files if f.stem != Path(__file__).stem and _READER.search(f.read_bytes())))
 
 
 def recognise(path: Path) -> str:
     """The format of the file or folder at `path`. Raises BadInput, with the known ones, for none of them."""
     if not path.exists():
         raise BadInput("no such recording", str(path))
-    for name in ENGINES:
+    for name in engine_formats():
         if importlib.import_module(f"moesim.traces.{name}").recognise(path):
             return name
     if path.suffix.lower() == ".npz" or (path / "meta.json").is_file():
         return "routing"
     if path.suffix.lower() in (".csv", ".json"):
         return "counts"
-    raise BadInput(f"no recording of expert loads that is known: {', '.join((*FORMATS, *ENGINES))}", str(path))
+    known = ", ".join((*FORMATS, *engine_formats()))
+    raise BadInput(f"no recording of expert loads that is known: {known}", str(path))
 
 
 def load_expert_loads(
@@ -114,7 +124,7 @@ def load_expert_loads(
     name = recognise(path) if fmt is None else fmt
     if name in FORMATS:
         return FORMATS[name](path, options)
-    if name not in ENGINES:
-        raise BadInput(f"unknown format {name!r}. Known: {', '.join((*FORMATS, *ENGINES))}", str(path))
+    if name not in engine_formats():
+        raise BadInput(f"unknown format {name!r}. Known: {', '.join((*FORMATS, *engine_formats()))}", str(path))
     loads: ExpertLoads = importlib.import_module(f"moesim.traces.{name}").read(path, options)
     return loads

@@ -86,20 +86,23 @@ def read(path: Path, options: ReadOptions) -> ExpertLoads:
 
 def _kind(dump: dict[str, NDArray[Any]], file: Path) -> int:
     """The mode of one file, its arrays being those of that mode."""
-    kind = dump.get("kind")
-    if kind is None or kind.size != 1 or int(kind) not in (_STAT, _PER_PASS, _PER_TOKEN):
+    given = dump.get("kind")
+    kind = int(given.reshape(())) if given is not None and given.size == 1 and given.dtype.kind in "iu" else -1
+    if kind not in (_STAT, _PER_PASS, _PER_TOKEN):
         raise bad(file, "no `kind` of recording in it. Convert the .pt file again.")
-    needed = ["logical_count"] if int(kind) == _STAT else ["global_physical_count", "last_physical_to_logical_map"]
-    if int(kind) != _STAT:
+    needed = ["logical_count"] if kind == _STAT else ["global_physical_count", "last_physical_to_logical_map"]
+    if kind != _STAT:
         needed += ["forward_pass_id", "rank"]
-    if int(kind) == _PER_TOKEN:
+    if kind == _PER_TOKEN:
         needed += ["topk_ids", "tokens", "input_ids", "positions", "forward_mode", "extend_tokens", "extends"]
     for name in needed:
         if name not in dump or dump[name].ndim != _SHAPES.get(name, 1) or dump[name].dtype.kind not in "iu":
-            raise bad(
-                file, f"{name}: integers with {_SHAPES.get(name, 1)} axes are needed. Convert the .pt file again."
-            )
-    return int(kind)
+            axes = _SHAPES.get(name, 1)
+            raise bad(file, f"{name}: integers with {axes} axes are needed. Convert the .pt file again.")
+    records = {len(dump[name]) for name in ("global_physical_count", "forward_pass_id", "rank") if kind != _STAT}
+    if len(records) > 1:
+        raise bad(file, f"records of different numbers, {sorted(records)}. Convert the .pt file again.")
+    return kind
 
 
 # ------------------------------------------------------------------------------------------------------------- stat

@@ -142,7 +142,10 @@ def _sequences(path: Path) -> tuple[list[NDArray[Any]], list[NDArray[np.uint8]],
             shape, left = ids.shape[1:], left - ids.size
             if left < 0:
                 raise bad(path, f"over {_MOST_IDS} ids. Split the file.")
-            arrays.append((ids, phase))
+            prompt = _prompt_tokens(response, len(ids)) if phase else 0
+            if prompt:  # later versions send prompt and answer as one array
+                arrays.append((ids[:prompt], 0))
+            arrays.append((ids[prompt:], phase))
         if len(arrays) > 1 and arrays[0][1] == 0:  # the prompt and what the first choice says after it
             joined = np.concatenate([arrays[0][0], arrays[1][0]])
             parts.append(joined)
@@ -151,6 +154,17 @@ def _sequences(path: Path) -> tuple[list[NDArray[Any]], list[NDArray[np.uint8]],
         parts += [ids for ids, _ in arrays]
         phases += [np.full(len(ids), phase, np.uint8) for ids, phase in arrays]
     return parts, phases, missing
+
+
+def _prompt_tokens(response: dict[str, Any], rows: int) -> int:
+    """How many of a choice's rows are the prompt's, where no array has them alone and `usage` tells; else 0."""
+    usage = response.get("usage")
+    if response.get("prompt_routed_experts") is not None or not isinstance(usage, dict):
+        return 0
+    prompt, answer = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    if type(prompt) is not int or type(answer) is not int or len(response["choices"]) != 1:
+        return 0
+    return prompt if prompt >= 0 and rows in (prompt + answer, prompt + answer - 1) else 0
 
 
 def _responses(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -129,6 +129,13 @@ class ExpertLoads:
                 self.source,
             )
         at = min(max(round(first * self.num_rows), 1), self.num_rows - 1)
+        for part, name in ((self.count_SLE[:at], "first"), (self.count_SLE[at:], "last")):
+            idle = np.flatnonzero(~part.any(axis=(0, 2)))
+            if idle.size:
+                layer = idle[0] if self.layer_index is None else self.layer_index[idle[0]]
+                raise BadInput(
+                    f"layer {layer} has no load in the {name} {len(part)} rows; split it elsewhere", self.source
+                )
         return self.rows(0, at), self.rows(at, self.num_rows)
 
     def rows(self, first: int, last: int) -> ExpertLoads:

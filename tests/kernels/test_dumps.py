@@ -153,3 +153,14 @@ def test_packed_and_cut_off_files_are_refused_unread(tmp_path: Path, capsys: pyt
         assert dumps.main([str(file), "--into", str(tmp_path)]) == 2
         assert words in capsys.readouterr().err
     assert not list(tmp_path.glob("*.npz"))
+
+
+@pytest.mark.parametrize("device", ["cuda:3", "npu:0"])
+def test_recordings_made_on_an_accelerator_are_read_without_one(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: device)
+    code, made = run(tmp_path, {"logical_count": torch.ones(1, 2, 3, dtype=torch.int32)})
+    assert code == 0
+    with np.load(made) as arrays:
+        assert arrays["logical_count"].sum() == 6

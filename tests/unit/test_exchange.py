@@ -366,3 +366,21 @@ def test_back_ends_in_a_run(tmp_path: Path, fidelity: str) -> None:
     # a rank that gathers all tokens walks past rows of others
     assert seen["allgather_reducescatter"]["experts"] > seen["auto"]["experts"]
     assert len({ns["dispatch"] for ns in seen.values()}) >= 6
+
+
+def test_too_large_a_dispatch_cap_is_infeasible_and_told_which_fits(tmp_path: Path) -> None:
+    def run(cap: int, memory: float) -> Any:
+        return simulate(
+            scenario(
+                tmp_path, parallel={"dp": 8, "ep": 8}, engine={"gpu_memory_utilization": memory},
+                communication={"all_to_all": "deepep_low_latency", "max_dispatch_tokens": cap},
+            )
+        )  # fmt: skip
+
+    # 64 experts' 32,768 rows, sent with 520 bytes (bf16, 8 of least and greatest) and received with 528 (a header), twice
+    refused = run(32768, 0.03)
+    assert not refused.feasible
+    assert f"exchange_buffers {2 * (64 * 32768 * (520 + 528) + 256) + 128:,} B" in refused.reasons[0]
+    mend = next(reason for reason in refused.reasons if "max_dispatch_tokens" in reason)
+    assert mend == "Or communication.max_dispatch_tokens=1024."
+    assert run(1024, 0.03).feasible

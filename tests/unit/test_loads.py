@@ -55,6 +55,13 @@ def test_a_split_parts_rows_and_tokens_alike(share: float) -> None:
     np.testing.assert_array_equal(joined, pool().expert_TLK)
 
 
+def test_a_part_without_load_is_refused() -> None:
+    count = np.ones((4, 2, 3), int)
+    count[2:, 1] = 0
+    with pytest.raises(BadInput, match="layer 9 has no load in the last 2 rows"):
+        ExpertLoads(count, "made", layer_index=(4, 9)).split(0.5)
+
+
 def test_one_row_cannot_be_split() -> None:
     with pytest.raises(BadInput, match="one row"):
         loads(1).split(0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,30 @@ def test_the_verb_prints_json_and_loads_plugins(
     assert report["held_out"]["after"]["of_steps"] > 1
     assert report["recording"]["rows_fitted"] == 2
     assert "note: no model is named" in said.err
+
+
+@pytest.mark.parametrize("engine", ["sglang", "trtllm", "vllm-ascend"])
+def test_a_map_in_use_is_what_before_means(tmp_path: Path, engine: str) -> None:
+    ask = Ask(trace(tmp_path / "a.npz"), 8, model=MODEL, parameters=("num_redundant_experts=8",), engines=(engine,))
+    placed = place(ask)
+    file = write(placed, [engine], tmp_path / "maps")[0].file
+    again = place(replace(ask, current=tmp_path / "maps" / file))
+    assert again.fitted[0] == placed.fitted[1]
+    assert again.before_name == f"as in {file}"
+    with pytest.raises(BadInput, match=r"ranks|multiple of"):
+        place(replace(ask, ep=16, current=tmp_path / "maps" / file))
+
+
+def test_another_recording_is_scored_on(tmp_path: Path) -> None:
+    first, second = trace(tmp_path / "a.npz"), trace(tmp_path / "b.npz", seed=1)
+    ask = Ask(first, 8, model=MODEL, score_on=second, tokens_per_row=100)
+    placed = place(ask)
+    assert placed.held_out is not None
+    assert (placed.fitted_rows, placed.scored_rows, placed.scored_source) == (6, 6, "b.npz")
+    itself = place(replace(ask, score_on=first))
+    assert itself.held_out == itself.fitted
+    assert placed.held_out[1].of_total > itself.fitted[1].of_total
+    with pytest.raises(BadInput, match="leave --held-out out"):
+        place(replace(ask, held_out=0.5))
+    with pytest.raises(BadInput, match="they are of one model"):
+        place(replace(ask, model=None, score_on=trace(tmp_path / "c.npz", tokens=9, layers=3)))

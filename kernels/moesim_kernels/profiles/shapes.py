@@ -314,7 +314,7 @@ def measured_shapes(profile: DeviceProfile, op: str) -> list[Shape]:
     if op not in AXES:
         return []
     found: dict[Shape, Curve] = {}
-    for curve in profile.curves.get(op, ()):
+    for curve in _priced_curves(profile, op):
         key = (curve.key[-1],) if op == "all_to_all" else curve.key
         found.setdefault(Shape(op, key, _batch(op, curve)), curve)
     main = {key: i for i, key in enumerate(_MAIN.get(op, ()))}
@@ -323,6 +323,12 @@ def measured_shapes(profile: DeviceProfile, op: str) -> list[Shape]:
         return main.get(shape.key, len(main)), -found[shape].log_ratio.size, repr(shape.key)
 
     return sorted(found, key=rank)
+
+
+def _priced_curves(profile: DeviceProfile, op: str) -> list[Curve]:
+    """Curves of what the operator's own call prices: of exchanges DeepEP's two kernels inside a node."""
+    curves = list(profile.curves.get(op, ()))
+    return [c for c in curves if c.key[0] in ("normal", "ll")] if op == "all_to_all" else curves
 
 
 def _batch(op: str, curve: Curve) -> int:
@@ -357,7 +363,7 @@ def _diverse(shapes: list[Shape]) -> list[Shape]:
 def knots(profile: DeviceProfile, op: str) -> dict[Key, FloatArray]:
     """Measured sizes along the axis of every shape of `op` that has a curve."""
     sizes: dict[Key, set[float]] = {}
-    for curve in profile.curves.get(op, ()):
+    for curve in _priced_curves(profile, op):
         key = (curve.key[-1],) if op == "all_to_all" else curve.key
         sizes.setdefault(key, set()).update(curve.axes[-1].tolist())
     return {key: np.array(sorted(found)) for key, found in sizes.items()}

@@ -52,7 +52,6 @@ def counts(ranks: int = 3, steps: int = 4, experts: int = 6, seed: int = 0) -> A
 def test_ranks_add_up_and_layers_keep_their_numbers(tmp_path: Path) -> None:
     given = counts()
     assert recognise(folder(tmp_path, given)) == "trtllm_statistics"
-    (tmp_path / "rank0_raw.safetensors").write_bytes(b"ids, not counts")
     loads = load_expert_loads(tmp_path)
     np.testing.assert_array_equal(loads.count_SLE, given.sum(axis=0))
     assert (loads.layer_index, loads.top_k, loads.recorded_ranks, loads.ordered) == ((3, 4), 2, 3, True)
@@ -129,4 +128,52 @@ def test_statistics_that_do_not_fit_together_are_refused(tmp_path: Path) -> None
     (tmp_path / "rank0.safetensors").unlink()
     (tmp_path / "meta_info.json").write_text('{"num_experts": 6}')
     with pytest.raises(BadInput, match="0 files rank"):
+        load_expert_loads(tmp_path)
+
+
+def with_ids(path: Path, sizes: tuple[tuple[int, ...], ...] = ((3, 0, 5), (2, 4, 0)), experts: int = 6) -> Any:
+    """A folder of counts and the ids they come from, by rank and iteration; the ids [T, L, K] in that order."""
+    rng = np.random.default_rng(2)
+    ids = {
+        (rank, step): np.array([[rng.permutation(experts)[:2] for _ in range(2)] for _ in range(n)], int).reshape(
+            n, 2, 2
+        )
+        for rank, row in enumerate(sizes)
+        for step, n in enumerate(row)
+    }
+    count = np.zeros((len(sizes), len(sizes[0]), 2, experts), int)
+    for (rank, step), part in ids.items():
+        for layer in range(2):
+            count[rank, step, layer] = np.bincount(part[:, layer].ravel(), minlength=experts)
+    folder(path, count)
+    for rank, row in enumerate(sizes):
+        tensors = {f"{100 + s}_{3 + i}": ids[rank, s][:, i].astype("i4") for s in range(len(row)) for i in range(2)}
+        safetensors(path / f"rank{rank}_raw.safetensors", tensors)
+    return np.concatenate([ids[r, s] for s in range(len(sizes[0])) for r in range(len(sizes))])
+
+
+def test_raw_ids_become_tokens(tmp_path: Path) -> None:
+    expected = with_ids(tmp_path)
+    loads = load_expert_loads(tmp_path)
+    assert loads.tokens is not None
+    assert loads.row_tokens_S is not None
+    np.testing.assert_array_equal(loads.tokens.expert_TLK, expected)
+    assert loads.row_tokens_S.tolist() == [5, 4, 5]
+    assert loads.tokens_per_step == pytest.approx(14 / 3)
+    first, _ = loads.split(0.4)
+    assert first.tokens is not None
+    np.testing.assert_array_equal(first.tokens.count_LE(), first.total_LE)
+
+
+def test_raw_ids_that_are_not_the_counts_are_refused(tmp_path: Path) -> None:
+    with_ids(tmp_path)
+    raw = tmp_path / "rank0_raw.safetensors"
+    safetensors(raw, {f"100_{layer}": np.array([[0, 1]], "i4") for layer in (3, 4)})
+    with pytest.raises(BadInput, match="do not add up to the counts"):
+        load_expert_loads(tmp_path)
+    safetensors(raw, {"100_3": np.array([[0, 1]], "i4")})
+    with pytest.raises(BadInput, match="as many in every layer"):
+        load_expert_loads(tmp_path)
+    safetensors(raw, {f"100_{layer}": np.array([[0, 6]], "i4") for layer in (3, 4)})
+    with pytest.raises(BadInput, match="id 6"):
         load_expert_loads(tmp_path)

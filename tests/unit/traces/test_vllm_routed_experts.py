@@ -122,3 +122,13 @@ def test_lying_npy_sizes_and_broken_json_are_refused(tmp_path: Path) -> None:
 def test_counts_in_json_are_not_taken_for_responses(tmp_path: Path) -> None:
     assert recognise(written(tmp_path, {"3": [1, 2]})) == "counts"
     assert recognise(written(tmp_path, [[1, 2]])) == "counts"
+
+
+@pytest.mark.parametrize("answer", [3, 4])  # the last token generated has no pass of its own
+def test_prompt_and_answer_in_one_array_are_parted_by_usage(tmp_path: Path, answer: int) -> None:
+    data = response(None, ids(8, 0)) | {"usage": {"prompt_tokens": 5, "completion_tokens": answer}}
+    source = load_expert_loads(written(tmp_path, data)).tokens
+    assert source is not None
+    assert source.phase_T is not None
+    assert source.phase_T.tolist() == [0] * 5 + [1] * 3
+    assert source.num_sequences == 1

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from moesim.arrays import FloatArray, IntArray
 from moesim.errors import BadInput
-from moesim.placement import EMPTY, Placement, PlacementContext, check_weights
+from moesim.placement import EMPTY, Placement, PlacementContext, check_weights, slot_count
 from moesim.placement.crossings import contiguous_ranks, descend, load_shares
 from moesim.placement.eplb import replicate
 from moesim.spec import Spec
@@ -30,8 +30,9 @@ _MOST_PACKED = 40_000
 
 
 class Policy(Spec):
-    """num_redundant_experts: slots beyond one an expert; where ranks do not divide the slots, a rank holds at most one
-    more than another, and some stay empty. Copies of an expert share its load evenly and may share a rank.
+    """num_redundant_experts: slots beyond one an expert, all filled. uneven: ranks need not divide the slots; a rank
+    then holds at most as many as the fullest must, and some stay empty. Copies of an expert share its load evenly and
+    may share a rank.
 
     tolerance: gaps up to this share of the load are left. deterministic_time: the solver's, a layer (about seconds).
     """
@@ -39,6 +40,7 @@ class Policy(Spec):
     exact: ClassVar[bool] = True
 
     num_redundant_experts: Annotated[int, Field(ge=0, le=1 << 20)] = 0
+    uneven: bool = False
     tolerance: Annotated[float, Field(ge=0, le=1)] = 1e-4
     deterministic_time: Annotated[float, Field(gt=0, le=1e6)] = 2.0
 
@@ -58,6 +60,8 @@ class Policy(Spec):
         weight_LE = check_weights(weight_LE)
         share_LE, (layers, experts) = load_shares(weight_LE), weight_LE.shape
         slots, ranks = experts + self.num_redundant_experts, ctx.num_ranks
+        if not self.uneven:
+            slot_count(experts, self.num_redundant_experts, ranks)
         if slots < ranks:
             raise BadInput(
                 f"every rank needs an expert: experts={experts} + num_redundant_experts={self.num_redundant_experts}"
@@ -96,7 +100,7 @@ class Policy(Spec):
 
 
 class _Packed(NamedTuple):
-    """Copies of experts and the rank of each, [S] or fewer."""
+    """Copies of experts and the rank of each, [S]."""
 
     expert_S: IntArray
     rank_S: IntArray
@@ -179,7 +183,7 @@ def _solved(
             total = total + count * here
     peak = model.new_int_var(0, int(2 * unit), "")
     model.add_hint(peak, max(start_G))
-    model.add(total <= slots)
+    model.add(total == slots)
     for rank in range(ranks):
         model.add(size_G[rank] <= room)
         model.add(load_G[rank] <= (load_G[rank - 1] if rank else peak))

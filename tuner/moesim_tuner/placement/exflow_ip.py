@@ -20,6 +20,7 @@ from moesim.placement.crossings import (
     FAR_COST,
     NEAR_COST,
     alternate,
+    check_sizes,
     contiguous_ranks,
     crossing_cost,
     distance,
@@ -50,14 +51,15 @@ _MOST_ROWS = 400_000
 
 
 class Policy(Spec):
-    """stages: as of `exflow`. deterministic_time: the solver's, for each programme (about seconds). starts: of the
-    heuristic that gives the hint. Optimal where it says so, for one node or both stages together."""
+    """stages, uneven: as of `exflow`. deterministic_time: the solver's, for each programme (about seconds). starts: of
+    the heuristic that gives the hint. Optimal where it says so, for one node or both stages together."""
 
     exact: ClassVar[bool] = True
 
     stages: Literal["nodes_first", "together"] = "nodes_first"
     deterministic_time: Annotated[float, Field(gt=0, le=1e6)] = 5.0
-    starts: Annotated[int, Field(ge=0, le=1000)] = 8
+    starts: Annotated[int, Field(ge=0, le=1000)] = 16
+    uneven: bool = True
 
     def place(self, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Placement:
         """See `moesim.placement.PlacementPolicy.place`."""
@@ -73,23 +75,24 @@ class Policy(Spec):
         weight_LE = check_weights(weight_LE)
         share_LEE, load_LE = transitions(weight_LE, ctx), load_shares(weight_LE)
         layers, experts = weight_LE.shape
+        check_sizes(experts, ctx, self.uneven)
         if not layers or self.stages == "together" or not staged(experts, ctx):
             cost_GG = distance(ctx)
             plain = contiguous_ranks(layers, experts, ctx.num_ranks)
-            found = alternate(share_LEE, load_LE, cost_GG, 0.0, self.starts, ctx.seed)
+            found = alternate(share_LEE, load_LE, cost_GG, 0.0, self.starts)
             hint = min((found, plain), key=lambda rank_LE: crossing_cost(share_LEE, rank_LE, cost_GG))
             rank_LE, part = self._minimise("ranks", share_LEE, cost_GG, ctx.rank_to_node, hint)
             return _solution(rank_LE, [part], share_LEE, ctx)
         nodes = ctx.rank_to_node[-1] + 1
         each = ctx.num_ranks // nodes
         apart = (FAR_COST * (1.0 - np.eye(nodes)), NEAR_COST * (1.0 - np.eye(each)))
-        hint = alternate(share_LEE, load_LE, apart[0], 0.0, self.starts, ctx.seed)
+        hint = alternate(share_LEE, load_LE, apart[0], 0.0, self.starts)
         node_LE, part = self._minimise("nodes", share_LEE, apart[0], (0,) * nodes, hint)
         parts, rank_LE = [part], np.empty_like(node_LE)
         for node in range(nodes):
             mine_LM, sub_LMM = inside(share_LEE, node_LE, node)
             load_LM = np.take_along_axis(load_LE, mine_LM, axis=1)
-            hint = alternate(sub_LMM, load_LM, apart[1], 0.0, self.starts, ctx.seed, 1 + node)
+            hint = alternate(sub_LMM, load_LM, apart[1], 0.0, self.starts, 1 + node)
             found, part = self._minimise(f"ranks of node {node}", sub_LMM, apart[1], (0,) * each, hint)
             np.put_along_axis(rank_LE, mine_LM, found + node * each, axis=1)
             parts.append(part)

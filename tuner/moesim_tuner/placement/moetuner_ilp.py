@@ -16,7 +16,7 @@ from pydantic import Field
 
 from moesim.arrays import AnyArray, FloatArray, IntArray
 from moesim.placement import Placement, PlacementContext, check_weights
-from moesim.placement.crossings import load_shares, placement_of, transitions
+from moesim.placement.crossings import check_sizes, load_shares, placement_of, transitions
 from moesim.placement.moetuner import (
     Policy as Heuristic,
 )
@@ -47,13 +47,14 @@ _MOST_ROWS = 400_000
 
 
 class Policy(Spec):
-    """far_cost, starts: as of `moetuner`. deterministic_time: the solver's, for each layer of stage 1 and for stage 2
-    (about seconds)."""
+    """far_cost, starts, uneven: as of `moetuner`. deterministic_time: the solver's, for each layer of stage 1 and for
+    stage 2 (about seconds)."""
 
     exact: ClassVar[bool] = True
 
     far_cost: Annotated[float, Field(gt=0, le=1e6)] | None = None
     starts: Annotated[int, Field(ge=0, le=1000)] = 4
+    uneven: bool = True
     deterministic_time: Annotated[float, Field(gt=0, le=1e6)] = 5.0
 
     def place(self, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Placement:
@@ -70,6 +71,7 @@ class Policy(Spec):
         parts: the layers of stage 1, then stage 2. Raises BadInput without OR-Tools.
         """
         weight_LE = check_weights(weight_LE)
+        check_sizes(weight_LE.shape[1], ctx, self.uneven)
         share_LE, ranks = load_shares(weight_LE), ctx.num_ranks
         cluster_LE = clusters(share_LE, ranks)
         parts: list[Part] = []
@@ -78,7 +80,7 @@ class Policy(Spec):
             parts.append(part)
         flow_LCC = cluster_flows(transitions(weight_LE, ctx), cluster_LE, ranks)
         price_GG = link_prices(ctx, self.far_cost)
-        rank_LC = to_ranks(flow_LCC, price_GG, len(share_LE), self.starts, ctx.seed)
+        rank_LC = to_ranks(flow_LCC, price_GG, len(share_LE), self.starts)
         rank_LC, part = self._spread(flow_LCC, price_GG, rank_LC)
         parts.append(part)
         placement = placement_of(np.take_along_axis(rank_LC, cluster_LE, axis=1), ctx)
@@ -118,7 +120,7 @@ class Policy(Spec):
             return hint_LC, part_of(name, value, value)
         # no layer can do better than with all links as cheap as the cheapest
         cheap = float(away.min()) * (1.0 - np.eye(bins))
-        least_L = [dearest(flow[None], to_ranks(flow[None], cheap, 2, 0, 0), cheap) for flow in flow_LCC]
+        least_L = [dearest(flow[None], to_ranks(flow[None], cheap, 2, 0), cheap) for flow in flow_LCC]
         cost = flow_LCC[:, :, None, :, None] * price_GG[None, None, :, None, :]
         count = int((cost > np.array(least_L)[:, None, None, None, None]).sum())
         if count > _MOST_ROWS:
