@@ -55,7 +55,7 @@ class Policy(Spec):
     empty slot; false refuses that. No expert is replicated."""
 
     far_cost: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    starts: Annotated[int, Field(ge=0, le=1000)] = 4
+    starts: Annotated[int, Field(ge=0, le=1000)] = 16
     uneven: bool = True
 
     def place(self, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Placement:
