@@ -3,6 +3,8 @@
 Scores are of planned loads: an expert's load is shared evenly by its replicas. `of_steps` is the mean over rows (steps)
 and layers of largest over mean rank load, `of_total` the same of the loads of all rows together; `lockstep` is the sum
 over layers and rows of the largest rank load over that of the mean (what ranks wait for that meet in every layer).
+`crossings`, where whole tokens are known: the share of (expert, expert of the next layer) pairs of a token that lie on
+two ranks, an expert being where its first replica is; what placements by affinity minimise.
 
 Legend as in `moesim.placement`; S rows of a recording.
 """
@@ -25,6 +27,7 @@ from moesim.layout import Layout
 from moesim.model import MoEModel
 from moesim.placement import Placement, PlacementContext, PlacementCosts, initial_map
 from moesim.placement.bound import balance_bound
+from moesim.placement.crossings import crossing_cost, rank_of, transitions
 from moesim.policy import load_policy
 from moesim.results import json_text, write_texts
 from moesim.scenario.files import find_named
@@ -73,8 +76,9 @@ class Score:
     lockstep: float
     worst: float
     worst_layer: int
+    crossings: float | None = None
 
-    def to_json(self) -> dict[str, float | int]:
+    def to_json(self) -> dict[str, float | int | None]:
         """Rounded to six digits."""
         return {
             "of_steps": round(self.of_steps, 6),
@@ -82,6 +86,7 @@ class Score:
             "lockstep": round(self.lockstep, 6),
             "worst_layer_of_total": round(self.worst, 6),
             "worst_layer": self.worst_layer,
+            "crossings": None if self.crossings is None else round(self.crossings, 6),
         }
 
 
@@ -171,7 +176,17 @@ def score(placement: Placement, loads: ExpertLoads) -> Score:
         lockstep=float(top_SL.sum() / sums_SL.sum()),
         worst=float(balance_L[worst]),
         worst_layer=index[worst],
+        crossings=_crossings(placement, loads),
     )
+
+
+def _crossings(placement: Placement, loads: ExpertLoads) -> float | None:
+    """Share of a token's steps from expert to expert that leave a rank; None without tokens or with one layer."""
+    if loads.tokens is None or loads.num_layers < 2:
+        return None
+    ranks = placement.num_ranks
+    share_LEE = transitions(loads.total_LE, PlacementContext(ranks, sample=token_sample(loads.tokens)))
+    return crossing_cost(share_LEE, rank_of(placement), 1 - np.eye(ranks))
 
 
 def _bound(placement: Placement, loads: ExpertLoads) -> float:
@@ -424,7 +439,9 @@ def _rows(name: str, pair: tuple[Score, Score], bound: float, number: int) -> li
     ]
     lines = [f"  {f'{name}, {what}':<31} {b:14.3f} {a:8.3f}" for what, b, a in rows]
     lines[-1] += f"   (proven bound {bound:.3f})"
-    return lines if number > 1 else lines[-1:]
+    if before.crossings is not None and after.crossings is not None:
+        lines.append(f"  {name + ', leaving the rank':<31} {before.crossings:14.1%} {after.crossings:8.1%}")
+    return lines if number > 1 else lines[len(rows) - 1 :]
 
 
 def check_options(ask: Ask, out: Path | None) -> None:

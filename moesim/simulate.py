@@ -12,11 +12,13 @@ import numpy as np
 
 import moesim
 from moesim.arrays import AnyArray, FloatArray
+from moesim.balancing import NearPolicy
 from moesim.cost.attention import AttentionTables
 from moesim.cost.bank import CountExperts
 from moesim.cost.dense import DenseTables, attention_shape
 from moesim.cost.deployed import Experts, exchange_copies, experts_of, moe_cost, place_passes, routing_warnings
 from moesim.cost.explain import Explanation, explain
+from moesim.cost.locality import nearness
 from moesim.cost.operators import Operators
 from moesim.cost.pricer import Pricer, Run
 from moesim.cost.rebalancing import MoveCosts, RebalancingPricer
@@ -150,7 +152,7 @@ class RunResult:
             "time_share": self._time_share(),
             "links": self._links(),
             "rebalance": self._rebalance(),
-            **({} if (overlap := self._overlap()) is None else {"overlap": overlap}),
+            "overlap": self._overlap(),
             "memory": self._memory(),
             "drops": self._drops(),
             "routing": self._routing(),
@@ -429,6 +431,7 @@ def _serve(
         run_ahead=scenario.engine.run_ahead,
         ready_ns=result.ready_ns,
         until_ns=None if scenario.engine.max_duration_s is None else s_to_ns(scenario.engine.max_duration_s),
+        near=_near(scenario, layout, experts),
     )
     began = time.perf_counter()
     outcome = run(stream, deployment, progress)
@@ -487,6 +490,22 @@ def _pricers(
         )
         for _ in range(groups)
     ]
+
+
+def _near(scenario: Scenario, layout: Layout, experts: Experts | None) -> tuple[NearPolicy, FloatArray] | None:
+    """A balancer that is told where requests' experts are, and what it is told; every replica of the deployment holds
+    the same."""
+    balancer = scenario.policies.balancer
+    if not getattr(balancer, "uses_affinity", False) or experts is None or layout.dp == 1:
+        return None
+    if experts.replay is None:
+        message = (
+            "this balancer sends requests to their experts, and at count fidelity a batch's tokens come from all ranks"
+            " alike, so that nothing would change. Set routing.fidelity to token, or choose another balancer"
+        )
+        raise BadInput(Problem("policies.balancer", message))
+    near_RD = nearness(balancer.predict, experts.replay, experts.context, experts.placement, layout)
+    return balancer, np.tile(near_RD, scenario.parallel.replicas)
 
 
 def _one_each(pricers: list[StepPricer], groups: int) -> list[Pricer]:

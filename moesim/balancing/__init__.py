@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from moesim.arrays import IntArray
+from moesim.arrays import FloatArray, IntArray
 
-__all__ = ["BalancingPolicy", "hash_64"]
+__all__ = ["BalancingPolicy", "NearPolicy", "hash_64"]
 
 _MASK_64 = (1 << 64) - 1
 
@@ -25,6 +25,19 @@ class BalancingPolicy(Protocol):
         load_D: int64 [D], waiting * 4 + running requests of each target. request: its number in the stream.
         session: its session, -1 for none. count: requests this balancer has placed before this one.
         """
+        ...
+
+
+class NearPolicy(BalancingPolicy, Protocol):
+    """A policy with `uses_affinity = True` is also told where a request's experts are, and then asked this instead."""
+
+    @property
+    def predict(self) -> str:
+        """How that is known: see `moesim.cost.locality.nearness`."""
+        ...
+
+    def pick_near(self, load_D: IntArray, near_D: FloatArray) -> int:
+        """The target in [0, D). near_D: [D], expected share of the request's activations that each target holds."""
         ...
 
 

@@ -121,8 +121,9 @@ class DenseTables:
 
     @property
     def exchanges(self) -> bool:
-        """Tokens travel to their experts by all-to-all."""
-        return self._layout.exchanges
+        """Tokens travel to their experts by all-to-all (under FSMoE's schedule to split experts, too)."""
+        fsmoe = self._layout.meets and self._layout.communication.overlap == "fsmoe"
+        return self._layout.exchanges or fsmoe
 
     def _padding(self) -> list[int]:
         """For each batch within the largest graph, the graph it runs in; [] when graphs are off."""

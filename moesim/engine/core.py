@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import simpy
 
-from moesim.arrays import IntArray
-from moesim.balancing import BalancingPolicy
+from moesim.arrays import FloatArray, IntArray
+from moesim.balancing import BalancingPolicy, NearPolicy
 from moesim.batching import BatchingPolicy
 from moesim.cost.pricer import Pricer, Run
 from moesim.engine.group import ARRIVAL, Group, Hooks
@@ -40,6 +40,8 @@ class Deployment:
     run_ahead: bool
     ready_ns: int = 0
     until_ns: int | None = None
+    near: tuple[NearPolicy, FloatArray] | None = None
+    """the balancer, where it is told which target holds how much of each request's activations [R, D]"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,10 @@ class _Simulation:
             self.target[i] = REJECTED
             self._one_less()
             return False
-        target = int(d.balancer.pick(self.load, i, int(stream.session_id[i]), self.placed))
+        if d.near is None:
+            target = int(d.balancer.pick(self.load, i, int(stream.session_id[i]), self.placed))
+        else:
+            target = int(d.near[0].pick_near(self.load, d.near[1][i]))
         self.placed += 1
         self.target[i] = target
         group, rank = divmod(target, d.ranks_per_group)

@@ -19,7 +19,9 @@ from moesim.rng import generator
 
 __all__ = [
     "alternate",
+    "better_layer",
     "bin_loads",
+    "check_sample",
     "check_sizes",
     "contiguous_ranks",
     "crossing_cost",
@@ -56,16 +58,8 @@ def transitions(weight_LE: FloatArray, ctx: PlacementContext) -> FloatArray:
     Without a sample of tokens, layers count as independent: what their loads give. Raises BadInput where the sample has
     other layers or experts than the loads.
     """
-    layers, experts = weight_LE.shape
+    check_sample(weight_LE, ctx)
     count = ctx.transition_LEE
-    if count is not None and count.shape != (max(layers - 1, 0), experts, experts):
-        assert ctx.sample is not None
-        have = (ctx.sample.expert_TLK.shape[1], ctx.sample.num_experts)
-        raise BadInput(
-            "a placement by affinity follows tokens from layer to layer, so that tokens and loads need the same layers"
-            f" and experts: the tokens have {have[0]} layers of {have[1]} experts, the loads {layers} of {experts}."
-            " Models whose layers share one set of experts need another placement, such as eplb."
-        )
     if count is None or not count.any():
         share_LE = load_shares(weight_LE)
         count = share_LE[:-1, :, None] * share_LE[1:, None, :]
@@ -88,6 +82,20 @@ def contiguous_ranks(layers: int, experts: int, bins: int) -> IntArray:
 def rank_of(placement: Placement) -> IntArray:
     """The rank of each expert's first slot: [L, E]."""
     return (placement.first_slot_LE // placement.slots_per_rank).astype(np.int64)
+
+
+def check_sample(weight_LE: FloatArray, ctx: PlacementContext) -> None:
+    """Raises BadInput where the sample of tokens, if there is one, has other layers or experts than the loads."""
+    layers, experts = weight_LE.shape
+    if ctx.sample is None:
+        return
+    have = (ctx.sample.expert_TLK.shape[1], ctx.sample.num_experts)
+    if have != (layers, experts):
+        raise BadInput(
+            "a placement by affinity follows tokens from layer to layer, so that tokens and loads need the same layers"
+            f" and experts: the tokens have {have[0]} layers of {have[1]} experts, the loads {layers} of {experts}."
+            " Models whose layers share one set of experts need another placement, such as eplb."
+        )
 
 
 def check_sizes(experts: int, ctx: PlacementContext, uneven: bool) -> None:
@@ -213,7 +221,7 @@ def descend(rank_E: IntArray, cost_EG: FloatArray, share_E: FloatArray, weight: 
     return bin_M[:experts].copy()
 
 
-def _improve(rank_E: IntArray, cost_EG: FloatArray, share_E: FloatArray, weight: float) -> IntArray:
+def better_layer(rank_E: IntArray, cost_EG: FloatArray, share_E: FloatArray, weight: float) -> IntArray:
     """A better assignment of one layer for the given neighbours, or the one given."""
     found = [transport(cost_EG)]
     if weight:
@@ -259,7 +267,7 @@ def alternate(
     def sweep(rank_LE: IntArray) -> IntArray:
         rank_LE = rank_LE.copy()
         for layer in (*range(layers), *range(layers - 2, -1, -1)):
-            rank_LE[layer] = _improve(rank_LE[layer], cost_EG(rank_LE, layer), share_LE[layer], per_layer)
+            rank_LE[layer] = better_layer(rank_LE[layer], cost_EG(rank_LE, layer), share_LE[layer], per_layer)
         return rank_LE
 
     def chained(start: int) -> IntArray:

@@ -3,9 +3,9 @@
 Stage 1, layer by layer: clusters of experts, one a rank, with the least sum of |load - mean load|. Stage 2: clusters to
 ranks, one each a layer, with the least sum over layers of the dearest pair of ranks, tokens that go from the one to the
 other times the price of their link. The paper gives both to an integer solver, as `moetuner_ilp` of the tuner does;
-here stage 1 packs heaviest first and exchanges pairs, and stage 2 goes layer by layer there and back. Where all links
-cost the same, stage 2 is exact: only which cluster follows which on a rank matters, the dearest flows go first, and the
-first one that finds its rank taken is the least possible maximum.
+here stage 1 packs heaviest first and exchanges pairs, and stage 2 goes layer by layer there and back. Up to 5 ranks
+stage 2 is exact, over all orders. So it is where all links cost the same: only which cluster follows which on a rank
+matters, the dearest flows go first, and the first one that finds its rank taken is the least possible maximum.
 
 Ours: clusters of equal size (the paper lets them differ, as long as each rank holds as many experts over all layers;
 engines load equally many a layer), prices of links as told by the deployment, and ties, which go to fewer crossings.
@@ -13,6 +13,7 @@ engines load equally many a layer), prices of links as told by the deployment, a
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated
 
 import numpy as np
@@ -44,6 +45,8 @@ __all__ = ["Policy", "cluster_flows", "clusters", "dearest", "deviation", "link_
 _GAIN = 1e-12
 _TIE = 1e-6
 """weight of all crossings beside the dearest ones: decides between equals alone"""
+_ALL_ORDERS = 5
+"""ranks up to which all orders of clusters are looked at"""
 
 
 class Policy(Spec):
@@ -52,7 +55,7 @@ class Policy(Spec):
     empty slot; false refuses that. No expert is replicated."""
 
     far_cost: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    starts: Annotated[int, Field(ge=0, le=1000)] = 4
+    starts: Annotated[int, Field(ge=0, le=1000)] = 16
     uneven: bool = True
 
     def place(self, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Placement:
@@ -153,6 +156,8 @@ def to_ranks(flow_LCC: FloatArray, price_GG: FloatArray, layers: int, starts: in
         return np.zeros((layers, bins), np.int64)
     if (away == away[0]).all():
         return _followed(flow_LCC, layers)
+    if bins <= _ALL_ORDERS:
+        return _over_orders(flow_LCC, price_GG, layers)
 
     def value(rank_LC: IntArray) -> float:
         return dearest(flow_LCC, rank_LC, price_GG)
@@ -176,6 +181,25 @@ def _followed(flow_LCC: FloatArray, layers: int) -> IntArray:
     rank_LC[0] = np.arange(bins)
     for layer, flow_CC in enumerate(flow_LCC):
         rank_LC[layer + 1, _matched(flow_CC)] = rank_LC[layer]
+    return rank_LC
+
+
+def _over_orders(flow_LCC: FloatArray, price_GG: FloatArray, layers: int) -> IntArray:
+    """The exact minimum, over all orders of the clusters in every layer (Viterbi's algorithm)."""
+    order_PC = np.array(list(itertools.permutations(range(len(price_GG)))))
+    price_PQCC = price_GG[order_PC[:, None, :, None], order_PC[None, :, None, :]]
+    value_P = np.zeros(len(order_PC))
+    before = []
+    for flow_CC in flow_LCC:
+        cost_PQCC = price_PQCC * flow_CC
+        cost_PQ = value_P[:, None] + cost_PQCC.max(axis=(2, 3)) + _TIE * cost_PQCC.sum(axis=(2, 3))
+        before.append(cost_PQ.argmin(axis=0))
+        value_P = cost_PQ.min(axis=0)
+    rank_LC = np.empty((layers, len(price_GG)), np.int64)
+    last = int(value_P.argmin())
+    for layer in range(layers - 1, -1, -1):
+        rank_LC[layer] = order_PC[last]
+        last = int(before[layer - 1][last]) if layer else last
     return rank_LC
 
 

@@ -2,9 +2,9 @@
 
 Rows are searched side by side as rows of arrays and do not see each other. A row's step swaps the slot of its fullest
 rank and the slot elsewhere that leave the smaller maximum. Where no swap helps, the row is at a local optimum: kept if
-no worse than its best, else undone, and then kicked: half the time an expert with replicas gives a slot to another,
-any or one of the fullest rank (so replica counts change), half the time two pairs of slots trade places. The budget
-counts kicks, never seconds.
+no worse than its best, else undone, and then kicked: half the time a slot changes its expert (one of the fullest rank's
+experts gets a slot of another that has several, or loses one of its own to another), half the time two pairs of slots
+trade places. The budget counts kicks, never seconds.
 
 Loads are held as whole numbers (in float64, below 2^53), so sums are exact in any order, every step is a true gain and
 nothing depends on the machine or on what experts are called.
@@ -25,8 +25,7 @@ from moesim.rng import generator
 __all__ = ["better_of", "improve", "pack_uneven"]
 
 _DRAWS = 5
-"""of 32 bits, for a kick: what kind, a slot of the fullest rank, the slot it trades with, two more slots (or the expert
-that gets a slot)"""
+"""of 32 bits, for a kick: what kind, a slot of the fullest rank, the slot it trades with, two more slots"""
 _TOTAL = 2.0**52
 """the load of a row; a rank's is at most that"""
 _GOOD = 1e-4
@@ -159,17 +158,20 @@ def _kick(state: _Rows, draw_RU: Ints, room: int) -> None:
     empty = state.weight_RE.shape[1] - 1
     row_R = np.arange(rows)
     full_R = state.load_RG.argmax(axis=1)
-    mine_RQ = state.expert_RS.reshape(rows, -1, room)[row_R, full_R]
-    fullest_R = mine_RQ[row_R, _nth(mine_RQ != empty, draw_RU[:, 1])]
-    any_R = state.expert_RS[row_R, _nth(state.expert_RS != empty, draw_RU[:, 3])]
-    needy_R = np.where(draw_RU[:, 0] < _HALF // 2, fullest_R, any_R)
-    spare_RS = (np.take_along_axis(state.count_RE, state.expert_RS, 1) > 1) & (state.expert_RS != needy_R[:, None])
-    give_R = (draw_RU[:, 0] < _HALF) & spare_RS.any(axis=1)
-    row = row_R[give_R]
-    slot = _nth(spare_RS[give_R], draw_RU[give_R, 2])
+    full_RS = np.repeat(np.arange(slots // room)[None, :] == full_R[:, None], room, axis=1)
+    held_RS = state.expert_RS != empty
+    several_RS = np.take_along_axis(state.count_RE, state.expert_RS, 1) > 1
+    takes_R = draw_RU[:, 0] < _HALF // 2  # the fullest rank's expert takes a slot, else its slot goes to another expert
+    known_R = _nth(np.where(takes_R[:, None], held_RS, several_RS) & full_RS, draw_RU[:, 1])
+    other_RS = state.expert_RS != np.take_along_axis(state.expert_RS, known_R[:, None], 1)
+    other_RS &= np.where(takes_R[:, None], several_RS, held_RS)
+    met_R = _nth(other_RS, draw_RU[:, 2])
+    giver_R, taker_R = np.where(takes_R, met_R, known_R), np.where(takes_R, known_R, met_R)
+    give_R = (draw_RU[:, 0] < _HALF) & other_RS.any(axis=1) & several_RS[row_R, giver_R] & held_RS[row_R, taker_R]
+    row, slot, needy = row_R[give_R], giver_R[give_R], state.expert_RS[row_R, taker_R][give_R]
     state.count_RE[row, state.expert_RS[row, slot]] -= 1
-    state.count_RE[row, needy_R[give_R]] += 1
-    state.expert_RS[row, slot] = needy_R[give_R]
+    state.count_RE[row, needy] += 1
+    state.expert_RS[row, slot] = needy
     first_R = full_R * room + (draw_RU[:, 1] * room >> 32)
     _trade(state.expert_RS, ~give_R, first_R, draw_RU[:, 2] * slots >> 32, room, empty)
     _trade(state.expert_RS, ~give_R, draw_RU[:, 3] * slots >> 32, draw_RU[:, 4] * slots >> 32, room, empty)

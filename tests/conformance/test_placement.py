@@ -45,6 +45,8 @@ COSTS = PlacementCosts(
     request_kv_bytes=float(1 << 22),
     requests=2000,
 )
+WHOLE = ("contiguous", "round_robin", "random", "eplb", "eplb_swap", "lina")
+"""want equally many slots on every rank (eplb_swap unless told otherwise)"""
 WITHOUT_LABELS = ("eplb", "eplb_swap")
 """what experts are called changes nothing but the names in the map"""
 
@@ -74,6 +76,8 @@ def policy(kind, redundant=0, **parameters):
     value = {"kind": kind, **parameters}
     if has(kind, "num_redundant_experts"):
         value["num_redundant_experts"] = redundant
+    if has(kind, "deterministic_time"):  # solvers keep every promise with little time, but that of the optimum
+        value["deterministic_time"] = 0.02
     return load_policy("placement", value)
 
 
@@ -83,21 +87,25 @@ def place(kind, weight, redundant, ranks, nodes=1, groups=1, **parameters):
 
 
 def slots_of(kind, experts, redundant, ranks):
-    """Slots that a policy with these parameters fills, None where the map itself decides; skips what it must refuse."""
+    """Slots that a policy with these parameters fills, None where the map itself decides."""
     if promises(kind, "chooses_slots"):
         return None
-    slots = experts + (redundant if has(kind, "num_redundant_experts") else 0)
-    if slots % ranks:
-        pytest.skip("without redundant experts the ranks do not divide the slots, which is another test")
-    return slots
+    return experts + (redundant if has(kind, "num_redundant_experts") else 0)
 
 
-def placed(kind, weight, redundant, ranks, nodes=1, groups=1):
-    """The map; skipped where an exact method says that the case is too large for it."""
+def slow(kind):
+    """A solver: held to the same promises on fewer and smaller cases."""
+    return has(kind, "deterministic_time")
+
+
+def placed(kind, weight, redundant, ranks, nodes=1, groups=1, **told):
+    """The map; skipped where an exact method says that the case is too large for it, or where the ranks do not divide
+    the slots, which is another test."""
     try:
-        return place(kind, weight, redundant, ranks, nodes, groups)
+        return policy(kind, redundant).place(weight, context(weight, ranks, nodes, groups, **told))
     except BadInput as error:
-        if promises(kind, "exact"):
+        slots = slots_of(kind, weight.shape[1], redundant, ranks)
+        if promises(kind, "exact") or (slots is not None and slots % ranks):
             pytest.skip(f"refused: {error}")
         raise
 
@@ -107,37 +115,42 @@ def placed(kind, weight, redundant, ranks, nodes=1, groups=1):
 def test_every_expert_is_placed_and_the_same_way_twice(kind, shape):
     layers, experts, redundant, ranks, nodes, groups = shape
     slots = slots_of(kind, experts, redundant, ranks)
+    if slow(kind) and layers * experts > 24:
+        pytest.skip("a solver, and not the smallest case")
     weight = np.random.default_rng(1).lognormal(0, 1, (layers, experts))
     before = weight.copy()
     first, second = (placed(kind, weight, redundant, ranks, nodes, groups) for _ in range(2))
     assert first.num_slots == first.slots_per_rank * ranks
     assert (first.replica_count_LE >= 1).all()
     assert (first.replica_count_LE.sum(axis=1) == first.held_LS.sum(axis=1)).all()
-    if slots is not None:
-        assert first.slot_to_expert_LS.shape == (layers, slots)
-        assert first.held_LS.all()
+    if slots is not None:  # as many as told; where ranks do not divide them, one more or less on a rank
+        assert (first.held_LS.sum(axis=1) == slots).all()
+        assert first.slots_per_rank == -(-slots // ranks)
+        assert (first.held_LS.reshape(layers, ranks, first.slots_per_rank).sum(axis=2) >= slots // ranks).all()
     assert first.rank_to_node == context(weight, ranks, nodes, groups).rank_to_node
     assert (first.slot_to_expert_LS == second.slot_to_expert_LS).all()
     assert (weight == before).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [k for k in KINDS if not slow(k)])
 def test_memory_is_that_of_the_fullest_rank(kind):
     """Bytes of a rank: its slots in every layer. A policy that is told how many slots takes no more; one that chooses
-    takes no slot that no layer needs."""
+    takes none that no rank of any layer needs."""
     slots = slots_of(kind, 24, 8, 8)
     weight = np.random.default_rng(21).lognormal(0, 1.5, (3, 24))
     placement = placed(kind, weight, 8, 8)
     held_LG = placement.held_LS.reshape(3, 8, -1).sum(axis=2)
     assert held_LG.max() == placement.slots_per_rank
+    bytes_ = 3 * placement.slots_per_rank * COSTS.expert_bytes
+    assert bytes_ >= 3 * 3 * COSTS.expert_bytes
     if slots is not None:
-        assert 3 * placement.slots_per_rank * COSTS.expert_bytes == 3 * slots // 8 * COSTS.expert_bytes
-    else:
-        assert placement.slots_per_rank >= 3
+        assert bytes_ == 3 * slots // 8 * COSTS.expert_bytes
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_relabelling_experts_relabels_the_placement_or_leaves_the_balance(kind):
+    if slow(kind):
+        pytest.skip("determinism of solvers: the test before")
     weight = np.random.default_rng(2).lognormal(0, 1, (4, 16))
     rename = np.random.default_rng(3).permutation(16)
     balance = placed(kind, weight, 8, 8).balance(weight)
@@ -148,23 +161,19 @@ def test_relabelling_experts_relabels_the_placement_or_leaves_the_balance(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_seed_changes_only_what_says_so(kind):
-    """Policies without `draws` give the same map for another seed of the scenario; those with it, another one."""
-    weight = np.random.default_rng(22).lognormal(0, 1, (3, 16))
-    try:
-        one, other = (policy(kind, 8).place(weight, context(weight, 8, seed=seed)) for seed in (0, 1))
-    except BadInput as error:
-        assert promises(kind, "exact"), error
-        pytest.skip(f"refused: {error}")
-    same = one.slot_to_expert_LS.shape == other.slot_to_expert_LS.shape
-    assert (same and bool((one.slot_to_expert_LS == other.slot_to_expert_LS).all())) != promises(kind, "draws")
+    """`draws`: another seed of the scenario, another map. Random `starts` of a search may change it. Else it stays."""
+    weight = np.random.default_rng(22).lognormal(0, 1, (2, 8))
+    one, other = (placed(kind, weight, 8, 4, seed=seed).slot_to_expert_LS for seed in (0, 1))
+    same = np.array_equal(one, other)
+    assert not same if promises(kind, "draws") else same or has(kind, "starts")
 
 
 def contiguous_reference(kind, weight, redundant, ranks):
-    """Contiguous order with as many slots as the policy is told; where it chooses, with one slot an expert, ranks in
-    order taking E // G experts or one more."""
-    experts = weight.shape[1]
-    if not promises(kind, "chooses_slots"):
-        return place("contiguous", weight, redundant if has(kind, "num_redundant_experts") else 0, ranks)
+    """Contiguous order with as many slots as the policy is told; where it chooses, or they do not divide, with one slot
+    an expert, ranks in order taking E // G experts or one more."""
+    experts, slots = weight.shape[1], slots_of(kind, weight.shape[1], redundant, ranks)
+    if slots is not None and slots % ranks == 0:
+        return place("contiguous", weight, slots - experts, ranks)
     room = -(-experts // ranks)
     table = np.full((ranks, room), EMPTY)
     for rank, ids in enumerate(np.array_split(np.arange(experts), ranks)):
@@ -182,15 +191,12 @@ def cost(kind, placement, weight, ctx, redundant=0):
 @pytest.mark.parametrize("kind", [k for k in KINDS if promises(k, "uses_traffic") is not False or k == "contiguous"])
 def test_never_slower_than_contiguous_on_its_own_traffic(kind, shape):
     layers, experts, redundant, ranks = shape
-    slots_of(kind, experts, redundant, ranks)
+    if slow(kind) and layers * experts > 24:
+        pytest.skip("a solver, and not the smallest case")
     for seed in range(4):
         weight = np.random.default_rng(30 + seed).lognormal(0, 0.3 + seed / 2, (layers, experts))
         ctx = context(weight, ranks, sample_seed=seed)
-        try:
-            ours = policy(kind, redundant).place(weight, ctx)
-        except BadInput as error:
-            assert promises(kind, "exact"), error
-            pytest.skip(f"refused: {error}")
+        ours = placed(kind, weight, redundant, ranks, sample_seed=seed)
         plain = contiguous_reference(kind, weight, redundant, ranks)
         reached = np.asarray(cost(kind, ours, weight, ctx, redundant))
         assert (reached <= np.asarray(cost(kind, plain, weight, ctx, redundant)) * (1 + 1e-9)).all()
@@ -223,20 +229,17 @@ def test_what_is_no_load_is_refused(kind, bad):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_slots_that_do_not_divide_name_the_nearest_legal_counts(kind):
-    if promises(kind, "chooses_slots"):
-        assert (place(kind, np.ones((1, 60)), 0, 8).replica_count_LE >= 1).all()
-        return
-    if not has(kind, "num_redundant_experts"):
-        with pytest.raises(BadInput):
-            place(kind, np.ones((1, 6)), 0, 4)
-        return
-    with pytest.raises(
-        BadInput, match=r"Use num_redundant_experts = 0, 32 or 64, or kind: eplb_swap with uneven: true\."
-    ) as error:
-        place(kind, np.ones((1, 256)), 30, 32)
-    assert "286 slots, ranks=32" in str(error.value)
-    with pytest.raises(BadInput, match=r"Use num_redundant_experts = 4, 12 or 20, or kind"):
-        place(kind, np.ones((1, 60)), 0, 8)
+    """Or they are dealt out one more here and there, where a policy says nothing against it."""
+    for experts, redundant, ranks, named in ((256, 30, 32, "0, 32 or 64"), (60, 0, 8, "4, 12 or 20")):
+        told = redundant if has(kind, "num_redundant_experts") else 0
+        if kind in WHOLE:
+            with pytest.raises(BadInput, match=f"Use num_redundant_experts = {named}, or kind: eplb_swap") as error:
+                place(kind, np.ones((1, experts)), told, ranks)
+            assert f"{experts + told} slots, ranks={ranks}" in str(error.value)
+        else:
+            placement = placed(kind, np.ones((1, experts)), told, ranks)
+            held_G = placement.held_LS.reshape(ranks, -1).sum(axis=1)
+            assert promises(kind, "chooses_slots") or held_G.max() - held_G.min() == ((experts + told) % ranks > 0)
 
 
 ILLEGAL = [(256, 32, 64), (7, 0, 3), (5, 100, 8), (8, 1, 16), (1, 0, 2)]

@@ -71,6 +71,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
             "parallel": {"dp": 4, "ep": 4},
             "policies": {"placement": "eplb"},
             "rebalance": {"interval_steps": 20},
+            "communication": {"overlap": "pipeline"},
         },
         "does_not_fit": {"model": model, "engine": {"runtime_memory_gib": 100}},
     }

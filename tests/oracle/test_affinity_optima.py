@@ -144,7 +144,7 @@ def stage_two(flow, price, ranks):
 
 @pytest.mark.parametrize("numbers", SOME)
 def test_moetuner_against_all_clusters_and_all_ranks(numbers, record_property):
-    """Stage 2 is exact where all links cost the same; gaps relative to the least, of stage 1 in units of mean load."""
+    """Stage 2 is exact on so few ranks, ties for fewer crossings aside; gaps of stage 1 in units of mean load."""
     gaps = {"stage_1": [], "stage_2": []}
     for number in numbers:
         weight, ctx = instance(number)
@@ -158,12 +158,10 @@ def test_moetuner_against_all_clusters_and_all_ranks(numbers, record_property):
         found = dearest(flow, to_ranks(flow, price, LAYERS, 4), price)
         least = stage_two(flow, price, ranks)
         gaps["stage_2"].append(found - least)
-        if number % 4:
-            assert found == pytest.approx(least, abs=1e-12)
+        assert found == pytest.approx(least, rel=1e-4, abs=1e-12)
     record(record_property, gaps)
     assert min(min(values) for values in gaps.values()) >= -1e-12
     assert np.mean(gaps["stage_1"]) < 0.01
-    assert np.mean(gaps["stage_2"]) < 0.002
 
 
 def test_moetuner_places_what_its_stages_found():
@@ -254,3 +252,23 @@ def test_balance_cpsat_is_exact(numbers, record_property):
         gaps["greedy"].append(_greedy(share, experts + redundant, ranks)[0].largest(share, ranks) * ranks / least - 1)
     record(record_property, gaps)
     assert min(gaps["greedy"]) >= -1e-7
+
+
+@pytest.mark.parametrize(
+    "numbers", [pytest.param(range(12), id="12"), pytest.param(range(200), id="200", marks=pytest.mark.slow)]
+)
+def test_stage_2_on_six_ranks_against_all_orders(numbers, record_property):
+    """Above 5 ranks stage 2 is a search: two layers on six ranks of two nodes. Of the first layer's orders only which
+    clusters share a node matters: 10 ways."""
+    gaps = {"stage_2": []}
+    price = link_prices(PlacementContext(6, 2), 5.0)
+    every = np.array(list(itertools.permutations(range(6))))
+    halves = [{0, *rest} for rest in itertools.combinations(range(1, 6), 2)]
+    first = [np.argsort(np.argsort([c not in half for c in range(6)], kind="stable")) for half in halves]
+    for number in numbers:
+        flow = np.random.default_rng([9, number]).random((1, 6, 6)) ** 3
+        least = min(float((flow[0] * price[p][:, every].transpose(1, 0, 2)).max(axis=(1, 2)).min()) for p in first)
+        gaps["stage_2"].append(dearest(flow, to_ranks(flow, price, 2, 4), price) / least - 1)
+    record(record_property, gaps)
+    assert min(gaps["stage_2"]) >= -1e-12
+    assert np.mean(gaps["stage_2"]) < 0.05

@@ -241,6 +241,23 @@ def test_a_gather_back_end_costs_what_split_experts_do(tmp_path: Path) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+def test_two_levels_on_one_node_are_the_plain_all_to_all(tmp_path: Path) -> None:
+    plain, two = (build(tmp_path, dp=8, ep=8, all_to_all=how)[0] for how in ("pairwise", "hierarchical"))
+    sent = ports([[40.0, 4000.0]], [[0.0, 0.0]])
+    for a, b in zip(plain.price((1, 2), 40, sent), two.price((1, 2), 40, sent), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_two_levels_win_where_many_ranks_send_little(tmp_path: Path) -> None:
+    """Tutel's reason for 2DH: few large messages instead of many small ones; with much to send the extra hop costs."""
+    plain, two = (build(tmp_path, dp=64, ep=64, all_to_all=how)[0] for how in ("pairwise", "hierarchical"))
+    little, much = (np.full((1, 1), n) for n in (8.0, 3e6))
+    for copies, wins in ((little, True), (much, False)):
+        a = plain.price((1, 1), 1, ports(copies * 7 / 64, copies * 7 / 8))
+        b = two.price((1, 1), 1, ports(copies * 7 / 8, copies * 7 / 8))
+        assert (b.dispatch_ns < a.dispatch_ns) == wins
+
+
 def test_coherent_needs_no_combine_and_gathers_once(tmp_path: Path) -> None:
     plain, ops, _ = build(tmp_path, all_to_all="deepep_normal")
     coherent, _, _ = build(tmp_path, all_to_all="deepep_normal", coherent=True)
@@ -377,7 +394,7 @@ def test_too_large_a_dispatch_cap_is_infeasible_and_told_which_fits(tmp_path: Pa
             )
         )  # fmt: skip
 
-    # 64 experts' 32,768 rows, sent with 520 bytes (bf16, 8 of least and greatest) and received with 528 (a header), twice
+    # 64 experts' 32,768 rows twice, sent with 520 bytes (bf16, least and greatest), received with 528 (a header)
     refused = run(32768, 0.03)
     assert not refused.feasible
     assert f"exchange_buffers {2 * (64 * 32768 * (520 + 528) + 256) + 128:,} B" in refused.reasons[0]

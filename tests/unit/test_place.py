@@ -15,7 +15,9 @@ from moesim.errors import BadInput
 from moesim.exports import sglang, trtllm, vllm_ascend
 from moesim.place import MARKER, Ask, check_options, place, render, score, write
 from moesim.placement import Placement
+from moesim.traces.expert_loads import from_tokens
 from moesim.workload.loads import ExpertLoads
+from moesim.workload.pool import RoutingSource
 
 REQUESTS = {"format": "poisson", "rate_per_s": 1, "num_requests": 9, "prompt_tokens": 50, "output_tokens": 9}
 MODEL = "deepseek-v2-lite"  # 27 layers, the first dense, 64 experts, top 6
@@ -226,3 +228,11 @@ def test_another_recording_is_scored_on(tmp_path: Path) -> None:
         place(replace(ask, held_out=0.5))
     with pytest.raises(BadInput, match="they are of one model"):
         place(replace(ask, model=None, score_on=trace(tmp_path / "c.npz", tokens=9, layers=3)))
+
+
+def test_crossings_of_a_hand_worked_case() -> None:
+    ids = np.array([[[0], [1]], [[0], [3]], [[2], [2]], [[3], [0]]], np.uint8)  # of two layers, one expert a token
+    loads = from_tokens(RoutingSource(ids, np.array([0, 4]), 4, 1, True, "made"), 4)
+    in_order = Placement(np.array([[0, 1, 2, 3], [0, 1, 2, 3]]), 4, 2)
+    assert score(in_order, loads).crossings == pytest.approx(2 / 4)  # 0 to 3 and 3 to 0 leave their rank
+    assert score(Placement(np.array([[0, 1, 2, 3], [3, 1, 2, 0]]), 4, 2), loads).crossings == pytest.approx(0)

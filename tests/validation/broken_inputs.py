@@ -191,8 +191,18 @@ def _keys() -> Iterator[Case]:
     yield Case("mode", "'serving' or 'training'", sets=("mode=x",))
     yield Case("mode-training-of-requests", "nothing is asked for while a model trains", sets=("mode=training",))
     yield Case("training-of-serving", "is read in mode training only", sets=("training={steps: 3}",))
-    for key in ("communication", "rebalance", "tiers", "tune"):
+    for key in ("tiers", "tune"):
         yield Case(f"reserved-{key}", "not simulated yet", sets=(f"{key}=x",))
+    for key, told in {
+        "communication=x": "communication",
+        "communication.all_to_all=nccl": "'pairwise'",
+        "communication.coherent=true": "communication.coherent",
+        "communication={all_to_all: deepep_normal, sms: 7}": "must be even",
+        "communication={all_to_all: deepep_low_latency, sms: 20}": "must be 0",
+        "communication.max_dispatch_tokens=64": "all_to_all is auto",
+        "rebalance=x": "rebalance",
+    }.items():
+        yield Case(f"exchange-{key}", told, sets=(key,))
     for key in (
         "parallel.pp=2", "parallel.pipeline_parallel_size=4", "engine.enable_prefix_caching=true",
         "engine.speculative_config={num_speculative_tokens: 2}", "engine.mtp=1", "disaggregation={prefill: 1}",

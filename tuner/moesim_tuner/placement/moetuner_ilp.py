@@ -53,7 +53,7 @@ class Policy(Spec):
     exact: ClassVar[bool] = True
 
     far_cost: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    starts: Annotated[int, Field(ge=0, le=1000)] = 4
+    starts: Annotated[int, Field(ge=0, le=1000)] = 16
     uneven: bool = True
     deterministic_time: Annotated[float, Field(gt=0, le=1e6)] = 5.0
 
