@@ -198,9 +198,11 @@ def _without(result: RunResult) -> dict[str, FloatArray]:
         stats_XD, steps_D = sums
         out["max_over_mean_load"] = _left_ratio(stats_XD[_LOAD_RATIO], steps_D)
         out["dropped_share"] = _left_ratio(stats_XD[_DROPPED], stats_XD[_WANTED])
-        # copies a token, up to a constant factor: the tokens are the same for all candidates
-        out["nvlink_bytes"] = _left_ratio(stats_XD[_NVLINK], stats_XD[_TOKENS])
-        out["nic_bytes"] = _left_ratio(stats_XD[_NIC], stats_XD[_TOKENS])
+        assert result.experts is not None
+        prices, tokens = result.experts.prices, float(stats_XD[_TOKENS].sum())
+        for name, stat in (("nvlink_bytes", _NVLINK), ("nic_bytes", _NIC)):  # copies a token, for all tokens
+            per_copy = prices.dispatch_bytes + prices.combine_bytes
+            out[name] = _left_ratio(stats_XD[stat], stats_XD[_TOKENS]) * (tokens * per_copy)
     return out
 
 
