@@ -99,6 +99,10 @@ def shared_curve(
     soft = np.vstack([basis, 0.1 * np.eye(len(knots))])
     height = np.linalg.lstsq(soft, np.concatenate([ratio, np.zeros(len(knots))]), rcond=None)[0]
     height = np.log(rising(model(knots) * np.exp(height)) / model(knots))
+    # between knots too: the residual never falls as steeply as the model rises at the left one
+    slope = np.log(model(knots * 1.0001) / model(knots)) / np.log(1.0001)
+    for i, step in enumerate(np.diff(np.log(knots))):
+        height[i + 1] = max(height[i + 1], height[i] - 0.9 * slope[i] * step)
     grade = np.full(len(knots), 1, np.uint8)
     return Curve(key, "", (knots,), np.round(height, 3), grade, source), np.abs(ratio - basis @ height)
 

@@ -235,7 +235,7 @@ def test_causal_pairs_against_counting() -> None:
 
 def test_low_latency_all_to_all_near_published_figures() -> None:
     # DeepEP V1 README, H800, 50 GB/s NIC, 128 tokens, top 8 of 256, hidden 7168: dispatch fp8, combine bf16, us.
-    # Nothing is fitted to these rows (the profile is, to others' tables of H100): within 25 %, the issue's rule
+    # Nothing is fitted to these rows (the profile is, to tables of H100), where once they were, so 12 % has become 15 %
     published = {16: (118, 195), 32: (155, 273), 64: (173, 314), 128: (192, 369), 256: (194, 360)}
     ops = h100()
     for ranks, expected in published.items():
@@ -243,7 +243,7 @@ def test_low_latency_all_to_all_near_published_figures() -> None:
         far, near = 128 * 8 * (1 - 1 / nodes), 128 * 8 * 7 / ranks
         for way, size, us in zip(("dispatch", "combine"), (7168 * (1 + 4 / 128) + 16, 14336), expected, strict=True):
             ns = ops.all_to_all(near * size, far * size, ranks, nodes, 8, "ll", way).ns  # type: ignore[arg-type]
-            assert ns / 1e3 == pytest.approx(us, rel=0.25)
+            assert ns / 1e3 == pytest.approx(us, rel=0.15)
 
 
 def test_more_ranks_and_nodes_cost_more() -> None:

@@ -89,7 +89,7 @@ def test_a_policy_is_a_name_or_a_mapping(value):
 def test_a_wrong_name_gets_the_nearest():
     text = message("placement", "epbl", "run.yaml:7:13")
     assert text.startswith("run.yaml:7:13: unknown placement policy 'epbl'. Did you mean 'eplb'? Known: affinity, ")
-    assert "needs `kind`: one of contiguous" in message("placement", {"mode": "global"})
+    assert "needs `kind`: one of affinity" in message("placement", {"mode": "global"})
     assert "unknown policy family 'placment'. Did you mean 'placement'?" in message("placment", "eplb")
     with pytest.raises(BadInput, match="family"):
         policy_kinds("../placement")
