@@ -36,6 +36,7 @@ def test_a_static_map_loses_most_of_its_gain_on_another_task_and_fresh_ones_win_
 
 
 def test_the_best_replica_for_every_batch_beats_a_random_one_on_the_same_map(tool: ModuleType) -> None:
+    pytest.importorskip("moesim.dispatch.lp")
     assert tool.both(16, "lp") < 1 + 0.6 * (tool.both(16, "random") - 1)
 
 
