@@ -342,7 +342,7 @@ def test_intervals_cover_the_gain_of_later_traffic(tmp_path: Path, memory: float
     """40 recordings whose popularity changes from row to row: the gain on the 128 rows that follow lies in the 90 %
     interval of what was claimed about nine times of ten. 90 % of 40 less two binomial standard deviations is 32.2."""
     place = deployment(tmp_path)
-    ask = Ask(redundant=(8,), intervals=(STEPS, STEPS * 4), host_ms=50)
+    ask = Ask(redundant=(8,), intervals=(STEPS * 4,), host_ms=50)
     inside, errors = 0, []
     for seed in range(40):
         loads = wandering(seed, memory)
