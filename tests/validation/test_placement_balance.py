@@ -53,7 +53,7 @@ def test_kicks_reach_the_target_of_uneven_slots() -> None:
 
 
 def test_the_bound_is_tight_where_one_expert_decides() -> None:
-    """256 on 64 without replicas at zipf 1.0: one expert and the three lightest. 288 on 144: more than a share, 1.959."""
+    """256 on 64, one place each, zipf 1.0: one expert and the three lightest. 288 on 144: more than a share, 1.959."""
     balance = tool("balance")
     weight_LE = balance.loads("zipf", 3, layers=4)
     found_L = balance.place("eplb", weight_LE, balance.SHAPES[5]).balance(weight_LE)
