@@ -75,18 +75,17 @@ def improve(weight_RE: Floats, expert_RS: Ints, ranks: int, effort: int, goal_R:
     count[:, experts] = 1
     goal = np.ones(rows) if goal_R is None else goal_R
     goal = np.floor(goal * (_TOTAL / ranks) * (1 + _GOOD))
-    draw_RKU = np.empty((rows, effort, _DRAWS), np.uint32)
-    if effort:
-        draw_RKU[:] = generator(0, "placement.search").integers(0, 1 << 32, (rows, effort, _DRAWS), np.uint32)
-    out = _search(padded_RS, count, weight, goal, draw_RKU, slots // ranks)
+    drawn = (effort, rows, _DRAWS)  # kick by kick, so that more effort goes on where less ends
+    draw_KRU = generator(0, "placement.search").integers(0, 1 << 32, drawn, np.uint32)
+    out = _search(padded_RS, count, weight, goal, draw_KRU, slots // ranks)
     return np.where(out == experts, EMPTY, out)
 
 
 def _search(
-    expert_RS: Ints, count_RE: Ints, weight_RE: Floats, goal_R: Floats, draw_RKU: NDArray[np.uint32], room: int
+    expert_RS: Ints, count_RE: Ints, weight_RE: Floats, goal_R: Floats, draw_KRU: NDArray[np.uint32], room: int
 ) -> Ints:
     """`improve` on prepared arrays (empty slots hold expert E): the best map of each row, [R, S]."""
-    rows, budget = len(expert_RS), draw_RKU.shape[1]
+    rows, budget = len(expert_RS), len(draw_KRU)
     state = _Rows(
         expert_RS.copy(), count_RE.copy(), weight_RE, np.empty(0), np.empty(0), np.zeros(rows, np.int64),
         np.full(rows, np.inf), goal_R, np.arange(rows),
@@ -109,7 +108,7 @@ def _search(
             kicked = state.only(stuck_R)
             kicked.expert_RS, kicked.count_RE = best_RS[kicked.id_R], best_RE[kicked.id_R]
             _sum_up(kicked, room)
-            _kick(kicked, draw_RKU[kicked.id_R, kicked.kicks_R].astype(np.int64), room)
+            _kick(kicked, draw_KRU[kicked.kicks_R, kicked.id_R].astype(np.int64), room)
             _sum_up(kicked, room)
             for name in ("expert_RS", "count_RE", "slot_RS", "load_RG"):
                 getattr(state, name)[stuck_R] = getattr(kicked, name)
