@@ -27,7 +27,19 @@ INTRO = [
     " is marked in-sample and claims nothing.",
 ]
 SECTIONS: dict[str, str] = {
+    "eplb": "claims_balance.eplb",
+    "swap": "claims_balance.swap",
     "interval": "claims_interval.interval",
+    "heldout": "claims_heldout.heldout",
+    "replicas": "claims_balance.replicas",
+    "deepep_v1": "claims_comm.deepep_v1",
+    "deepep_v2": "claims_comm.deepep_v2",
+    "back_ends": "claims_comm.back_ends",
+    "dispatch_caps": "claims_comm.dispatch_caps",
+    "fsmoe": "claims_overlap.fsmoe_section",
+    "two_batch": "claims_overlap.two_batch_section",
+    "fastermoe": "claims_balance.fastermoe",
+    "lina": "claims_balance.lina",
 }
 """Name of a section -> module and function that make it."""
 
