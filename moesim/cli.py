@@ -354,7 +354,9 @@ def place(
     engines: Annotated[
         str, typer.Option("--emit", help="Write files for these: sglang,trtllm,vllm,vllm-ascend.", metavar="ENGINE,...")
     ] = "",
-    out: Annotated[Path | None, typer.Option(help="The folder for the files.", metavar="DIR")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder for the files; maps, where some are asked for.", metavar="DIR")
+    ] = None,
     current: Annotated[
         Path | None,
         typer.Option(help="A map in use (SGLang, TensorRT-LLM, vllm-ascend) to compare with.", metavar="FILE"),
@@ -384,6 +386,7 @@ def place(
         held_out, tokens_per_row, seed=seed,
     )  # fmt: skip
     check_options(ask, out)
+    out = out or (Path("maps") if wanted else None)
     placed = run(ask)
     _notes(placed.warnings)
     emitted = write(placed, wanted, out) if out is not None else ()

@@ -446,7 +446,5 @@ def _rows(name: str, pair: tuple[Score, Score], bound: float, number: int) -> li
 
 def check_options(ask: Ask, out: Path | None) -> None:
     """Raises BadInput for options that do not go together."""
-    if ask.engines and out is None:
-        raise BadInput(Problem("--emit", "files need a folder: --out DIR"))
     if out is not None and not ask.engines:
         raise BadInput(Problem("--out", "which engines' files? --emit sglang,trtllm,vllm,vllm-ascend"))

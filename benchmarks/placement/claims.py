@@ -38,6 +38,10 @@ SECTIONS: dict[str, str] = {
     "dispatch_caps": "claims_comm.dispatch_caps",
     "fsmoe": "claims_overlap.fsmoe_section",
     "two_batch": "claims_overlap.two_batch_section",
+    "affinity": "claims_affinity.affinity_table",
+    "exflow": "claims_affinity.exflow",
+    "moetuner": "claims_affinity.moetuner",
+    "speculative": "claims_affinity.speculative",
     "fastermoe": "claims_balance.fastermoe",
     "lina": "claims_balance.lina",
 }

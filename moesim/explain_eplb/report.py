@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from typing import Any
 
 from moesim.explain_eplb.answer import Answer, Judged
+from moesim.explain_eplb.judge import Gain
 from moesim.explain_eplb.replay import Played
 
 __all__ = ["SCHEMA_VERSION", "engine_flags", "render", "to_json"]
@@ -26,8 +28,8 @@ def to_json(answer: Answer) -> dict[str, Any]:
         "bound": answer.bound,
         "why": _why(answer),
         "gain": chosen.gain.value,
-        "gain_interval": [chosen.whole.low, chosen.whole.high],
-        "gain_sampling_interval": [chosen.gain.low, chosen.gain.high],
+        "gain_interval": _interval(chosen.whole),
+        "gain_sampling_interval": _interval(chosen.gain),
         "chosen": _candidate(answer, chosen),
         "baseline": {
             "step_ms": float(answer.base.step_ns_R.mean()) / 1e6,
@@ -68,6 +70,11 @@ def to_json(answer: Answer) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _interval(gain: Gain) -> list[float] | None:
+    """None where too few rows were judged to have one."""
+    return [gain.low, gain.high] if math.isfinite(gain.low) and math.isfinite(gain.high) else None
+
+
 def _shares(played: Played) -> dict[str, float]:
     parts = played.by_operator
     total = sum(parts.values())
@@ -83,8 +90,8 @@ def _candidate(answer: Answer, judged: Judged) -> dict[str, Any]:
         "interval_steps": round(c.interval_rows * steps) or None,
         "window_steps": round((c.window_rows or answer.replay.start) * steps),
         "gain": judged.gain.value,
-        "gain_interval": [judged.whole.low, judged.whole.high],
-        "gain_sampling_interval": [judged.gain.low, judged.gain.high],
+        "gain_interval": _interval(judged.whole),
+        "gain_sampling_interval": _interval(judged.gain),
         "ties_with_best": judged.tied,
         "step_ms": float(p.step_ns_R.mean()) / 1e6,
         "max_over_mean_load": float(p.times.balance.mean()),
@@ -187,13 +194,19 @@ def _why(answer: Answer) -> str:
         " their rebalances are paid for; longer intervals pay less, and gain less as traffic drifts",
         "KV memory": f"the balance would gain {_percent(s.moved)}, but replicas take KV cache: the batch that fits"
         f" falls, and {_percent(s.fits)} is left",
-        "chance": f"the best candidate gains {_percent(answer.chosen.gain.value)}, and the interval holds none at all",
+        "chance": f"the best candidate gains {_percent(answer.chosen.gain.value)}, and "
+        + ("too few rows were judged to tell that from chance" if _interval(answer.chosen.gain) is None
+           else "the interval holds none at all"),
     }  # fmt: skip
     return texts[answer.bound] + "."
 
 
 def _percent(gain: float) -> str:
     return f"{gain * 100:+.1f} %"
+
+
+def _told(interval: list[float] | None) -> str:
+    return "too few rows" if interval is None else f"{_percent(interval[0])} to {_percent(interval[1])}"
 
 
 def _points(gain: float) -> str:
@@ -214,8 +227,7 @@ def _label(c: dict[str, Any]) -> str:
 def render(report: dict[str, Any], width: int = 100) -> str:
     """The report as text."""
     chosen, d, t = report["chosen"], report["deployment"], report["traffic"]
-    low, high = report["gain_interval"]
-    gain = f"{_percent(report['gain'])} tokens/s ({_percent(low)} to {_percent(high)})"
+    gain = f"{_percent(report['gain'])} tokens/s ({_told(report['gain_interval'])})"
     head = f"enable EPLB: {_label(chosen)}" if report["enable"] else "do not enable EPLB"
     best = gain if report["enable"] else f"the best tried, {_label(chosen)}: {gain}"
     lines = [
@@ -256,9 +268,8 @@ def _table(report: dict[str, Any]) -> list[str]:
         shown = [*shown[:-1], report["chosen"]]
     for c in shown:
         mark = "*" if c == report["chosen"] else "=" if c["ties_with_best"] else " "
-        low, high = c["gain_interval"]
         rows.append(
-            (f"{mark} {_label(c)}", _percent(c["gain"]), f"{_percent(low)} to {_percent(high)}", f"{c['step_ms']:.2f}",
+            (f"{mark} {_label(c)}", _percent(c["gain"]), _told(c["gain_interval"]), f"{c['step_ms']:.2f}",
              f"{c['max_over_mean_load']:.2f}", f"{c['requests_per_rank']}")
         )  # fmt: skip
     wide = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,15 @@ def test_one_snapshot_is_judged_without_intervals(tmp_path: Path) -> None:
     assert answer.enable
     assert any("intervals cannot be judged" in text for text in answer.warnings)
     assert not to_json(answer)["traffic"]["timed"]
+
+
+def test_few_rows_have_no_interval_and_say_so(tmp_path: Path) -> None:
+    answer = explain_eplb(steady(rows=3), deployment(tmp_path), Ask(redundant=(8,)))
+    report = to_json(answer)
+    assert not answer.enable
+    assert report["gain_interval"] is report["gain_sampling_interval"] is None
+    assert "too few rows" in render(report)
+    json.dumps(report, allow_nan=False)
 
 
 def test_lost_order_is_not_taken_for_time(tmp_path: Path) -> None:
