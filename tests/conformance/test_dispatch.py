@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
+from scipy.optimize import linprog
 
 from moesim.dispatch import draw_below, hash_TLK, split, split_local
-from moesim.placement import Placement, PlacementContext
+from moesim.dispatch.plan import Batches, Coupled, serve_batches
+from moesim.placement import EMPTY, Placement, PlacementContext
 from moesim.policy import load_policy, policy_kinds
 
 KINDS = policy_kinds("dispatch")
+COUPLED = [kind for kind in KINDS if isinstance(load_policy("dispatch", kind), Coupled)]
+ALONE = [kind for kind in KINDS if kind not in COUPLED]
+SPILLS = {"kind": "llep", "threshold": 1.0, "min_tokens": 8}
+WATERFILL = [
+    {"kind": "waterfill", "routed": routed, "mode": mode, "min_batch": 0}
+    for routed in ("static", "random", "lp")
+    for mode in ("dynamic", "static")
+]
+ALL = [*KINDS, SPILLS, {**SPILLS, "variant": "code"}, *WATERFILL]
+ALL_COUPLED = [*COUPLED, *ALL[len(KINDS) :]]
 LAYERS, EXPERTS, RANKS, NODES, TOP_K, TOKENS = 3, 16, 8, 2, 4, 400
 
 
+def name(value):
+    return value if isinstance(value, str) else "-".join(str(v) for v in value.values())
+
+
 @pytest.fixture(scope="module")
-def placement():
+def skewed():
     """EPLB on skewed loads: from one replica an expert to many, some of them on one rank."""
     weight = np.random.default_rng(0).lognormal(0, 1.5, (LAYERS, EXPERTS))
     value = {"kind": "eplb", "num_redundant_experts": 16}
@@ -24,26 +42,61 @@ def placement():
 
 
 @pytest.fixture(scope="module")
+def with_gaps():
+    """Some slots hold nothing, other ones in every layer."""
+    slots = np.full((LAYERS, 24), EMPTY)
+    rng = np.random.default_rng(5)
+    for layer in range(LAYERS):
+        at = rng.permutation(24)
+        slots[layer, at[:EXPERTS]] = np.arange(EXPERTS)
+        slots[layer, at[EXPERTS : EXPERTS + 4]] = rng.integers(0, EXPERTS, 4)
+    return Placement(slots, EXPERTS, RANKS, (0, 0, 0, 0, 1, 1, 1, 1))
+
+
+@pytest.fixture(params=["skewed", "with_gaps"])
+def placement(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
 def tokens():
-    """(expert_TLK, source_rank_T): whole tokens with distinct experts."""
+    """(expert_TLK, source_rank_T): whole tokens with distinct experts, some experts wanted much more."""
     rng = np.random.default_rng(1)
-    scores = rng.random((TOKENS, LAYERS, EXPERTS))
-    return np.argsort(scores, axis=2)[:, :, :TOP_K].astype(np.uint8), rng.integers(0, RANKS, TOKENS)
+    scores = rng.random((TOKENS, LAYERS, EXPERTS)) ** rng.lognormal(0, 1, EXPERTS)
+    return np.argsort(-scores, axis=2)[:, :, :TOP_K].astype(np.uint8), rng.integers(0, RANKS, TOKENS)
 
 
 def expert_of(slot_TLK, placement):
     return placement.slot_to_expert_LS[np.arange(placement.num_layers)[None, :, None], slot_TLK]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def one_batch(policy, expert, rank, placement, seed=7, token=None):
+    return serve_batches(policy, expert, rank, np.zeros(1, int), placement, seed, token)
+
+
+def held(served, placement, batch=0):
+    """The expert in each slot that tokens were sent to [L, slots]; the shared expert is EXPERTS."""
+    return placement.slot_to_expert_LS if served.plan is None else served.plan.expert_BLW[batch]
+
+
+@pytest.mark.parametrize("kind", ALL, ids=name)
 def test_the_slot_holds_the_expert(kind, placement, tokens):
-    slot = load_policy("dispatch", kind).assign(*tokens, placement, seed=7)
+    policy = load_policy("dispatch", kind)
+    served = one_batch(policy, *tokens, placement)
+    slot = served.slot_TLK
     assert slot.dtype == np.int32
-    assert slot.shape == tokens[0].shape
-    assert (expert_of(slot, placement) == tokens[0]).all()
+    expert = held(served, placement)[np.arange(LAYERS)[None, :, None], slot]
+    assert (expert[:, :, :TOP_K] == tokens[0]).all()
+    assert served.slots == RANKS * served.slots_per_rank == held(served, placement).shape[1]
+    shared = getattr(policy, "shared", False)
+    assert slot.shape == (TOKENS, LAYERS, TOP_K + shared)
+    assert (expert[:, :, TOP_K:] == EXPERTS).all()
+    assert (policy.assign(*tokens, placement, 7) == slot).all()
+    if served.plan is not None:  # a rank's own slots stand before its guests and are the placement's
+        assert (served.plan.own(served.plan.expert_BLW) == placement.slot_to_expert_LS).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALONE)
 def test_a_token_keeps_its_replica_in_any_batch_and_order(kind, placement, tokens):
     policy = load_policy("dispatch", kind)
     expert, rank = tokens
@@ -54,25 +107,116 @@ def test_a_token_keeps_its_replica_in_any_batch_and_order(kind, placement, token
     assert policy.assign(expert[:0], rank[:0], placement, 7).shape == (0, LAYERS, TOP_K)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_without_replicas_there_is_no_choice(kind, tokens):
+@pytest.mark.parametrize("kind", ALL_COUPLED, ids=name)
+def test_a_token_of_a_coupled_batch_keeps_its_replica_in_any_order(kind, placement, tokens):
+    policy = load_policy("dispatch", kind)
+    expert, rank = tokens
+    whole = one_batch(policy, expert, rank, placement).slot_TLK
+    order = np.random.default_rng(2).permutation(TOKENS)
+    assert (one_batch(policy, expert[order], rank[order], placement, 7, order).slot_TLK == whole[order]).all()
+    assert (one_batch(policy, expert, rank, placement).slot_TLK == whole).all()
+    empty = one_batch(policy, expert[:0], rank[:0], placement)
+    assert empty.slot_TLK.shape == (0, LAYERS, TOP_K + policy.shared)
+    assert empty.plan.count_BLW.sum() == 0
+
+
+@pytest.mark.parametrize("kind", ALL_COUPLED, ids=name)
+def test_batches_together_are_served_as_each_alone(kind, placement, tokens):
+    policy = load_policy("dispatch", kind)
+    expert, rank = tokens
+    number = np.arange(TOKENS)
+    starts = np.array([0, 150, 151])
+    together = serve_batches(policy, expert, rank, starts, placement, 7, number)
+    for batch, (lo, hi) in enumerate(itertools.pairwise([*starts.tolist(), TOKENS])):
+        part = slice(lo, hi)
+        alone = one_batch(policy, expert[part], rank[part], placement, 7, number[part])
+        # other batches may need more guests a rank, so slots are compared by rank and expert
+        there = together.slot_TLK[part]
+        assert (there // together.slots_per_rank == alone.slot_TLK // alone.slots_per_rank).all()
+        layer = np.arange(LAYERS)[None, :, None]
+        assert (held(together, placement, batch)[layer, there] == held(alone, placement)[layer, alone.slot_TLK]).all()
+
+
+@pytest.mark.parametrize("kind", ALL, ids=name)
+def test_ids_that_are_no_expert_get_no_slot(kind, placement, tokens):
+    policy = load_policy("dispatch", kind)
+    expert = tokens[0].copy()
+    expert[np.random.default_rng(8).random(expert.shape) < 0.3] = EXPERTS
+    served = one_batch(policy, expert, tokens[1], placement)
+    slot = served.slot_TLK[:, :, :TOP_K]
+    assert ((slot == served.slots) == (expert == EXPERTS)).all()
+    table = np.concatenate([held(served, placement), np.full((LAYERS, 1), EXPERTS)], axis=1)
+    assert (table[np.arange(LAYERS)[None, :, None], slot] == expert).all()
+
+
+@pytest.mark.parametrize("kind", ALL, ids=name)
+def test_without_replicas_there_is_no_choice(kind):
     alone = load_policy("placement", "contiguous").place(np.ones((LAYERS, EXPERTS)), PlacementContext(RANKS))
-    assert (load_policy("dispatch", kind).assign(*tokens, alone, 7) == tokens[0]).all()
+    expert = np.stack([(np.arange(TOKENS)[:, None] + np.arange(TOP_K)) % EXPERTS] * LAYERS, axis=1)
+    served = one_batch(load_policy("dispatch", kind), expert, np.arange(TOKENS) % RANKS, alone)
+    each = served.slots_per_rank
+    slot = served.slot_TLK[:, :, :TOP_K]
+    assert (slot // each * 2 + slot % each == expert).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL, ids=name)
 def test_split_keeps_every_token_with_its_expert(kind, placement):
     count = np.random.default_rng(3).integers(0, 1000, (5, LAYERS, EXPERTS))
-    slots = load_policy("dispatch", kind).split(count, placement)
-    assert slots.shape == (5, LAYERS, placement.num_slots)
+    policy = load_policy("dispatch", kind)
+    slots = policy.split(count, placement)
     assert (slots >= 0).all()
-    assert (per_expert(slots, placement) == count).all()
+    if isinstance(policy, Coupled):
+        tokens = np.full((5, RANKS), 100.0)
+        plan = policy.plan(Batches(count, tokens), placement, 0)
+        assert (per_expert(plan.count_BLW, plan.expert_BLW) == count).all()
+        assert plan.count_BLW[plan.expert_BLW == EMPTY].sum() == 0
+        if policy.shared:
+            assert np.where(plan.expert_BLW == EXPERTS, plan.count_BLW, 0).sum(axis=2) == pytest.approx(RANKS * 100)
+    else:
+        assert slots.shape == (5, LAYERS, placement.num_slots)
+        assert (per_expert(slots, placement.slot_to_expert_LS) == count).all()
 
 
-def per_expert(slot_count, placement):
+def per_expert(slot_count, expert):
     """Sum over the slots of each expert: [..., L, S] -> [..., L, E]."""
-    one_hot = placement.slot_to_expert_LS[:, :, None] == np.arange(placement.num_experts)
-    return np.einsum("...ls,lse->...le", slot_count, one_hot.astype(np.int64))
+    one_hot = expert[..., None] == np.arange(EXPERTS)
+    return (slot_count[..., None] * one_hot).sum(axis=-2)
+
+
+@pytest.mark.parametrize("kind", ALL_COUPLED, ids=name)
+def test_tokens_carry_out_the_plan(kind, placement, tokens):
+    """To the pair: what each slot serves is what the plan says, and the plan is that of the counts."""
+    policy = load_policy("dispatch", kind)
+    starts = np.array([0, 250])
+    served = serve_batches(policy, *tokens, starts, placement, 7)
+    batch = np.searchsorted(starts, np.arange(TOKENS), side="right") - 1
+    count = np.zeros((2, LAYERS, served.slots), int)
+    np.add.at(count, (batch[:, None, None], np.arange(LAYERS)[:, None], served.slot_TLK), 1)
+    assert (count == served.plan.count_BLW).all()
+
+
+def optimum(count_E, placement, layer):
+    """The linear program as LPLB states it: least largest rank load when replicas share what is theirs."""
+    expert_S, ranks = placement.slot_to_expert_LS[layer], placement.num_ranks
+    slots = len(expert_S)
+    rank = np.zeros((ranks, slots + 1))
+    rank[np.arange(slots) // placement.slots_per_rank, np.arange(slots)] = 1
+    rank[:, -1] = -1
+    kept = np.hstack([expert_S == np.arange(len(count_E))[:, None], np.zeros((len(count_E), 1))])
+    bounds = [(0, None if e != EMPTY else 0) for e in expert_S] + [(0, None)]
+    cost = np.append(np.zeros(slots), 1)
+    return linprog(cost, A_ub=rank, b_ub=np.zeros(ranks), A_eq=kept, b_eq=count_E, bounds=bounds).fun
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in ("waterfill", "llep")])
+def test_no_policy_beats_the_linear_program_and_lp_reaches_it(kind, placement, tokens):
+    served = one_batch(load_policy("dispatch", kind), *tokens, placement)
+    for layer in range(LAYERS):
+        best = optimum(np.bincount(tokens[0][:, layer].ravel(), minlength=EXPERTS), placement, layer)
+        most = np.bincount(served.slot_TLK[:, layer].ravel() // placement.slots_per_rank).max()
+        assert most >= best - 1e-6
+        if kind == "lp":
+            assert most == np.ceil(best - 1e-6)
 
 
 def test_first_takes_the_lowest_slot(placement, tokens):
@@ -145,7 +289,7 @@ def test_split_by_hand():
 def test_uniform_split_is_what_random_dispatch_expects(placement, tokens):
     expert = np.concatenate([tokens[0]] * 20)
     slot = load_policy("dispatch", "random").assign(expert, np.zeros(len(expert), int), placement, 9)
-    drawn = np.stack([np.bincount(slot[:, layer].ravel(), minlength=32) for layer in range(LAYERS)])
+    drawn = np.stack([np.bincount(slot[:, layer].ravel(), minlength=placement.num_slots) for layer in range(LAYERS)])
     count = np.stack([np.bincount(expert[:, layer].ravel(), minlength=EXPERTS) for layer in range(LAYERS)])
     assert drawn == pytest.approx(split(count, placement), abs=5 * np.sqrt(drawn.max()))
 
@@ -159,7 +303,7 @@ def test_local_split_counts_what_local_first_assigns(placement, tokens):
         np.add.at(count, (rank[:, None], layer, expert[:, layer]), 1)
         np.add.at(drawn, (rank[:, None], layer, slot[:, layer]), 1)
     ours = split_local(count, placement)
-    assert (per_expert(ours, placement) == count).all()
+    assert (per_expert(ours, placement.slot_to_expert_LS) == count).all()
     assert ((ours > 0) | (drawn == 0)).all()
     assert ours == pytest.approx(drawn, abs=6 * np.sqrt(drawn.max()))
 
