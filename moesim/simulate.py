@@ -16,7 +16,15 @@ from moesim.balancing import NearPolicy
 from moesim.cost.attention import AttentionTables
 from moesim.cost.bank import CountExperts
 from moesim.cost.dense import DenseTables, attention_shape
-from moesim.cost.deployed import Experts, exchange_copies, experts_of, moe_cost, place_passes, routing_warnings
+from moesim.cost.deployed import (
+    Experts,
+    check_dispatch,
+    exchange_copies,
+    experts_of,
+    moe_cost,
+    place_passes,
+    routing_warnings,
+)
 from moesim.cost.explain import Explanation, explain
 from moesim.cost.locality import nearness
 from moesim.cost.operators import Operators
@@ -25,6 +33,7 @@ from moesim.cost.rebalancing import MoveCosts, RebalancingPricer
 from moesim.cost.split import Splitter
 from moesim.cost.step import StepPricer
 from moesim.cost.tokens import TokenExperts
+from moesim.dispatch.plan import shares
 from moesim.engine.core import Deployment, Outcome, run
 from moesim.engine.load import load_weights_ns
 from moesim.engine.rank import KvShape
@@ -46,7 +55,7 @@ from moesim.workload.requests import RequestsSpec, RequestStream, build_requests
 __all__ = ["SCHEMA_VERSION", "RunResult", "simulate"]
 
 _EXCHANGE = 9 + 2 * BINS
-"""row of `cost.experts.MoESums.stats`: ns of exchanges, hidden or not; the next one: chunks"""
+"""row of `cost.experts.MoESums.stats`: ns of exchanges, hidden or not; then chunks, experts sent, ns of sending them"""
 
 SCHEMA_VERSION = 1
 
@@ -153,6 +162,7 @@ class RunResult:
             "links": self._links(),
             "rebalance": self._rebalance(),
             "overlap": self._overlap(),
+            "guests": self._guests(),
             "memory": self._memory(),
             "drops": self._drops(),
             "routing": self._routing(),
@@ -193,7 +203,8 @@ class RunResult:
         slot_LS = self._slot_load()
         if slot_LS is None or self.experts is None:
             return None
-        return self._placement().rank_load(slot_LS / np.maximum(slot_LS.sum(axis=1, keepdims=True), 1e-300))
+        load_LP = self._placement().rank_load(slot_LS) + sum(moe.guests.load_LP for moe in self._moes())
+        return np.asarray(load_LP / np.maximum(load_LP.sum(axis=1, keepdims=True), 1e-300))
 
     def _rebalancing(self) -> list[RebalancingPricer]:
         return [p for p in self.pricers if isinstance(p, RebalancingPricer)]
@@ -226,9 +237,25 @@ class RunResult:
             "planned_after": float(np.mean(after)) if after else None,
         }
 
+    def _moes(self) -> list[CountExperts | TokenExperts]:
+        """What priced the experts of the groups, of the first alone where maps differ from group to group."""
+        pricers = self.pricers[:1] if self._rebalancing() else self.pricers
+        return [p.moe for p in pricers if isinstance(p.moe, CountExperts | TokenExperts)]
+
+    def _guests(self) -> dict[str, Any] | None:
+        """Weights that dispatch sent along with tokens."""
+        e, experts, policy = self.explanation, self.experts, self.scenario.policies.dispatch
+        if e is None or experts is None or not getattr(policy, "guests", False) or shares(policy):
+            return None
+        size = experts.prices.expert_bytes
+        return {
+            "bytes": round(float(e.stats[_EXCHANGE + 2]) * size),
+            "transfer_s": float(e.stats[_EXCHANGE + 3]) / 1e9,
+            "peak_bytes": round(max(moe.guests.most for moe in self._moes()) * size),
+        }
+
     def _slot_load(self) -> FloatArray | None:
-        pricers = self.pricers[:1] if self._rebalancing() else self.pricers  # maps differ from group to group
-        loads = [p.moe.slot_load_LS() for p in pricers if isinstance(p.moe, CountExperts | TokenExperts)]
+        loads = [moe.slot_load_LS() for moe in self._moes()]
         return sum(loads, np.zeros_like(loads[0])) if loads else None
 
     def _hottest(self) -> dict[str, Any] | None:
@@ -397,6 +424,7 @@ def _serve(
     stream = build_requests(requests, scenario.base, seed)
     result.stream = stream
     ops = Operators(scenario.cluster.profile, scenario.engine.cuda_graph)
+    check_dispatch(scenario, layout)
     try:
         experts = experts_of(scenario, layout, ops, stream, seed) if scenario.model.is_moe else None
         slots = experts.slot_size if experts is not None else 0
@@ -547,7 +575,7 @@ def _tables(
     scenario: Scenario, layout: Layout, ops: Operators, kv: KvShape
 ) -> tuple[DenseTables, AttentionTables | None, AttentionTables | None]:
     model, engine = scenario.model, scenario.engine
-    dense = DenseTables(model, layout, engine, ops, layout.meets)
+    dense = DenseTables(model, layout, engine, ops, layout.meets, shared=not shares(scenario.policies.dispatch))
     most = min(kv.token_capacity, engine.max_num_seqs * (engine.max_model_len or model.max_position_embeddings))
     if kv.window_layers and kv.full_layers:
         most = min(kv.capacity // kv.full_layers * kv.block_size, engine.max_num_seqs * model.max_position_embeddings)

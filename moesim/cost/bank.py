@@ -11,6 +11,10 @@ resembles the next as it does in the trace, where the same sequences decode on.
 
 Where a token's experts depend on its batch (a router that balances, a capacity) the blocks' sums would not do: then
 each entry's tokens are routed together (`moesim.cost.routed_bank`).
+
+Where only the replica depends on it (a dispatch that plans), an entry's counts by expert are the blocks' sums still,
+and the plan made of them says what every slot computes. What travels to a rank is estimated: as many copies for each of
+its pairs as under a policy that looks at single tokens (`Coupled.stand_in`).
 """
 
 from __future__ import annotations
@@ -22,12 +26,15 @@ from typing import NamedTuple
 import numpy as np
 
 from moesim.arrays import AnyArray, FloatArray, IntArray
+from moesim.cost.drawn import DrawnBatches, busiest_ports, planned_ports
 from moesim.cost.experts import Computed, Drawn, ExpertPrices, LayerPrices, MoESums, Ports, padded_slots
 from moesim.cost.pricer import Batch, Chunk
 from moesim.cost.routed_bank import RoutedBank, stack_drawn
 from moesim.cost.split import HalfLayers, SplitDetail
 from moesim.cost.touch import count_slots, touch
+from moesim.cost.weights import Guests, Moves
 from moesim.dispatch import DispatchPolicy, assign_ragged
+from moesim.dispatch.plan import Batches, Coupled, Plan, stack
 from moesim.layout import Layout
 from moesim.placement import Placement
 from moesim.rng import generator
@@ -38,6 +45,8 @@ __all__ = ["BankDetail", "CountExperts", "persistence"]
 
 _BLOCK = 32
 _POOL_BLOCKS = 256
+_PLANNED, _PLANNED_SLOTS = 8, 1 << 17
+"""entries of a size where dispatch plans for each; fewer, but at least half, beyond so many slots of all layers"""
 _PERIOD = 1 << 16
 _SKEWS = tuple(2 ** (i / 8) for i in range(129))
 """busiest rank's tokens over the mean, rounded up to one of these: at most 9 % above"""
@@ -48,6 +57,15 @@ class BankDetail(NamedTuple):
 
     row: MoESums
     start: int
+
+
+class _Cell(NamedTuple):
+    """Batches of one size of the grid: kernels, ports, what was routed, weights that dispatch sends."""
+
+    computed: Computed
+    ports: Ports | None
+    drawn: Drawn
+    moves: Moves | None = None
 
 
 class CountExperts:
@@ -69,16 +87,21 @@ class CountExperts:
         deployment under another placement, whose entries are used in the same order."""
         self._routed = routed
         self._routed_LS = np.zeros((placement.num_layers, placement.num_slots))
+        self.guests = Guests(placement)
         self._source = source
         self._placement = placement
         self._dispatch = dispatch
         self._layout = layout
         self._prices = prices
         self._entries = 1 if source.ideal else entries if routed is None else routed.entries(entries)
+        self._planner = dispatch if isinstance(dispatch, Coupled) else None
+        if self._planner is not None:
+            room = max(_PLANNED // 2, _PLANNED_SLOTS // max(1, placement.num_layers * placement.num_slots))
+            self._entries = min(self._entries, _PLANNED, room)
         self._seed = seed
         self._pool: _Sample | None = None
         self._blocks: dict[str, _Blocks] = {}
-        self._cells: dict[tuple[str, int, float], tuple[Computed, Ports | None, Drawn]] = {}
+        self._cells: dict[tuple[str, int, float], _Cell] = {}
         self._priced: dict[tuple[str, int, float], MoESums] = {}
         self._rows: dict[tuple[str, int, float], MoESums] = {}
         self._layered: dict[tuple[str, int, float], IntArray] = {}
@@ -198,8 +221,8 @@ class CountExperts:
         """Layer by layer, the prices behind the next smaller size of the grid (for a timeline)."""
         low, _ = _grid(tokens, self._routed is not None)
         ratio = busiest * self._layout.dp / tokens if self._layout.meets else 1.0
-        computed, ports, _ = self._cell(phase, low, ratio)
-        return self._prices.price(computed, np.full(len(computed.grade), busiest * low / tokens), ports)
+        computed, ports, _, moves = self._cell(phase, low, ratio)
+        return self._prices.price(computed, np.full(len(computed.grade), busiest * low / tokens), ports, moves=moves)
 
     # -- drawing ------------------------------------------------------------------------------------------------
     def _price(self, phase: Phase, tokens: int, skew: float) -> MoESums:
@@ -211,7 +234,7 @@ class CountExperts:
         return found
 
     def _price_layers(self, phase: Phase, tokens: int, skew: float) -> tuple[LayerPrices, Ports | None, Drawn]:
-        computed, ports, drawn = self._cell(phase, tokens, skew)
+        computed, ports, drawn, moves = self._cell(phase, tokens, skew)
         busiest = tokens / self._layout.dp * skew
         if ports is not None:
             # the busiest sender's copies: its tokens times the copies a token needs
@@ -220,17 +243,22 @@ class CountExperts:
                 nvlink=np.maximum(ports.nvlink, ports.nvlink_total * sent),
                 nic=np.maximum(ports.nic, ports.nic_total * sent),
             )
-        return self._prices.price(computed, np.full(len(computed.grade), busiest), ports), ports, drawn
+        priced = self._prices.price(computed, np.full(len(computed.grade), busiest), ports, moves=moves)
+        return priced, ports, drawn
 
-    def _cell(self, phase: Phase, tokens: int, skew: float) -> tuple[Computed, Ports | None, Drawn]:
+    def _cell(self, phase: Phase, tokens: int, skew: float) -> _Cell:
         """Expert kernels and ports of the batches of one size of the grid, and what was routed. The skew, the busiest
         rank's tokens over the mean, counts for capacities of ranks, to the next half octave."""
         skew = self._cell_skew(skew)
         key = (phase, tokens, skew)
         found = self._cells.get(key)
         if found is None:
-            plain = self._routed is None
-            found = self._plain_cell(phase, tokens) if plain else self._routed_cell(phase, tokens, skew)
+            if self._routed is not None:
+                found = self._routed_cell(phase, tokens, skew)
+            else:
+                # perfectly even routing leaves nothing to plan but the shared expert
+                plain = self._planner is None or (self._source.ideal and not self._planner.shared)
+                found = self._plain_cell(phase, tokens) if plain else self._planned_cell(phase, tokens)
             self._cells[key] = found
         return found
 
@@ -240,22 +268,62 @@ class CountExperts:
             return 1.0
         return float(min(2.0 ** (round(2 * math.log2(max(skew, 1.0))) / 2), float(self._layout.dp)))
 
-    def _plain_cell(self, phase: Phase, tokens: int) -> tuple[Computed, Ports | None, Drawn]:
+    def _plain_cell(self, phase: Phase, tokens: int) -> _Cell:
         count_BLS, ports = self._blocks[phase].draw(tokens, self._entries, self._seed, phase)
         if self._source.ideal:
             count_BLS = np.full_like(count_BLS, tokens * self._source.top_k / count_BLS.shape[-1])
         self._count_BLE[phase, tokens, 1.0] = self._per_expert(count_BLS)
         kept_B = count_BLS.sum(axis=(1, 2), dtype=np.float64)
         passes = np.full(len(kept_B), float(tokens * self._placement.num_layers))
-        return self._prices.compute(count_BLS), ports, Drawn.plain(passes, kept_B)
+        return _Cell(self._prices.compute(count_BLS), ports, Drawn.plain(passes, kept_B))
 
-    def _routed_cell(self, phase: Phase, tokens: int, skew: float) -> tuple[Computed, Ports | None, Drawn]:
+    def _planned_cell(self, phase: Phase, tokens: int) -> _Cell:
+        """Batches whose replicas a plan chooses."""
+        assert self._planner is not None
+        drawn = self._blocks[phase].draw_all(tokens, self._entries, self._seed, phase)
+        count_BLE = self._per_expert(drawn.count_BLS)
+        if self._source.ideal:  # in whole pairs, as even as can be
+            even = np.arange(1, count_BLE.shape[-1] + 1) * (tokens * self._source.top_k) // count_BLE.shape[-1]
+            count_BLE = np.broadcast_to(np.diff(even, prepend=0).astype(np.float64), count_BLE.shape)
+        self._count_BLE[phase, tokens, 1.0] = count_BLE
+        ranks = self._placement.num_ranks
+        reach: list[AnyArray | None] = [None, None]
+        if drawn.in_BLG is not None and drawn.node_in_BLN is not None and self._layout.copies == "distinct":
+            # those that come from a rank or node itself reach it, too
+            places = (drawn.in_BLG, ranks), (drawn.node_in_BLN, self._layout.nodes)
+            reach = [np.minimum(copies * (n / max(n - 1, 1)), tokens) for copies, n in places]
+        from_BG = np.full((len(count_BLE), ranks), tokens / ranks)
+        seen = Batches(np.rint(count_BLE).astype(np.int64), from_BG, reach[0], reach[1])
+        plan = self._planner.plan(seen, self._placement, self._seed)
+        computed = self._prices.compute(plan.count_BLW, plan)
+        moves = self._tally(plan, tokens)
+        kept_B = count_BLE.sum(axis=(1, 2))
+        passes = np.full(len(kept_B), float(tokens * self._placement.num_layers))
+        return _Cell(computed, planned_ports(drawn, plan, self._layout, tokens), Drawn.plain(passes, kept_B), moves)
+
+    def _tally(self, plan: Plan, tokens: int) -> Moves | None:
+        """Keep the mean load of slots and guests; returns the weights that the plan sends."""
+        self._routed_LS += plan.own(plan.count_BLW).mean(axis=0) / tokens
+        self.guests.serve(plan, 1.0 / (tokens * len(plan.count_BLW)))
+        moves = self._prices.moves(plan)
+        self.guests.sent(moves)
+        return moves
+
+    def _routed_cell(self, phase: Phase, tokens: int, skew: float) -> _Cell:
         """Batches whose tokens are routed together."""
         assert self._routed is not None
         drawn = [self._routed.entry(phase, tokens, skew, i, self._entries) for i in range(self._entries)]
-        count_BLS = np.stack([d.count_LS for d in drawn])
-        self._routed_LS += count_BLS.mean(axis=0) / tokens
-        self._count_BLE[phase, tokens, skew] = self._per_expert(count_BLS)
+        plans = [d.plan for d in drawn if d.plan is not None]
+        plan = moves = None
+        if plans:
+            plan = stack(plans)
+            count_BLS: AnyArray = plan.count_BLW
+            self._count_BLE[phase, tokens, skew] = plan.count_BLE().astype(np.float64)
+            moves = self._tally(plan, tokens)
+        else:
+            count_BLS = np.stack([d.count_LS for d in drawn])
+            self._routed_LS += count_BLS.mean(axis=0) / tokens
+            self._count_BLE[phase, tokens, skew] = self._per_expert(count_BLS)
         capacity, pad = self._routed.router.capacity, None
         if capacity is not None and capacity.pad:
             pad = padded_slots(np.stack([d.room_L for d in drawn]), self._placement)
@@ -263,8 +331,8 @@ class CountExperts:
         if self._layout.exchanges:
             ports = Ports(*(np.stack([d.ports[i] for d in drawn]) for i in range(4)))
         # the busiest sender's copies are added where the skew is known
-        computed, ports = self._prices.padded(count_BLS, ports, pad, np.zeros(len(drawn)))
-        return computed, ports, stack_drawn([d.drawn for d in drawn])
+        computed, ports = self._prices.padded(count_BLS, ports, pad, np.zeros(len(drawn)), plan)
+        return _Cell(computed, ports, stack_drawn([d.drawn for d in drawn]), moves)
 
     def _per_expert(self, count_BLS: AnyArray) -> FloatArray:
         """Pairs per expert of every entry, float64 [B, L, E]."""
@@ -286,7 +354,8 @@ class CountExperts:
         source_T = rng.integers(self._layout.ranks, size=len(rows))
         part_T = source_T if self._layout.exchanges else source_T // self._layout.expert_tp
         ids = np.ascontiguousarray(self._source.expert_TLK[rows])
-        slot_TLK = assign_ragged(self._dispatch, ids, part_T, self._placement, self._seed, rows)
+        alone = self._dispatch if self._planner is None else self._planner.stand_in()
+        slot_TLK = assign_ragged(alone, ids, part_T, self._placement, self._seed, rows)
         return _Sample(rows, slot_TLK, source_T, rng.permutation(len(rows)))
 
     def _cut(self, phase: str) -> _Blocks:
@@ -332,6 +401,13 @@ class _Blocks:
 
     def draw(self, tokens: int, entries: int, seed: int, phase: str) -> tuple[FloatArray, Ports | None]:
         """`entries` batches: tokens per slot [entries, L, S] and the busiest ports."""
+        drawn = self.draw_all(tokens, entries, seed, phase)
+        if drawn.in_BLG is None or drawn.node_in_BLN is None:
+            return drawn.count_BLS, None
+        return drawn.count_BLS, busiest_ports(drawn.in_BLG, drawn.node_in_BLN, self._layout)
+
+    def draw_all(self, tokens: int, entries: int, seed: int, phase: str) -> DrawnBatches:
+        """`entries` batches."""
         if tokens < _BLOCK:
             return self._draw_few(tokens, entries, seed, phase)
         number = tokens // _BLOCK
@@ -341,35 +417,23 @@ class _Blocks:
             weight[entry] = np.bincount(chosen, minlength=self.number)
         count = (weight @ self._count.reshape(self.number, -1)).reshape(entries, self._layers, self._slots)
         if not self._layout.exchanges:
-            return count, None
+            return DrawnBatches(count)
         ranks_in = (weight @ self._in.reshape(self.number, -1)).reshape(entries, self._layers, -1)
         nodes_in = (weight @ self._node_in.reshape(self.number, -1)).reshape(entries, self._layers, -1)
-        return count, self._ports(ranks_in, nodes_in)
+        return DrawnBatches(count, ranks_in, nodes_in)
 
-    def _draw_few(self, tokens: int, entries: int, seed: int, phase: str) -> tuple[FloatArray, Ports | None]:
+    def _draw_few(self, tokens: int, entries: int, seed: int, phase: str) -> DrawnBatches:
         blocks = np.array(
             [generator(seed, "bank/draw", int(phase == "decode"), e).integers(self.number) for e in range(entries)]
         )
         rows = (blocks[:, None] * _BLOCK + np.arange(tokens)).ravel()
         count = self._counts(self._slot_TLK[rows], np.repeat(np.arange(entries), tokens), entries)
         if not self._layout.exchanges:
-            return count, None
+            return DrawnBatches(count)
         starts = np.arange(entries, dtype=np.int64) * tokens
         source_T, how = self._source_T[rows], self._layout.copies
         copies = touch(self._slot_TLK[rows], source_T, starts, self._spr, self._node_G, how)
-        return count, self._ports(copies.in_BLG.astype(np.float32), copies.node_in_BLN.astype(np.float32))
-
-    def _ports(self, ranks_in: AnyArray, nodes_in: AnyArray) -> Ports:
-        return _busiest(ranks_in, nodes_in, self._layout)
-
-
-def _busiest(ranks_in: AnyArray, nodes_in: AnyArray, layout: Layout) -> Ports:
-    return Ports(
-        nvlink=ranks_in.max(axis=-1),
-        nic=nodes_in.max(axis=-1) / layout.nics_shared,
-        nvlink_total=ranks_in.sum(axis=-1),
-        nic_total=nodes_in.sum(axis=-1),
-    )
+        return DrawnBatches(count, copies.in_BLG.astype(np.float32), copies.node_in_BLN.astype(np.float32))
 
 
 def _between(low: MoESums, high: MoESums, share: float) -> MoESums:

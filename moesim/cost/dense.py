@@ -60,7 +60,8 @@ def attention_shape(model: MoEModel, tp: int, window: bool) -> AttentionShape:
 class DenseTables:
     """Tables of one replica's ranks. `total_N`: all stages together, for groups of one rank (nobody to wait for).
     `blocks`: the parts of one layer's attention, dense and MoE block, and of a pass's beginning and end. tokens_N: the
-    only numbers of tokens that are wanted."""
+    only numbers of tokens that are wanted. shared: ranks run the shared expert for their own tokens; else it is
+    dispatched like a routed one, and priced there."""
 
     def __init__(
         self,
@@ -70,11 +71,13 @@ class DenseTables:
         ops: Operators,
         meet: bool,
         tokens_N: IntArray | None = None,
+        shared: bool = True,
     ) -> None:
         self._model = model
         self._layout = layout
         self._ops = ops
         self.engine = engine
+        self._shared = shared
         most = max(engine.max_num_batched_tokens, engine.max_num_seqs) + max(engine.graph_batch_sizes, default=0)
         self._n = np.arange(most + 1, dtype=np.int64) if tokens_N is None else tokens_N
         self.program = stages(model, meet)
@@ -196,7 +199,7 @@ class DenseTables:
             self._part("top_k", "elementwise", self._rows(2 * m.num_scores + 4 * m.top_k)),
             *self._latent(),
         ]
-        if m.shared_intermediate_size:
+        if m.shared_intermediate_size and self._shared:
             wide = m.shared_intermediate_size // self._layout.tp
             out.append(self._part("shared_expert", "gemm", *self._gemms("moe", *self._shared_names())))
             out.append(self._part("activation", "elementwise", self._rows(3 * wide)))

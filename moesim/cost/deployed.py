@@ -21,6 +21,7 @@ from moesim.cost.routed import figures, route_source
 from moesim.cost.routed_bank import RoutedBank
 from moesim.cost.step import MoECost, NoExperts
 from moesim.cost.tokens import TokenExperts
+from moesim.dispatch.plan import shares
 from moesim.errors import BadInput, Problem
 from moesim.layout import Layout
 from moesim.model import MoEModel
@@ -33,7 +34,7 @@ from moesim.workload.pool import RoutingSource
 from moesim.workload.replay import Replay
 from moesim.workload.requests import RequestStream
 
-__all__ = ["Experts", "exchange_copies", "experts_of", "moe_cost", "routing_warnings"]
+__all__ = ["Experts", "check_dispatch", "exchange_copies", "experts_of", "moe_cost", "routing_warnings"]
 
 _TOKEN_FIDELITY_IDS = 1 << 28
 """expert ids above which `fidelity: auto` counts instead of following every token"""
@@ -175,6 +176,33 @@ def _initial(policy: PlacementPolicy, model: MoEModel, context: PlacementContext
         np.broadcast_to(initial_map(model.num_experts, blind.num_slots), blind.slot_to_expert_LS.shape),
         model.num_experts,
     )
+
+
+def check_dispatch(scenario: Scenario, layout: Layout) -> None:
+    """Raises BadInput where the policy of dispatch needs what the deployment has not."""
+    model, policy = scenario.model, scenario.policies.dispatch
+    told = ""
+    if shares(policy) and (not model.is_moe or not model.shared_intermediate_size):
+        told = f"waterfill dispatches the shared expert, and {model.name} has none. Use static, random or lp"
+    elif shares(policy) and (not layout.exchanges or layout.tp > 1):
+        told = (
+            f"waterfill needs ranks that hold whole experts and exchange tokens: tp={layout.tp}, dp={layout.dp},"
+            f" ep={layout.ep}. Use tp 1, and ep = dp above 1"
+        )
+    elif shares(policy) and layout.copies != "distinct":
+        told = (
+            "waterfill is DeepEP's: the shared expert costs no copy where the token goes anyway. Use"
+            " communication.all_to_all auto, deepep_normal or deepep_v2, without coherent"
+        )
+    elif shares(policy) and model.weight_dtype != model.expert_dtype:
+        told = (
+            "waterfill computes the shared expert among the routed ones, in one number format: weights are"
+            f" {model.weight_dtype}, experts {model.expert_dtype}. Use static, random or lp"
+        )
+    elif getattr(policy, "guests", False) and scenario.capacity is not None and scenario.capacity.pad:
+        told = "capacity.pad gives every slot its rows, and this dispatch lets ranks serve others. Set pad to false"
+    if told:
+        raise BadInput(Problem("policies.dispatch", told))
 
 
 def exchange_copies(scenario: Scenario, layout: Layout, figures: dict[str, Any] | None) -> float:

@@ -15,6 +15,9 @@ from moesim.arrays import AnyArray, FloatArray, IntArray, U8Array
 from moesim.cost.chunks import Chunks
 from moesim.cost.exchange import Exchange, Ports
 from moesim.cost.operators import MoEShape, Operators
+from moesim.cost.weights import Moves, moves_of, transfer_ns
+from moesim.dispatch.plan import Plan
+from moesim.hardware import ASSUMED
 from moesim.layout import Layout
 from moesim.model import MoEModel
 from moesim.placement import EMPTY, Placement
@@ -23,7 +26,7 @@ from moesim.routing.batch import BINS
 __all__ = ["MEANS", "STATS", "Computed", "Drawn", "ExpertPrices", "LayerPrices", "MoESums", "Ports", "padded_slots"]
 
 
-STATS = 11 + 2 * BINS
+STATS = 13 + 2 * BINS
 
 
 class Drawn(NamedTuple):
@@ -47,7 +50,8 @@ class LayerPrices(NamedTuple):
     """ns by layer [..., L]; rows by part [..., L, P]; grades of the expert kernel and the exchange [..., L].
 
     dispatch, combine: what is not hidden behind experts. exchange [..., L]: hidden or not; travel: of it what goes
-    between the ranks of a replica. degree [..., L]: chunks.
+    between the ranks of a replica. degree [..., L]: chunks. transfer, sent [..., L]: ns of the former in which weights
+    are sent, and how many experts that are.
     """
 
     dispatch: IntArray
@@ -60,6 +64,8 @@ class LayerPrices(NamedTuple):
     exchange: IntArray
     degree: IntArray
     travel: IntArray
+    transfer: IntArray
+    sent: FloatArray
 
     def sums(self, ports: Ports | None, drawn: Drawn) -> MoESums:
         """Add the layers up; `ports` are those that were priced, `drawn` what was routed."""
@@ -78,6 +84,8 @@ class LayerPrices(NamedTuple):
             *drawn.dropped_bins,
             self.exchange.sum(axis=-1),
             self.degree.mean(axis=-1),
+            self.sent.sum(axis=-1),
+            self.transfer.sum(axis=-1),
         ]
         grade, exchange_grade = self.grade.max(axis=-1), self.exchange_grade.max(axis=-1)
         total = dispatch + experts + combine
@@ -98,7 +106,7 @@ class Computed(NamedTuple):
     chunk_RL: IntArray | None = None
 
 
-MEANS = (2, STATS - 1)
+MEANS = (2, STATS - 3)
 """rows of `MoESums.stats` that are means over layers, where the others are sums"""
 
 
@@ -109,7 +117,8 @@ class MoESums(NamedTuple):
     `stats`: sum over layers of the largest part's rows, of the mean part's rows, mean over layers of max/mean rows,
     copies over NVLink and over NICs in all layers, sum over layers of the parts' mean expert ns; tokens times passes,
     pairs wanted and pairs dropped, and these by tenth of the request; ns of the exchanges of all layers, hidden or not,
-    and mean over layers of the chunks that they are cut into.
+    and mean over layers of the chunks that they are cut into; experts whose weights dispatch sends, and the ns that
+    takes.
     """
 
     total: IntArray
@@ -153,12 +162,19 @@ class ExpertPrices:
         if model.expert_size_E and slot_to_expert_LS is not None:
             size_LS = np.where(slot_to_expert_LS == EMPTY, 0.0, np.asarray(model.expert_size_E)[slot_to_expert_LS])
             self._size_LPS = size_LS.reshape(len(size_LS), layout.ep, -1)
+        shared = model.shared_intermediate_size / model.moe_intermediate_size
+        self._size_E: FloatArray | None = None
+        """relative size of each expert, of the shared one, and of none"""
+        if model.expert_size_E or shared not in (0.0, 1.0):
+            self._size_E = np.array([*(model.expert_size_E or np.ones(model.num_experts)), shared, 0.0])
+        self.expert_bytes = int(model.expert_bytes()) // layout.expert_tp
+        """weights of an expert of relative size 1 on one rank"""
 
     def sizes(
-        self, slot_count: AnyArray, degree: int = 1
+        self, slot_count: AnyArray, degree: int = 1, plan: Plan | None = None
     ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray | float]:
         """Rows, active experts, rows of work and rows of other parts that every part's kernel sees, [..., L, P].
-        slot_count [..., L, S]: (token, choice) pairs per slot.
+        slot_count [..., L, S]: (token, choice) pairs per slot. plan: where its guests have slots, too.
 
         Experts of another size count as so much of one of size 1, in work and in weights read. Token by token, every
         pair reads its expert's weights. degree: of one of so many equal chunks of the tokens, in the mean over how
@@ -175,8 +191,11 @@ class ExpertPrices:
         work = np.ceil(each * (1.0 / self._block)) if self._row_work is None else self._row_work.at(each)
         if degree > 1:
             work = work * used
-        if self._size_LPS is not None:
-            active, work = active * self._size_LPS, work * self._size_LPS
+        size = self._size_LPS
+        if plan is not None and plan.guests and self._size_E is not None:
+            size = self._size_E[plan.expert_BLW].reshape(parts.shape)
+        if size is not None:
+            active, work = active * size, work * size
         active_LP = _over_slots(active)
         work_LP = _over_slots(work) * (self._block if self._row_work is None else 1)
         elsewhere_LP: FloatArray | float = 0.0
@@ -184,28 +203,33 @@ class ExpertPrices:
             elsewhere_LP = rows_LP.sum(axis=-1, keepdims=True) - rows_LP
         return rows_LP, active_LP, work_LP, elsewhere_LP
 
-    def compute(self, slot_count: AnyArray) -> Computed:
-        """The expert kernels of every part. slot_count: as of `sizes`."""
-        rows_LP, active_LP, work_LP, elsewhere_LP = self.sizes(slot_count)
+    def compute(self, slot_count: AnyArray, plan: Plan | None = None) -> Computed:
+        """The expert kernels of every part. slot_count, plan: as of `sizes`."""
+        rows_LP, active_LP, work_LP, elsewhere_LP = self.sizes(slot_count, 1, plan)
         priced = self._ops.moe(rows_LP, active_LP, work_LP, elsewhere_LP, self.shape)
         expert_LP, grade = np.rint(priced.ns).astype(np.int64), priced.grade.max(axis=-1)
         if not self.chunks.degrees:
             return Computed(expert_LP, rows_LP, grade)
         chunk_RL = np.empty((len(self.chunks.degrees), *grade.shape), np.int64)
         for at, degree in enumerate(self.chunks.degrees):
-            cut = self._ops.moe(*self.sizes(slot_count, degree), self.shape)
+            cut = self._ops.moe(*self.sizes(slot_count, degree, plan), self.shape)
             slowed = cut.ns.max(axis=-1) / (self.exchange.compute_scale if degree > 1 else 1.0)
             chunk_RL[at] = np.rint(slowed)
             grade = np.maximum(grade, cut.grade.max(axis=-1))
         return Computed(expert_LP, rows_LP, grade, chunk_RL)
 
+    def moves(self, plan: Plan | None) -> Moves | None:
+        """The weights that a plan sends; None where there are none."""
+        return None if plan is None else moves_of(plan, self._size_E)
+
     def padded(
-        self, slot_count: AnyArray, ports: Ports | None, pad: FloatArray | None, busiest: AnyArray | float
-    ) -> tuple[Computed, Ports | None]:
+        self, slot_count: AnyArray, ports: Ports | None, pad: FloatArray | None, busiest: AnyArray | float,
+        plan: Plan | None = None,
+    ) -> tuple[Computed, Ports | None]:  # fmt: skip
         """`compute`, and the ports, of batches whose kernels compute and exchange `pad` rows a slot [B, L, S] whatever
         is in them (GShard's and Megatron's padding to the capacity); None, and below 0 in layers without a capacity: as
         many as there are. busiest [B]: the share of the tokens, and so of the room, of the rank that has most."""
-        computed = self.compute(slot_count)
+        computed = self.compute(slot_count, plan)
         if pad is None:
             return computed, ports
         open_BL = pad[..., 0] < 0
@@ -229,28 +253,47 @@ class ExpertPrices:
         )
         return computed, Ports(*(np.where(open_BL, own, p) for own, p in zip(ports, moved, strict=True)))
 
-    def price(self, computed: Computed, busiest: AnyArray, ports: Ports | None, by_layer: bool = False) -> LayerPrices:
+    def price(
+        self, computed: Computed, busiest: AnyArray, ports: Ports | None, by_layer: bool = False,
+        moves: Moves | None = None,
+    ) -> LayerPrices:  # fmt: skip
         """Prices of layers: the kernels in `computed` between dispatch and combine.
 
         busiest [...]: tokens of the data-parallel rank that has most (for the gather of groups whose experts are
-        split over ranks). ports: for exchanges. by_layer: chunks are chosen for each layer, else for a batch.
+        split over ranks). ports: for exchanges. by_layer: chunks are chosen for each layer, else for a batch. moves:
+        weights sent before the experts run, hidden behind nothing.
         """
         shape = computed.expert_LP.shape[:-1]
+        nothing = np.zeros(shape, np.int64), np.zeros(shape)
         if computed.chunk_RL is not None:
             options = self.chunks.options(computed.chunk_RL, computed.rows_LP, busiest, ports)
             cut = self.chunks.best(options, by_layer)
             longer = cut.experts / np.maximum(computed.expert_LP.max(axis=-1), 1)
             expert_LP = np.rint(computed.expert_LP * longer[..., None]).astype(np.int64)
-            return LayerPrices(
+            priced = LayerPrices(
                 cut.dispatch, cut.experts, cut.combine, expert_LP, computed.rows_LP, computed.grade, cut.grade,
-                cut.exchange, cut.degree, cut.travel,
+                cut.exchange, cut.degree, cut.travel, *nothing,
             )  # fmt: skip
-        dispatch, combine, grade = self.exchange.price(shape, busiest, ports)
-        slowest, once = computed.expert_LP.max(axis=-1), np.ones(shape, np.int64)
-        return LayerPrices(
-            dispatch, slowest, combine, computed.expert_LP, computed.rows_LP, computed.grade, grade,
-            dispatch + combine, once, dispatch + combine,
-        )  # fmt: skip
+        else:
+            dispatch, combine, grade = self.exchange.price(shape, busiest, ports)
+            slowest, once = computed.expert_LP.max(axis=-1), np.ones(shape, np.int64)
+            priced = LayerPrices(
+                dispatch, slowest, combine, computed.expert_LP, computed.rows_LP, computed.grade, grade,
+                dispatch + combine, once, dispatch + combine, *nothing,
+            )  # fmt: skip
+        return priced if moves is None else self._with_moves(priced, moves)
+
+    def _with_moves(self, priced: LayerPrices, moves: Moves) -> LayerPrices:
+        """Dispatch takes longer by the time of the weights."""
+        transfer = np.rint(transfer_ns(self._ops.profile, moves, self.expert_bytes)).astype(np.int64)
+        return priced._replace(
+            dispatch=priced.dispatch + transfer,
+            exchange=priced.exchange + transfer,
+            travel=priced.travel + transfer,
+            exchange_grade=np.where(transfer > 0, np.uint8(ASSUMED), priced.exchange_grade),
+            transfer=transfer,
+            sent=moves.total,
+        )
 
 
 def _mean_ratio(most: FloatArray, mean: FloatArray) -> FloatArray:

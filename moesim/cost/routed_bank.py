@@ -17,7 +17,8 @@ import numpy as np
 from moesim.arrays import AnyArray, FloatArray, IntArray
 from moesim.cost.experts import Drawn, Ports
 from moesim.cost.touch import touch
-from moesim.dispatch import DispatchPolicy, assign_ragged
+from moesim.dispatch import DispatchPolicy
+from moesim.dispatch.plan import Plan, serve_batches
 from moesim.layout import Layout
 from moesim.placement import Placement
 from moesim.rng import generator
@@ -39,12 +40,14 @@ _DENOISING = 16
 
 
 class Entry(NamedTuple):
-    """One batch: tokens per slot [L, slots], ports by layer, rows that experts have room for [L], what was drawn."""
+    """One batch: tokens per slot [L, slots], ports by layer, rows that experts have room for [L], what was drawn; the
+    plan of its dispatch, where there is one."""
 
     count_LS: FloatArray
     ports: Ports
     room_L: FloatArray
     drawn: Drawn
+    plan: Plan | None = None
 
 
 class _Ranks(NamedTuple):
@@ -101,14 +104,18 @@ class RoutedBank:
         source_N = ranks.rank_S[number_N] * layout.tp + turn_N % layout.tp
         part_N = source_N if layout.exchanges else source_N // layout.expert_tp
         token_N = request_N * (1 << 32) + position_N
-        slot_NLW = assign_ragged(self._dispatch, batch.expert_NLW, part_N, placement, self._seed, token_N)
+        served = serve_batches(
+            self._dispatch, batch.expert_NLW, part_N, np.zeros(1, np.int64), placement, self._seed, token_N, weight_N
+        )
+        slot_NLW = served.slot_TLK
         room = room_of(batch, self._room_weights(batch, ranks, tokens))
         drawn = drawn_of(batch, self._replay.tenth(request_N, position_N), weight_N)
         return Entry(
-            _weighted_slots(slot_NLW, weight_N, placement.num_slots),
-            self._ports(slot_NLW, source_N, number_N, ranks),
+            _weighted_slots(slot_NLW, weight_N, served.slots),
+            self._ports(slot_NLW, source_N, number_N, ranks, served.slots_per_rank),
             room,
             drawn,
+            served.plan,
         )
 
     def _ranks(self, tokens: int, skew: float, entry: int) -> _Ranks:
@@ -173,13 +180,15 @@ class RoutedBank:
                 left -= length
         return np.concatenate(request_P), np.concatenate(position_P), number_N
 
-    def _ports(self, slot_NLW: AnyArray, source_N: IntArray, number_N: IntArray, ranks: _Ranks) -> Ports:
+    def _ports(
+        self, slot_NLW: AnyArray, source_N: IntArray, number_N: IntArray, ranks: _Ranks, slots_per_rank: int
+    ) -> Ports:
         """The busiest ports of each layer, and copies in all."""
         layout = self._layout
         if not layout.exchanges:
             return Ports(*(np.zeros(slot_NLW.shape[1]) for _ in range(4)))
         starts_S = np.flatnonzero(np.r_[True, np.diff(number_N) != 0])
-        copies = touch(slot_NLW, source_N, starts_S, self._placement.slots_per_rank, self._node_G, layout.copies)
+        copies = touch(slot_NLW, source_N, starts_S, slots_per_rank, self._node_G, layout.copies)
         weight_S = ranks.weight_S * ranks.real_S / ranks.routed_S
         in_LG = np.einsum("s,slg->lg", weight_S, copies.in_BLG)
         node_in_LN = np.einsum("s,sln->ln", weight_S, copies.node_in_BLN)

@@ -12,7 +12,9 @@ from moesim.cost.pricer import Batch, Chunk
 from moesim.cost.routed_bank import drawn_of, room_of, stack_drawn
 from moesim.cost.split import HalfLayers
 from moesim.cost.touch import count_slots, touch
-from moesim.dispatch import DispatchPolicy, assign_ragged
+from moesim.cost.weights import Guests
+from moesim.dispatch import DispatchPolicy
+from moesim.dispatch.plan import Plan, couples, serve_batches
 from moesim.layout import Layout
 from moesim.placement import Placement
 from moesim.routing.batch import BatchRouter
@@ -58,13 +60,14 @@ class TokenExperts:
         self._seed = seed
         self._router = router
         self._node_G = np.arange(layout.ranks) // layout.gpus_per_node
-        self._plain = placement.max_replicas == 1 and not layout.exchanges and router is None
+        self._plain = placement.max_replicas == 1 and not layout.exchanges and router is None and not couples(dispatch)
         self.kept: dict[int, LayerPrices] = {}
         """layer by layer, the first runs' prices by the tick they start at (for a timeline)"""
         self.last_counts_SLE: IntArray | None = None
         """tokens per expert of the steps priced last, kept where `watched`"""
         self.watched = False
         self._slot_total_LS = np.zeros((placement.num_layers, placement.num_slots), np.int64)
+        self.guests = Guests(placement)
 
     def slot_load_LS(self) -> FloatArray:
         """Tokens per slot [L, S] of every step that was priced (steps that an arrival cut off included)."""
@@ -145,7 +148,7 @@ class TokenExperts:
     ) -> _PricedSteps:  # fmt: skip
         rows = self._replay.rows(request_N, position_N)
         tokens_S = np.diff(offsets) * float(self._source.num_layers)
-        ports = pad_LS = drawn = None
+        ports = pad_LS = drawn = plan = None
         if self._plain:
             count_SLE = count_steps(self._source, rows, offsets)
             slot_SLS: AnyArray = self._placement.of_slots(count_SLE)
@@ -155,18 +158,31 @@ class TokenExperts:
             ids = self._source.expert_TLK[rows]
             if self._router is not None:
                 ids, drawn, pad_LS = self._routed(rows, request_N, position_N, offsets, rank_N, tick, phase)
-            slot_SLS, ports = self._slots(ids, token_N, offsets, rank_N)
-        self._slot_total_LS += slot_SLS.sum(axis=0)
-        if self.watched:
-            self.last_counts_SLE = _per_expert(slot_SLS, self._placement)
+            slot_SLS, ports, plan = self._slots(ids, token_N, offsets, rank_N)
+        kept_S = self._tally(slot_SLS, plan)
         busy_S = busiest_S / np.diff(offsets) / self._layout.tp
-        computed, ports = self._prices.padded(slot_SLS, ports, pad_LS, busy_S)
-        priced = self._prices.price(computed, busiest_S, ports)
+        computed, ports = self._prices.padded(slot_SLS, ports, pad_LS, busy_S, plan)
+        moves = self._prices.moves(plan)
+        self.guests.sent(moves)
+        priced = self._prices.price(computed, busiest_S, ports, moves=moves)
         if len(self.kept) < _KEPT:
             self.kept[tick] = priced.first()
         if drawn is None:
-            drawn = Drawn.plain(tokens_S, slot_SLS.sum(axis=(1, 2), dtype=np.float64))
+            drawn = Drawn.plain(tokens_S, kept_S)
         return _PricedSteps(priced, priced.sums(ports, drawn))
+
+    def _tally(self, slot_SLS: AnyArray, plan: Plan | None) -> FloatArray:
+        """Keep what slots and experts served; returns the routed experts' pairs of each step [S]."""
+        if plan is None or not plan.guests:
+            self._slot_total_LS += slot_SLS.sum(axis=0)
+            if self.watched:
+                self.last_counts_SLE = _per_expert(slot_SLS, self._placement)
+            return np.asarray(slot_SLS.sum(axis=(1, 2), dtype=np.float64))
+        self._slot_total_LS += plan.own(slot_SLS).sum(axis=0)
+        self.guests.serve(plan, 1.0)
+        if self.watched:
+            self.last_counts_SLE = plan.count_BLE()
+        return np.asarray(plan.rows_BLG(shared=False).sum(axis=(1, 2)))
 
     def _routed(
         self, rows: IntArray, request_N: IntArray, position_N: IntArray, offsets: IntArray, rank_N: IntArray,
@@ -194,21 +210,22 @@ class TokenExperts:
 
     def _slots(
         self, ids: AnyArray, token_N: IntArray, offsets: IntArray, rank_N: IntArray
-    ) -> tuple[AnyArray, Ports | None]:
-        """Tokens per slot [S, L, slots] and ports, from the slot that dispatch chooses for every token."""
+    ) -> tuple[AnyArray, Ports | None, Plan | None]:
+        """Tokens per slot [S, L, slots] and ports, from the slot that dispatch chooses for every token, and its
+        plan, where it makes one."""
         layout, placement = self._layout, self._placement
-        slots = placement.num_slots
         steps = len(offsets) - 1
         # a data-parallel rank's tokens are dealt out to its tensor-parallel ranks for the exchange
         turn_N = np.arange(len(ids)) - np.repeat(offsets[:-1], np.diff(offsets))
         source = rank_N * layout.tp + turn_N % layout.tp
         part = source if layout.exchanges else source // layout.expert_tp
-        slot_TLK = assign_ragged(self._dispatch, ids, part, placement, self._seed, token_N)
+        served = serve_batches(self._dispatch, ids, part, offsets[:-1], placement, self._seed, token_N)
+        slot_TLK = served.slot_TLK
         step_N = np.repeat(np.arange(steps), np.diff(offsets))
-        count = count_slots(slot_TLK, step_N, steps, slots)
+        count = count_slots(slot_TLK, step_N, steps, served.slots)
         if not layout.exchanges:
-            return count, None
-        copies = touch(slot_TLK, source, offsets[:-1], placement.slots_per_rank, self._node_G, layout.copies)
+            return count, None, served.plan
+        copies = touch(slot_TLK, source, offsets[:-1], served.slots_per_rank, self._node_G, layout.copies)
         out_SG = np.zeros((steps, layout.ranks))
         np.add.at(out_SG, (step_N, source), 1.0)
         busiest = (out_SG.max(axis=-1) / np.diff(offsets))[:, None]
@@ -218,7 +235,7 @@ class TokenExperts:
             nvlink_total=copies.out_BL.astype(np.float64),
             nic_total=copies.node_out_BL.astype(np.float64),
         )
-        return count, ports
+        return count, ports, served.plan
 
 
 def _per_expert(slot_SLS: AnyArray, placement: Placement) -> IntArray:

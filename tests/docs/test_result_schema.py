@@ -73,6 +73,11 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
             "rebalance": {"interval_steps": 20},
             "communication": {"overlap": "pipeline"},
         },
+        "guests": {
+            "model": model,
+            "parallel": {"dp": 4, "ep": 4},
+            "policies": {"dispatch": {"kind": "llep", "threshold": 1.0, "min_tokens": 1}},
+        },
         "does_not_fit": {"model": model, "engine": {"runtime_memory_gib": 100}},
     }
     out = {name: simulate(scenario(folder, **parts)).to_json() for name, parts in cases.items()}

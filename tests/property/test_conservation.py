@@ -101,7 +101,19 @@ def scenarios(draw: st.DrawFn) -> dict[str, Any]:
         redundant = draw(st.sampled_from([0, 8]))
         policies |= {
             "placement": {"kind": "eplb", "num_redundant_experts": redundant} if redundant else "contiguous",
-            "dispatch": draw(st.sampled_from(["local_first", "random", "first"])),
+            "dispatch": draw(
+                st.sampled_from(
+                    [
+                        "local_first",
+                        "random",
+                        "first",
+                        "static",
+                        "node_limited",
+                        "lp",
+                        {"kind": "llep", "threshold": 1.0, "min_tokens": 2},
+                    ]
+                )
+            ),
             "routing": draw(st.sampled_from([None, "balanced"])),
         }
         parts["routing"] = {
@@ -167,14 +179,16 @@ def spy(patch: pytest.MonkeyPatch, watch: Watch) -> None:
         for rank in group.ranks:
             rank._check()
 
-    def checked_compute(self: ExpertPrices, slot_count: Any) -> Any:
+    def checked_compute(self: ExpertPrices, slot_count: Any, plan: Any = None) -> Any:
         total = check_counts(slot_count, self.shape.top_k)
         watch.priced += 1
-        computed = compute(self, slot_count)
+        computed = compute(self, slot_count, plan)
         np.testing.assert_array_equal(computed.rows_LP.sum(axis=-1), total * self.shape.top_k)
         return computed
 
-    def checked_price(self: ExpertPrices, computed: Any, busiest: Any, ports: Any) -> Any:
+    def checked_price(
+        self: ExpertPrices, computed: Any, busiest: Any, ports: Any, by_layer: bool = False, moves: Any = None
+    ) -> Any:
         pairs_L = computed.rows_LP.sum(axis=-1)
         assert (np.asarray(busiest)[..., None] * self.shape.top_k <= pairs_L * (1 + 1e-9)).all()
         if ports is not None:
@@ -182,7 +196,7 @@ def spy(patch: pytest.MonkeyPatch, watch: Watch) -> None:
             assert (ports.nic_total <= ports.nvlink_total).all()
             assert (ports.nvlink <= ports.nvlink_total).all()
             assert (ports.nic <= ports.nic_total).all()
-        return price(self, computed, busiest, ports)
+        return price(self, computed, busiest, ports, by_layer, moves)
 
     def checked_draw(self: Any, number: int, entries: int, seed: int, phase: str) -> Any:
         count_BLS, ports = draw(self, number, entries, seed, phase)
@@ -210,9 +224,11 @@ def check_counts(slot_count: Any, top_k: int) -> NDArray[np.float64]:
     return total
 
 
-def checked_touch(slot_TLK: Any, source_T: Any, starts_B: Any, slots_per_rank: int, node_G: Any) -> Any:
+def checked_touch(
+    slot_TLK: Any, source_T: Any, starts_B: Any, slots_per_rank: int, node_G: Any, copies: Any = "distinct"
+) -> Any:
     """Copies counted where they leave are the copies counted where they arrive, rank by rank and node by node."""
-    out = touch(slot_TLK, source_T, starts_B, slots_per_rank, node_G)
+    out = touch(slot_TLK, source_T, starts_B, slots_per_rank, node_G, copies)
     rank_TLK = np.sort(slot_TLK // slots_per_rank, axis=-1)
     new = np.concatenate([np.ones_like(rank_TLK[..., :1], bool), np.diff(rank_TLK, axis=-1) > 0], axis=-1)
     sent_TL = (new & (rank_TLK != np.asarray(source_T)[:, None, None])).sum(axis=-1)
@@ -309,6 +325,7 @@ def check_experts(result: RunResult, watch: Watch) -> None:
     moes = [p.moe for p in result.pricers if isinstance(p.moe, TokenExperts)]
     if moes:
         per_layer_L = sum(moe.slot_load_LS() for moe in moes).sum(axis=1)
+        per_layer_L = per_layer_L + sum(moe.guests.load_LP for moe in moes).sum(axis=1)
         whole = not result.scenario.engine.run_ahead and result.scenario.engine.max_duration_s is None
         assert (per_layer_L == computed * model.top_k).all() if whole else (per_layer_L >= computed * model.top_k).all()
 
