@@ -22,7 +22,7 @@ def claims() -> ModuleType:
     return importlib.import_module("claims_dispatch")
 
 
-@pytest.mark.parametrize(("index", "share"), enumerate((0.3, 0.5, 0.8, 0.95)))
+@pytest.mark.parametrize(("index", "share"), list(enumerate((0.3, 0.5, 0.8, 0.95))))
 def test_llep_on_gpt_oss_is_as_much_faster_as_its_authors_say(claims: ModuleType, index: int, share: float) -> None:
     """Figure 4 of arXiv:2601.17111 on 8 H200, nothing fitted, a datasheet profile: within 15 %."""
     assert claims.speedup("gpt-oss-120b", share) == pytest.approx(claims.SPEEDUPS["gpt-oss-120b"][index], rel=0.15)
