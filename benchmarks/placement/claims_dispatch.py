@@ -139,8 +139,8 @@ def llep() -> Section:
                 " / ".join(f"{c:.2f}" for c in claimed),
                 " / ".join(f"{o:.2f}" for o in ours),
                 verdict,
-                f"furthest off {off:.0%}. Planning in Python with its synchronisation, and launches expert by expert, are"
-                " not priced; what is missing is nearly the same time at every share (last column below)",
+                f"furthest off {off:.0%}. Planning in Python with its synchronisation, and launches expert by"
+                " expert, are not priced; what is missing is nearly the same time at every share (last column below)",
                 asked,
             )
         )
@@ -169,8 +169,8 @@ def llep() -> Section:
                 f"{plain:.0f} GB against {spilled:.0f} GB: {claim:.1f}x less",
                 f"{ours[0]:.0f} GB against {ours[1]:.0f} GB: {ratio:.1f}x less",
                 REPRODUCED if within(ratio, claim, 0.2) else SHAPE if within(ratio, claim, 0.5) else MISSED,
-                "tensors alive were read off the authors' code and test; that the test keeps all experts on every GPU was"
-                " found after a first count without them had missed. Bars were read off the figure to about 1 GB",
+                "tensors alive were read off the authors' code and test; that the test keeps all experts on every GPU"
+                " was found after a first count without them had missed. Bars were read off the figure to about 1 GB",
                 "ratio within 20 %: reproduced, within 50 %: shape",
             )
         )
