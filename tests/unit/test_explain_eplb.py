@@ -161,7 +161,7 @@ def test_one_snapshot_is_judged_without_intervals(tmp_path: Path) -> None:
 
 
 def test_few_rows_have_no_interval_and_say_so(tmp_path: Path) -> None:
-    answer = explain_eplb(steady(rows=3), deployment(tmp_path), Ask(redundant=(8,)))
+    answer = explain_eplb(steady(rows=2), deployment(tmp_path), Ask(redundant=(8,)))
     report = to_json(answer)
     assert not answer.enable
     assert report["gain_interval"] is report["gain_sampling_interval"] is None
