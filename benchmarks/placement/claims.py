@@ -29,9 +29,12 @@ INTRO = [
 SECTIONS: dict[str, str] = {
     "eplb": "claims_balance.eplb",
     "swap": "claims_balance.swap",
+    "executed": "claims_dispatch.balance",
     "interval": "claims_interval.interval",
     "heldout": "claims_heldout.heldout",
     "replicas": "claims_balance.replicas",
+    "llep": "claims_dispatch.llep",
+    "two_nodes": "claims_dispatch.two_nodes",
     "deepep_v1": "claims_comm.deepep_v1",
     "deepep_v2": "claims_comm.deepep_v2",
     "back_ends": "claims_comm.back_ends",
