@@ -34,7 +34,8 @@ class Policy(Spec):
     then holds at most as many as the fullest must, and some stay empty. Copies of an expert share its load evenly and
     may share a rank.
 
-    tolerance: gaps up to this share of the load are left. deterministic_time: the solver's, a layer (about seconds).
+    tolerance: gaps up to this share of the load are left. deterministic_time: the solver's, a layer (a unit took
+    1 to 9 seconds).
     """
 
     exact: ClassVar[bool] = True

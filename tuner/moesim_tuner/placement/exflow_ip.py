@@ -51,8 +51,9 @@ _MOST_ROWS = 400_000
 
 
 class Policy(Spec):
-    """stages, uneven: as of `exflow`. deterministic_time: the solver's, for each programme (about seconds). starts: of
-    the heuristic that gives the hint. Optimal where it says so, for one node or both stages together."""
+    """stages, uneven: as of `exflow`. deterministic_time: the solver's, for each programme (a unit took 1 to 9
+    seconds). starts: of the heuristic that gives the hint. Optimal where it says so, for one node or both stages
+    together."""
 
     exact: ClassVar[bool] = True
 

@@ -48,7 +48,7 @@ _MOST_ROWS = 400_000
 
 class Policy(Spec):
     """far_cost, starts, uneven: as of `moetuner`. deterministic_time: the solver's, for each layer of stage 1 and for
-    stage 2 (about seconds)."""
+    stage 2 (a unit took 1 to 9 seconds)."""
 
     exact: ClassVar[bool] = True
 
