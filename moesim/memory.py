@@ -34,6 +34,8 @@ class RankMemory:
     usable: int
     dense_weights: int
     expert_weights: int
+    staging: int
+    """one layer's expert slots, for weights that arrive"""
     activations: int
     exchange_buffers: int
     runtime: int
@@ -47,7 +49,8 @@ class RankMemory:
     @property
     def fixed(self) -> int:
         """All but the KV cache."""
-        return self.dense_weights + self.expert_weights + self.activations + self.exchange_buffers + self.runtime
+        weights = self.dense_weights + self.expert_weights + self.staging
+        return weights + self.activations + self.exchange_buffers + self.runtime
 
     @property
     def kv_cache(self) -> int:
@@ -58,6 +61,7 @@ class RankMemory:
         return {
             "dense_weights": self.dense_weights,
             "expert_weights": self.expert_weights,
+            **({"expert_staging": self.staging} if self.staging else {}),
             "activations": self.activations,
             "exchange_buffers": self.exchange_buffers,
             "runtime": self.runtime,
@@ -66,11 +70,18 @@ class RankMemory:
 
 
 def rank_memory(
-    model: MoEModel, cluster: Cluster, layout: Layout, engine: EngineSpec, slots_per_part: float, copies: float = 0
+    model: MoEModel,
+    cluster: Cluster,
+    layout: Layout,
+    engine: EngineSpec,
+    slots_per_part: float,
+    copies: float = 0,
+    moves: bool = False,
 ) -> RankMemory:
     """Memory of one rank. `slots_per_part`: expert slots (replicas included) of one expert-parallel part and set of
     experts, smaller experts counted by their size. `copies`: of a token that
-    are sent, where more than one to each of its K experts."""
+    are sent, where more than one to each of its K experts. `moves`: experts move while it serves, so there is a buffer
+    for the slots of one layer (vLLM's `expert_buffer`, vllm/distributed/eplb)."""
     tokens = engine.max_num_batched_tokens
     act = dtype_bytes(model.activation_dtype)
     # residual, normed input, attention in and out, and the widest feed-forward intermediate, each [tokens, width]
@@ -95,13 +106,15 @@ def rank_memory(
     experts = 0
     if model.is_moe:
         experts = int(model.expert_sets_held * slots_per_part * model.expert_bytes()) // layout.expert_tp
+    staging = int(slots_per_part * model.expert_bytes()) // layout.expert_tp if moves else 0
     runtime = int(engine.runtime_memory_gib * _GIB)
-    fixed = dense_weights + experts + activations + exchange + runtime
+    fixed = dense_weights + experts + staging + activations + exchange + runtime
     return RankMemory(
         capacity=capacity,
         usable=usable,
         dense_weights=dense_weights,
         expert_weights=experts,
+        staging=staging,
         activations=activations,
         exchange_buffers=exchange,
         runtime=runtime,
@@ -181,10 +194,16 @@ _CHUNKS = {
 
 
 def require_fit(
-    model: MoEModel, cluster: Cluster, layout: Layout, engine: EngineSpec, slots_per_part: float, copies: float = 0
+    model: MoEModel,
+    cluster: Cluster,
+    layout: Layout,
+    engine: EngineSpec,
+    slots_per_part: float,
+    copies: float = 0,
+    moves: bool = False,
 ) -> RankMemory:
     """`rank_memory`, or Infeasible with the bytes by use and the smallest changes that would fit."""
-    memory = rank_memory(model, cluster, layout, engine, slots_per_part, copies)
+    memory = rank_memory(model, cluster, layout, engine, slots_per_part, copies, moves)
     least = model.num_layers  # one block of one sequence
     if memory.kv_units >= least:
         return memory

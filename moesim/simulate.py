@@ -72,7 +72,9 @@ def _serve(
         experts = experts_of(scenario, layout, ops, stream, seed) if scenario.model.is_moe else None
         slots = experts.slot_size if experts is not None else 0
         copies = exchange_copies(scenario, layout, experts.figures if experts is not None else None)
-        memory = require_fit(scenario.model, scenario.cluster, layout, scenario.engine, slots, copies)
+        memory = require_fit(
+            scenario.model, scenario.cluster, layout, scenario.engine, slots, copies, scenario.rebalance is not None
+        )
     except Infeasible as error:
         result.reasons = error.reasons
         return result

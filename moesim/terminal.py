@@ -32,6 +32,7 @@ _LATENCIES = {
 _MEMORY_NAMES = {
     "dense_weights": "weights, all but experts",
     "expert_weights": "expert weights",
+    "expert_staging": "experts on the move",
     "activations": "activations",
     "exchange_buffers": "exchange buffers",
     "runtime": "runtime",
