@@ -77,5 +77,10 @@ class Layout:
         return -(-self.ranks // self.gpus_per_node)
 
     @property
+    def node_of_part(self) -> tuple[int, ...]:
+        """Node of each expert-parallel part (of its first rank)."""
+        return tuple(part * self.expert_tp // self.gpus_per_node for part in range(self.ep))
+
+    @property
     def tp_spans_nodes(self) -> bool:
         return self.tp > self.gpus_per_node

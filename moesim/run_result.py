@@ -216,9 +216,9 @@ class RunResult:
             "planned_after": float(np.mean(after)) if after else None,
         }
 
-    def _moes(self) -> list[CountExperts | TokenExperts]:
-        """What priced the experts of the groups, of the first alone where maps differ from group to group."""
-        pricers = self.pricers[:1] if self._rebalancing() else self.pricers
+    def _moes(self, every: bool = False) -> list[CountExperts | TokenExperts]:
+        """What priced the experts of the groups; of the first alone where maps differ, unless `every` one is asked."""
+        pricers = self.pricers[:1] if self._rebalancing() and not every else self.pricers
         return [p.moe for p in pricers if isinstance(p.moe, CountExperts | TokenExperts)]
 
     def _guests(self) -> dict[str, Any] | None:
@@ -230,7 +230,7 @@ class RunResult:
         return {
             "bytes": round(float(e.stats[_EXCHANGE + 2]) * size),
             "transfer_s": float(e.stats[_EXCHANGE + 3]) / 1e9,
-            "peak_bytes": round(max(moe.guests.most for moe in self._moes()) * size),
+            "peak_bytes": round(max(moe.guests.most for moe in self._moes(every=True)) * size),
         }
 
     def _slot_load(self) -> FloatArray | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -149,8 +150,8 @@ def _pricers(
     if experts is None or scenario.rebalance is None:
         number = 1 if experts is None or experts.replay is None else groups
         return [StepPricer(*shared, moe_cost(scenario, layout, experts, seed), splitter) for _ in range(number)]
-    model, context = scenario.model, experts.context
-    assert context is not None
+    assert experts.context is not None
+    model, context = scenario.model, replace(experts.context, sample=None)  # an engine keeps no tokens
     return [
         RebalancingPricer(
             *shared,

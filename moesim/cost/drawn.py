@@ -43,7 +43,7 @@ def planned_ports(drawn: DrawnBatches, plan: Plan, layout: Layout, tokens: int) 
     if drawn.in_BLG is None or drawn.node_in_BLN is None:
         return None
     before_BLG, after_BLG = plan.placement.rank_load(drawn.count_BLS), plan.rows_BLG(shared=False)
-    if layout.nics_shared == 1:  # copies of pairs, by rank
+    if layout.copies not in ("distinct", "coherent"):  # of pairs, by rank
         in_BLG = _scaled(drawn.in_BLG, before_BLG, after_BLG)
         return busiest_ports(in_BLG, _scaled(drawn.node_in_BLN, before_BLG, after_BLG), layout)
     node_G = np.arange(layout.ranks) // layout.gpus_per_node

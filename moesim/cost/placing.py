@@ -36,6 +36,7 @@ def placement_context(
         num_ranks=layout.ep,
         num_nodes=max(1, min(layout.nodes, layout.ep)),
         num_groups=model.num_expert_groups,
+        rank_to_node=layout.node_of_part,
         sample=None if source is None or source.ideal else token_sample(source),
         costs=placement_costs(model, cluster, layout, engine, ops, mean_tokens),
         seed=seed,

@@ -173,7 +173,7 @@ class RebalancingPricer(StepPricer):
                     self._chunks.insert(0, _Chunk([], self._host_ns))
                     self._left_ns = self._host_ns
                 else:
-                    stall += self._host_ns + self._switch()
+                    stall += self._host_ns + (self._switch() if self._chunks else 0.0)
         return round(stall)
 
     def _travel(self, tick: int) -> None:
@@ -212,7 +212,7 @@ class RebalancingPricer(StepPricer):
 
     # -- maps ---------------------------------------------------------------------------------------------------
     def _plan(self, tick: int) -> bool:
-        """Ask the policy; False where nothing is to be moved."""
+        """Ask the policy, and find what is to be moved, if anything; False where it is not asked."""
         load_LE = self._loads.sum(tick)
         before = self.placement.balance(load_LE)
         if not load_LE.any() or float((1.0 / before).mean()) > self._spec.threshold:
@@ -232,14 +232,15 @@ class RebalancingPricer(StepPricer):
         ns_L = move_ns(found, self._costs)
         ns_L += np.where(found.moved_L > 0, self._spec.layer_ms * 1e6, 0.0)
         changed = np.flatnonzero(found.moved_L).tolist()
+        if not changed:
+            self.done.skipped_balanced += 1
+            return True
         self.done.moved += 1
         self.done.transfer_ns += float(ns_L.sum())
         self.done.balance_before.append(float(before.mean()))
         self.done.balance_after.append(float(target.balance(load_LE).mean()))
         for name, number in found.counts().items():
             self.done.slots[name] = self.done.slots.get(name, 0) + number
-        if not changed:
-            return False
         size = self._spec.layers_per_chunk or len(changed)
         parts = [changed[i : i + size] for i in range(0, len(changed), size)]
         if self._spec.asynchronous and self._spec.layers_per_chunk is None:
@@ -250,10 +251,10 @@ class RebalancingPricer(StepPricer):
 
     def _switch(self) -> float:
         """The next chunk's layers take their new map; returns the ns that its transfers took."""
-        assert self._target is not None
         chunk = self._chunks.pop(0)
         if not chunk.layers:
             return chunk.ns
+        assert self._target is not None
         table_LS = self.placement.slot_to_expert_LS.copy()
         table_LS[chunk.layers] = self._target.slot_to_expert_LS[chunk.layers]
         old = self.placement
@@ -261,7 +262,10 @@ class RebalancingPricer(StepPricer):
         self._unbuilt += 1
         every = 1 if isinstance(self.moe, TokenExperts) else -(-(len(self._chunks) + self._unbuilt) // _GROUPS)
         if not self._chunks or self._unbuilt >= every:
-            self.moe = self._watched(self._build(self.placement, self.moe))
+            before = self.moe
+            self.moe = self._watched(self._build(self.placement, before))
+            if isinstance(self.moe, CountExperts | TokenExperts) and isinstance(before, CountExperts | TokenExperts):
+                self.moe.guests.most = max(self.moe.guests.most, before.guests.most)
             self._unbuilt = 0
         return chunk.ns
 

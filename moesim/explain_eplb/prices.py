@@ -67,6 +67,15 @@ class StepPrices:
         if model.num_expert_sets != model.num_moe_passes:
             told = f"{model.name}'s layers share experts, which is not judged; simulate the scenario instead"
             raise BadInput(Problem("explain eplb", told))
+        if getattr(scenario.policies.dispatch, "guests", False):
+            told = "dispatch that moves weights or the shared expert (llep, waterfill) is not judged; use lp, random or"
+            raise BadInput(Problem("policies.dispatch", f"{told} local_first, or simulate the scenario instead"))
+        how = scenario.communication
+        if how.overlap == "two_batch" or how.coherent:
+            told = "overlap two_batch" if how.overlap == "two_batch" else "coherent"
+            raise BadInput(
+                Problem("communication", f"{told} is not judged; leave it out, or simulate the scenario instead")
+            )
         if model.expert_size_E:
             raise BadInput(
                 Problem("explain eplb", "experts of several sizes are not judged; simulate the scenario instead")
@@ -80,7 +89,7 @@ class StepPrices:
         self._experts: dict[int, ExpertPrices] = {}
         self._batches: dict[int, Batch | None] = {}
         self.move_costs = MoveCosts.of(scenario.cluster.profile, self.slot_bytes)
-        self._node_P = np.arange(self.layout.ep) * self.nodes // self.layout.ep
+        self._node_P = np.array(self.layout.node_of_part)
 
     @property
     def nodes(self) -> int:

@@ -100,6 +100,7 @@ class Replay:
             num_ranks=self.prices.layout.ep,
             num_nodes=self.prices.nodes,
             num_groups=model.num_expert_groups,
+            rank_to_node=self.prices.layout.node_of_part,
             seed=self.seed,
         )
         base = self.batch_of(0)

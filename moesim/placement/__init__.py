@@ -303,10 +303,10 @@ class PlacementPolicy(Protocol):
     """One file of this folder defines `class Policy(Spec)` with this method.
 
     Class variables: `uses_traffic = False` says that the placement depends on neither loads nor tokens, `draws = True`
-    that it depends on the context's seed. `exact = True` promises the least value of its own objective.
-    `chooses_slots = True`: the policy itself finds how many slots a rank has, so that only the Placement knows; so does
-    a field `uneven` that is true, where ranks need not divide the slots. A method
-    `objective(placement, weight_LE, ctx) -> [L] or a number` says what the policy makes small (without it:
+    that it depends on the context's seed, `uses_sample = True` that it is made for whole tokens. `exact = True`
+    promises the least value of its own objective. `chooses_slots = True`: the policy itself finds how many slots a rank
+    has, so that only the Placement knows; so does a field `uneven` that is true, where ranks need not divide the slots.
+    A method `objective(placement, weight_LE, ctx) -> [L] or a number` says what the policy makes small (without it:
     `Placement.balance`).
     """
 

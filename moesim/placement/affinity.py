@@ -7,7 +7,7 @@ together: `viterbi` is the exact method where the number of assignments allows i
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,8 @@ class Policy(Spec):
     a node and between nodes. starts: drawn ones besides contiguous, the same whatever the
     scenario's seed. uneven: where ranks do not divide the experts, some have an empty slot; false refuses that.
     """
+
+    uses_sample: ClassVar[bool] = True
 
     balance_weight: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     near_cost: Annotated[float, Field(gt=0, le=1e6)] = NEAR_COST

@@ -9,7 +9,7 @@ the programme. Loads play no part. The heuristic in place of the solver is ours.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,8 @@ class Policy(Spec):
     """stages: `nodes_first` as in the paper, `together` minimises both kinds of crossings at once. starts: drawn ones
     of each stage. uneven: where ranks do not divide the experts, some have an empty slot; false refuses
     that. No expert is replicated."""
+
+    uses_sample: ClassVar[bool] = True
 
     stages: Literal["nodes_first", "together"] = "nodes_first"
     starts: Annotated[int, Field(ge=0, le=1000)] = 16

@@ -14,7 +14,7 @@ engines load equally many a layer), prices of links as told by the deployment, a
 from __future__ import annotations
 
 import itertools
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,6 +53,8 @@ class Policy(Spec):
     """far_cost: price of a token's way between nodes over that inside one; None: by the deployment's links (2 where
     nobody told them). starts: drawn ones of stage 2. uneven: where ranks do not divide the experts, some have an
     empty slot; false refuses that. No expert is replicated."""
+
+    uses_sample: ClassVar[bool] = True
 
     far_cost: Annotated[float, Field(gt=0, le=1e6)] | None = None
     starts: Annotated[int, Field(ge=0, le=1000)] = 16

@@ -14,7 +14,7 @@ alternation. A unit has one rank in all layers, as a request under attention dat
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,8 @@ class Policy(Spec):
     worth in remote activations; token_weight: the same of the tokens that ranks hold. starts: drawn ones besides
     contiguous. uneven: where ranks do not divide the experts, some have an empty slot; false refuses that. No expert is
     replicated."""
+
+    uses_sample: ClassVar[bool] = True
 
     balance_weight: Annotated[float, Field(ge=0, le=1e6)] = 1.0
     token_weight: Annotated[float, Field(ge=0, le=1e6)] = 1.0

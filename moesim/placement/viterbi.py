@@ -46,6 +46,8 @@ class Policy(Spec):
     and between nodes. uneven: where ranks do not divide the experts, some have an empty slot; false
     refuses that. Exact for the sum of both."""
 
+    uses_sample: ClassVar[bool] = True
+
     exact: ClassVar[bool] = True
 
     balance_weight: Annotated[float, Field(ge=0, le=1e6)] = 0.0

@@ -188,7 +188,9 @@ def training_checks(
     return problems
 
 
-def serving_checks(where: _Where, model: MoEModel, spec: Any) -> list[Problem]:
+def serving_checks(
+    where: _Where, model: MoEModel, spec: Any, placement: Any = None, balancer: Any = None
+) -> list[Problem]:
     """Disagreements of `placement_from` and `rebalance` with the model. spec: the whole `ScenarioSpec`."""
     problems = []
     for key in ("placement_from", "rebalance"):
@@ -198,7 +200,25 @@ def serving_checks(where: _Where, model: MoEModel, spec: Any) -> list[Problem]:
     if spec.rebalance is not None and model.expert_widths:
         told = "rebalance: experts of other sizes do not fit into each other's slots; remove model.expert_widths"
         problems.append(Problem(where(("rebalance",)), told))
+    if spec.rebalance is not None and model.is_moe:
+        problems += [Problem(where(("rebalance",)), text) for text in _cannot_move(model, placement, balancer)]
     return problems
+
+
+def _cannot_move(model: MoEModel, placement: Any, balancer: Any) -> list[str]:
+    """Why experts of this model under these policies cannot be moved while serving."""
+    out = []
+    if model.num_expert_sets != model.num_moe_passes:
+        out.append("layers that share experts are not moved yet; remove rebalance, or what makes layers share them")
+    if not getattr(placement, "uses_traffic", True):
+        out.append("this placement heeds no loads, so there is nothing to ask it again; use eplb or eplb_swap")
+    if getattr(placement, "uses_sample", False):
+        out.append("this placement looks at whole tokens, of which a running engine keeps none; use eplb or eplb_swap")
+    if getattr(placement, "chooses_slots", False):
+        out.append("this placement chooses its number of slots, which cannot change while serving; use eplb_swap")
+    if getattr(balancer, "uses_affinity", False):
+        out.append("this balancer knows where experts were at the start; use another one")
+    return [f"rebalance: {text}" for text in out]
 
 
 def _world(where: _Where, cluster: Cluster, parallel: ParallelSpec) -> list[Problem]:

@@ -175,7 +175,9 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
             routing = spec.routing if spec.routing is not None else RoutingSpec()
             problems += training_checks(source.where, model, spec.parallel, spec.training, placement, capacity, routing)
         if spec.full is not None and not training:
-            problems += serving_checks(source.where, model, spec.full)
+            problems += serving_checks(
+                source.where, model, spec.full, placement, None if policies is None else policies.balancer
+            )
         if source.data.get("routing") and not model.is_moe:
             message = f"routing: {model.name} is a dense model, so nothing is routed; remove routing"
             problems.append(Problem(source.where(("routing",), key=True), message))

@@ -35,6 +35,8 @@ def read_arrays(files: Sequence[Path]) -> list[dict[str, NDArray[Any]]]:
     if len(files) > _MOST_FILES:
         raise BadInput(f"{len(files)} files; at most {_MOST_FILES} are read at once", str(files[0].parent))
     for file in files:
+        if not file.is_file():
+            raise bad(file, "no ordinary file.")
         if file.stat().st_size > MOST_BYTES:
             raise bad(file, f"{file.stat().st_size} bytes; at most {MOST_BYTES} are read.")
     with tempfile.TemporaryDirectory(prefix="moesim-dump-") as folder:

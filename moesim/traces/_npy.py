@@ -21,6 +21,7 @@ from moesim.traces._routing_checks import bad
 
 __all__ = ["BROKEN", "Header", "read_header", "read_member"]
 
+_MAX_AXES, _MAX_SIZE = 32, 1 << 48
 BROKEN = (
     zipfile.BadZipFile, zlib.error, tokenize.TokenError,
     EOFError, OSError, ValueError, SyntaxError, RuntimeError, KeyError,
@@ -53,6 +54,8 @@ def read_header(stream: IO[bytes], file_bytes: int, path: Path, name: str) -> He
         )
     if any(n < 0 for n in shape):
         raise bad(path, f"{name}: the header declares a negative size, {shape}.")
+    if len(shape) > _MAX_AXES or any(size > _MAX_SIZE for size in shape):
+        raise bad(path, f"{name}: the header declares shape {str(shape)[:80]}, which no array has.")
     needed, there = math.prod(shape) * dtype.itemsize, file_bytes - stream.tell()
     if needed != there:
         raise bad(

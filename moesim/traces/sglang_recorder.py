@@ -40,6 +40,8 @@ __all__ = ["read", "recognise"]
 
 _CSV_HEAD = "layer_id,expert_id,count"
 _MAX_LAYERS = 4096
+_MAX_TOTAL_CELLS = 1 << 22
+"""layers times experts of a .csv, whose single lines could name any"""
 _STAT, _PER_PASS, _PER_TOKEN = 0, 1, 2
 _SHAPES = {"logical_count": 3, "global_physical_count": 3, "last_physical_to_logical_map": 2, "topk_ids": 3}
 
@@ -260,6 +262,8 @@ def _from_csv(files: Sequence[Path], path: Path, options: ReadOptions) -> Expert
     if options.num_experts is None:
         warnings.append(f"{path.name} does not say how many experts there are; {experts} taken from the largest id.")
     layers = sorted({layer for layer, _ in cells})
+    if len(layers) * experts > _MAX_TOTAL_CELLS:
+        raise bad(path, f"{len(layers)} layers of {experts} experts are no model's. The file is damaged.")
     count_LE = np.zeros((len(layers), experts), np.int64)
     for (layer, expert), count in cells.items():
         count_LE[layers.index(layer), expert] = count

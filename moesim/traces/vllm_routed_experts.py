@@ -225,8 +225,7 @@ def _npy(text: str, where: str) -> NDArray[Any]:
         data = base64.b64decode(text, validate=True)
         stream = io.BytesIO(data)
         header = read_header(stream, len(data), Path(where), "routed experts")
+        flat = np.frombuffer(data, header.dtype, offset=stream.tell())
+        return flat.reshape(header.shape, order="F" if header.fortran else "C")
     except (binascii.Error, *BROKEN) as error:
         raise BadInput(f"no base64 of an .npy array ({error})", where) from None
-    return np.frombuffer(data, header.dtype, offset=stream.tell()).reshape(
-        header.shape, order="F" if header.fortran else "C"
-    )

@@ -135,6 +135,7 @@ def _placement(scenario: Scenario, layout: Layout) -> Placement:
         num_ranks=layout.ep,
         num_nodes=max(1, min(layout.nodes, layout.ep)),
         num_groups=model.num_expert_groups,
+        rank_to_node=layout.node_of_part,
     )
     return scenario.policies.placement.place(np.ones((model.num_moe_layers, model.num_experts)), context)
 

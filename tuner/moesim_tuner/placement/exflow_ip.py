@@ -55,6 +55,8 @@ class Policy(Spec):
     seconds). starts: of the heuristic that gives the hint. Optimal where it says so, for one node or both stages
     together."""
 
+    uses_sample: ClassVar[bool] = True
+
     exact: ClassVar[bool] = True
 
     stages: Literal["nodes_first", "together"] = "nodes_first"

@@ -50,6 +50,8 @@ class Policy(Spec):
     """far_cost, starts, uneven: as of `moetuner`. deterministic_time: the solver's, for each layer of stage 1 and for
     stage 2 (a unit took 1 to 9 seconds)."""
 
+    uses_sample: ClassVar[bool] = True
+
     exact: ClassVar[bool] = True
 
     far_cost: Annotated[float, Field(gt=0, le=1e6)] | None = None
