@@ -1,17 +1,21 @@
 """Balance of rank loads by placement: largest over mean, mean of 58 layers, beside a proven bound and CPU seconds.
 
-    python benchmarks/placement/balance.py [--eplb PATH] [--seed N] [--effort N ...]
+    python benchmarks/placement/balance.py [--eplb PATH] [--seed N] [--effort N ...] [--page]
 
 256 experts, 8 million assignments a layer, popularity Zipf 1.0 or lognormal 0.5, in the shapes of DeepSeek's units and
 in two that they do not have (288 slots on 64 ranks do not divide). `--eplb`: eplb.py of github.com/deepseek-ai/EPLB,
 run in the same process (it needs torch) for its balance and its time; without it that column is empty. Seconds are of
 this process's CPU, the least of three; the machine's load moves them all alike, so compare them with each other.
+`--page` writes results/validation/placement_balance.md, which benchmarks/placement/claims.py reads.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
+import os
+import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +29,19 @@ from moesim.policy import load_policy
 from moesim.rng import generator
 
 LAYERS, EXPERTS, GROUPS, ASSIGNMENTS = 58, 256, 8, 8_000_000
+TARGET = Path(__file__).resolve().parents[2] / "results" / "validation" / "placement_balance.md"
+PAGE = """# Balance of rank loads by placement, and its CPU time
+
+`python benchmarks/placement/balance.py {command}` printed this on {machine}. `eplb.py` is github.com/deepseek-ai/EPLB,
+commit d52c72d, on one thread.
+
+Largest over mean rank load, mean of 58 layers (worst layer in brackets), and CPU seconds for all 58: 256 experts,
+8 million assignments a layer, popularity Zipf 1.0 or lognormal 0.5. Effort: kicks a layer out of a local optimum, 0 is
+swaps alone. Seconds are the least of three runs (two of EPLB's, one of effort 50 and more) in one process on a shared
+machine: compare them with each other. The gap to the proven bound is that of the largest effort.
+
+{table}
+"""
 
 
 class Shape(NamedTuple):
@@ -164,8 +181,32 @@ def main() -> None:
     parser.add_argument("--eplb", type=Path, help="eplb.py of deepseek-ai/EPLB")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--effort", type=int, nargs="+", default=[0, 20, 100], help="of eplb_swap; 0 is swaps alone")
+    parser.add_argument("--page", action="store_true", help="write results/validation/placement_balance.md too")
     options = parser.parse_args()
-    print("\n".join(lines(options.seed, options.effort, options.eplb)))
+    found = "\n".join(lines(options.seed, options.effort, options.eplb))
+    print(found)
+    if options.page:
+        given = ["--eplb eplb.py"] if options.eplb else []
+        given += [f"--seed {options.seed}", "--effort " + " ".join(map(str, options.effort)), "--page"]
+        TARGET.write_text(PAGE.format(command=" ".join(given), machine=machine(), table=found), "utf-8")
+
+
+def machine() -> str:
+    """Cores, CPU, and versions; no name of a host."""
+    facts = dict.fromkeys(("model name",), platform.processor() or "unknown CPU")
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        pairs = (line.partition(":") for line in info.read_text().splitlines())
+        facts |= {key.strip(): value.strip() for key, _, value in pairs if key.strip() == "model name"}
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "torch", "numba") if _has(name)]
+    return (
+        f"{os.cpu_count()} cores of {facts['model name']}, {platform.system()} {platform.machine()}, Python"
+        f" {platform.python_version()}, {', '.join(versions)}, load average {os.getloadavg()[0]:.1f} at the end"
+    )
+
+
+def _has(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 if __name__ == "__main__":

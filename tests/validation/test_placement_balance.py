@@ -75,4 +75,5 @@ def test_replicas_even_the_rows_out_as_in_nvidias_table() -> None:
         pytest.skip("no kernel tables here")
     drawn = claims._drawn()
     assert np.median(drawn["eplb 288"][:, 1]) < 0.4 * np.median(drawn["plain"][:, 1])
-    assert next(iter(claims.replicas().rows)).verdict == "reproduced"
+    rows = claims.replicas().rows
+    assert [rows[0].verdict, rows[2].verdict] == ["shape", "shape"]
