@@ -187,7 +187,7 @@ def main() -> None:
     print(found)
     if options.page:
         given = ["--eplb eplb.py"] if options.eplb else []
-        given += [f"--seed {options.seed}", "--effort " + " ".join(map(str, options.effort)), "--page"]
+        given += [f"--seed {options.seed}", "--effort " + " ".join(map(str, options.effort))]
         TARGET.write_text(PAGE.format(command=" ".join(given), machine=machine(), table=found), "utf-8")
 
 

@@ -29,6 +29,7 @@ INTRO = [
 SECTIONS: dict[str, str] = {
     "eplb": "claims_balance.eplb",
     "swap": "claims_balance.swap",
+    "gaps": "claims_gaps.gaps",
     "executed": "claims_dispatch.balance",
     "interval": "claims_interval.interval",
     "heldout": "claims_heldout.heldout",
@@ -44,7 +45,7 @@ SECTIONS: dict[str, str] = {
     "affinity": "claims_affinity.affinity_table",
     "exflow": "claims_affinity.exflow",
     "moetuner": "claims_affinity.moetuner",
-    "speculative": "claims_affinity.speculative",
+    "speculative": "claims_local.speculative",
     "fastermoe": "claims_balance.fastermoe",
     "lina": "claims_balance.lina",
 }

@@ -1,4 +1,4 @@
-"""Published figures of FSMoE that the step programs give on a recalled grid (results/validation/placement.md: fitted)."""
+"""Published figures of FSMoE that the step programs give on a recalled grid: fitted, says the page of claims."""
 
 from __future__ import annotations
 
