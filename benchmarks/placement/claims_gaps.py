@@ -81,26 +81,20 @@ def crossing_gaps() -> list[tuple[str, ...]]:
 
 def _row(name: str, by: str, gap: np.ndarray, shown: str) -> tuple[str, ...]:
     optimal = float((gap <= 1e-9).mean())
-    return (
-        name,
-        by,
-        f"{len(gap):,}",
-        f"{optimal:.1%}",
-        shown.format(max(gap.mean(), 0.0)),
-        shown.format(max(gap.max(), 0.0)),
-    )
+    mean, worst = (shown.format(max(float(x), 0.0)) for x in (gap.mean(), gap.max()))
+    return name, by, str(len(gap)), f"{optimal:.1%}", mean, worst
 
 
 def gaps() -> Section:
     """Nothing is claimed here: what greedy and local search leave over."""
     head = ("placement", "judged by", "cases", "optimal", "mean gap", "worst gap")
     lines = [
-        f"At most 6 experts on 2 or 3 ranks, every placement tried (the oracles of tests/oracle, on other seeds than"
-        f" theirs): {INSTANCES} cases with one place each and {INSTANCES} with replicas for the balancing ones, of which"
-        f" eplb and lina take those whose slots divide; {len(NUMBERS)} of {LAYERS} layers for those by affinity (of"
-        " moetuner's first stage each layer is a case). `viterbi` and the solver's placements reach the optimum of their"
-        " own objective in all of the tests' cases. A heuristic that is near on six experts need not be on 256: see the"
-        " gaps to the proven bound in the section on swaps.",
+        "At most 6 experts on 2 or 3 ranks, every placement tried (the oracles of tests/oracle, on other seeds than"
+        f" theirs): {INSTANCES} cases with one place each and {INSTANCES} with replicas for the balancing ones, of"
+        f" which eplb and lina take those whose slots divide; {len(NUMBERS)} of {LAYERS} layers for those by affinity"
+        " (of moetuner's first stage each layer is a case). `viterbi` and the solver's placements reach the optimum of"
+        " their own objective in all of the tests' cases. A heuristic that is near on six experts need not be on 256:"
+        " see the gaps to the proven bound in the section on swaps.",
         "",
         *table(head, [*balance_gaps(), *crossing_gaps()]),
     ]  # fmt: skip

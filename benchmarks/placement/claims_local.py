@@ -127,7 +127,7 @@ def _in_domain(plain: float, rate: float) -> Row:
         "25 % -> 44-47 % in domain",
         f"25 % -> {rate:.1%}",
         SHAPE if 0.39 <= rate <= 0.52 else MISSED,
-        f"bytes are not words: contiguous experts already find {plain:.1%}, the paper's 25 %. At first at least 44 % was"
-        " asked, which any overshoot passes",
+        f"bytes are not words: contiguous experts already find {plain:.1%}, the paper's 25 %. At first at least 44 %"
+        " was asked, which any overshoot passes",
         "within 5 points of the range",
     )

@@ -1,11 +1,13 @@
 """Claims of papers that cost little to check: identities, exact balance, shares of FLOP, and how far fitted ones carry.
 
-The page results/validation/routing.md has all of them; `python benchmarks/routing/claims.py` writes it.
+The page results/validation/routing.md has all of them; `python benchmarks/routing/claims.py` writes it. What holds of
+every page of claims is asked here of results/validation/placement.md, too.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
 import sys
 from collections import Counter
@@ -153,6 +155,8 @@ def test_more_capacity_costs_throughput() -> None:
 # ---- the page
 
 PAGE = ROOT / "results" / "validation" / "routing.md"
+PAGES = [PAGE, PAGE.with_name("placement.md")]
+page_of_claims = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 
 
 def told_counts(text: str) -> tuple[int, dict[str, int]]:
@@ -178,12 +182,18 @@ def assert_counts(text: str) -> None:
     assert total == sum(told.values()) == sum(found.values())
 
 
-def test_the_page_holds_what_it_counts() -> None:
-    text = PAGE.read_text("utf-8")
+@page_of_claims
+def test_the_page_holds_what_it_counts(path: Path) -> None:
+    text = path.read_text("utf-8")
     assert_counts(text)
     _, told = told_counts(text)
     missed = text.split("\n## Missed, and why\n")[1].split("\n## ")[0]
     assert sum(line.startswith("- ") for line in missed.splitlines()) == told["missed"] > 0
+    assert "**Not blind.**" in text.split("\n## All claims\n")[0]
+
+
+def test_pictures_lie_beside_the_page() -> None:
+    text = PAGE.read_text("utf-8")
     for picture in ("routing_balance.png", "routing_drops.png", "routing_capacity.png"):
         assert f"({picture})" in text
         assert 0 < (PAGE.parent / picture).stat().st_size < 150_000
@@ -202,9 +212,27 @@ def test_a_page_counts_more_than_ten_and_none() -> None:
             assert_counts(text.replace("11 missed", wrong, 1))
 
 
-def test_every_verdict_has_a_rule() -> None:
+@page_of_claims
+def test_every_table_has_as_many_cells_as_its_head(path: Path) -> None:
+    """A line of another width breaks a Markdown table; so does one that nothing parts from the text before it."""
+    lines = path.read_text("utf-8").splitlines()
+    for before, line in itertools.pairwise(lines):
+        if line.startswith("|") and before.startswith("|"):
+            assert line.count("|") == before.count("|"), line
+        elif line.startswith("|"):
+            assert before == "", line
+
+
+@page_of_claims
+def test_what_is_fitted_names_the_parameter(path: Path) -> None:
+    rows = claim_rows(path.read_text("utf-8"))
+    assert {row["fitted"] for row in rows if row["verdict"] == "**fitted**"}.isdisjoint({"", "-", "nothing"})
+
+
+@page_of_claims
+def test_every_verdict_has_a_rule(path: Path) -> None:
     """What was asked stands before our figure, wherever a figure is judged."""
-    rows = claim_rows(PAGE.read_text("utf-8"))
+    rows = claim_rows(path.read_text("utf-8"))
     assert list(rows[0]).index("asked") < list(rows[0]).index("ours")
     judged = [row for row in rows if row["verdict"].strip("*") not in ("fitted", "not checked")]
     assert [row["claim"] for row in judged if not (row["asked"] and row["ours"])] == []
