@@ -32,8 +32,8 @@ LAYERS, EXPERTS, GROUPS, ASSIGNMENTS = 58, 256, 8, 8_000_000
 TARGET = Path(__file__).resolve().parents[2] / "results" / "validation" / "placement_balance.md"
 PAGE = """# Balance of rank loads by placement, and its CPU time
 
-`python benchmarks/placement/balance.py {command}` printed this on {machine}. `eplb.py` is github.com/deepseek-ai/EPLB,
-commit d52c72d, on one thread.
+`python benchmarks/placement/balance.py {command}` printed this on {machine}.
+`eplb.py` is that of github.com/deepseek-ai/EPLB (commit d52c72d when this page was made), on one thread.
 
 Largest over mean rank load, mean of 58 layers (worst layer in brackets), and CPU seconds for all 58: 256 experts,
 8 million assignments a layer, popularity Zipf 1.0 or lognormal 0.5. Effort: kicks a layer out of a local optimum, 0 is

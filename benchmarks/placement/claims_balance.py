@@ -142,7 +142,8 @@ def swap() -> Section:
             lines.append([*cells, f"{100 * (found.mean() / least - 1):.3f} %"])
     rows.append(
         Row(
-            "this project's target: never worse than EPLB in the same mode", "all shapes that EPLB takes, both loads, every layer",
+            "this project's target: never worse than EPLB in the same mode",
+            "all shapes that EPLB takes, both loads, every layer",
             "nothing", "at most 1 times EPLB's max/mean", f"{worse:.6f}", REPRODUCED if worse <= 1 + 1e-9 else MISSED,
             "", "every layer, swaps alone and with 20 kicks, 1e-9 for rounding",
         )

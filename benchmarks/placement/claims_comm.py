@@ -224,7 +224,7 @@ def deepep_v2() -> Section:
             Row("DeepEP V2", f"{device}, EP {ranks}, 8,192 tokens, {sms} SMs", fitted, _pair(claim, "GB/s"),
                 _pair(ours, "GB/s"), FITTED if good else MISSED, asked="both within 10 %")
         )  # fmt: skip
-    said = "The README gives a rank's logical bytes over its time, as V1's does. It is the table that V2's parameters were read off."
+    said = "It is the table that V2's parameters were read off: nothing is predicted here."
     return Section("deepep_v2", "DeepEP V2's table", rows, [said, ""])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -48,3 +49,15 @@ def test_the_linear_program_takes_out_imbalance_that_drift_leaves(claims: Module
     for sigma in (0.0, 0.3):
         found = claims.executed(case, sigma)
         assert found["llep"][0] < found["lp"][0] < found["random"][0] < found["local_first"][0]
+
+
+def test_a_gain_in_the_range_at_some_drift_is_what_the_page_asks() -> None:
+    """LPLB and waterfill: ranges that merely overlap are a miss."""
+    lines = (ROOT / "results" / "validation" / "placement.md").read_text("utf-8").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ") and "waterfill and LPLB" in line]
+    assert len(rows) == 5
+    for verdict, _, setup, fitted, claim, _, ours in rows:
+        low, high, *gains = (float(x) for x in re.findall(r"[+-]\d+\.\d+", f"{claim} {ours}"))
+        assert len(gains) == 3
+        assert (verdict == "**shape**") == any(low <= gain <= high for gain in gains), setup
+        assert fitted == "drift, best of three"

@@ -77,3 +77,17 @@ def test_replicas_even_the_rows_out_as_in_nvidias_table() -> None:
     assert np.median(drawn["eplb 288"][:, 1]) < 0.4 * np.median(drawn["plain"][:, 1])
     rows = claims.replicas().rows
     assert [rows[0].verdict, rows[2].verdict] == ["shape", "shape"]
+
+
+def test_what_was_measured_beside_the_original_is_what_is_asked() -> None:
+    """placement_balance.md: every shape and load; a fifth of EPLB's CPU time, 288 on 64 ranks within 1 and 5 s."""
+    claims, balance = tool("claims_balance"), tool("balance")
+    held = claims.recorded()
+    assert set(held) == {(load, shape.name) for load in balance.LOADS for shape in balance.SHAPES}
+    rows = claims._measured()
+    assert [row.verdict for row in rows] == ["reproduced"] * 3
+    for cells in held.values():
+        if cells["EPLB original"] != "refused":
+            theirs, ours = (claims._figures(cells[head])[1] for head in ("EPLB original", "eplb_swap, effort 0"))
+            assert ours <= theirs / 5
+            assert cells["EPLB original"].split(",")[0] == cells["eplb"].split(",")[0]  # the same map's balance
