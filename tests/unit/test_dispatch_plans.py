@@ -252,6 +252,26 @@ def test_static_sends_to_its_own_replica_and_deals_the_others_out_fairly():
     assert (rank_slots(placement, 6) != slot_GLE).any()
 
 
+def test_static_prefers_its_node_where_told():
+    """By hand: two nodes of three ranks with two slots. Expert 0 lies on ranks 0, 1 and 3, 1 on rank 4 twice, 2 on
+    ranks 0 and 2 of one node, the others in one place."""
+    row = [0, 2, 0, 3, 2, 4, 0, 5, 1, 1, 6, 7]
+    placement = Placement(np.array([row]), 8, 6, (0, 0, 0, 1, 1, 1))
+    near = rank_slots(placement, 5, prefer_node=True)[:, 0]
+    assert near[:, 0].tolist() == [0, 2, 0, 6, 6, 6]  # rank 2 takes the first of its node, though the second is as near
+    # all of expert 1's replicas are on node 1: that narrows nothing there, and node 0 has none, so five ranks draw
+    assert sorted(near[[0, 1, 2, 3, 5], 1].tolist()) in ([8, 8, 8, 9, 9], [8, 8, 9, 9, 9])
+    assert near[4, 1] == 8
+    assert (near[[0, 2], 2] == [1, 4]).all()
+    assert sorted(near[[1, 3, 4, 5], 2].tolist()) == [1, 1, 4, 4]
+    assert (near[:, 3:] == [3, 5, 7, 10, 11]).all()
+    fair = rank_slots(placement, 5)[:, 0]
+    assert fair[[0, 1, 3], 0].tolist() == [0, 2, 6]
+    assert sorted(fair[[2, 4, 5], 0].tolist()) == [0, 2, 6]
+    one = Placement(np.array([row]), 8, 6)  # one node: nothing is narrowed
+    assert (rank_slots(one, 5, prefer_node=True) == rank_slots(one, 5)).all()
+
+
 def test_node_limited_reaches_as_few_nodes_as_brute_force():
     rng = np.random.default_rng(2)
     placement = random_placement(rng, 1, 12, 8, nodes=4, spare=2)
