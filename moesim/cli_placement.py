@@ -121,6 +121,12 @@ def place(
     tokens_per_row: Annotated[
         int, typer.Option(help="Tokens that make one step, in a recording of single tokens.", min=1, metavar="N")
     ] = 4096,
+    interval: Annotated[
+        int | None, typer.Option(help="Steps between rebalances, for vLLM's file.", min=1, metavar="STEPS")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Steps whose counts a rebalance uses, for vLLM's file.", min=1, metavar="STEPS")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of every random draw.", min=0, metavar="N")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead of a summary.")] = False,
     plugin: PluginOption = None,
@@ -134,7 +140,7 @@ def place(
     wanted = tuple(engine.strip() for engine in engines.split(",") if engine.strip())
     ask = Ask(
         dump, ep, fmt, model, nodes, cluster, policy, tuple(parameters or ()), wanted, current, score_on,
-        held_out, tokens_per_row, seed=seed,
+        held_out, tokens_per_row, interval, window, seed,
     )  # fmt: skip
     check_options(ask, out)
     out = out or (Path("maps") if wanted else None)

@@ -1,10 +1,6 @@
 """`moesim place`: a placement fitted to the first part of a recording, scored on the rest, and written for engines.
 
-Scores are of planned loads: an expert's load is shared evenly by its replicas. `of_steps` is the mean over rows (steps)
-and layers of largest over mean rank load, `of_total` the same of the loads of all rows together; `lockstep` is the sum
-over layers and rows of the largest rank load over that of the mean (what ranks wait for that meet in every layer).
-`crossings`, where whole tokens are known: the share of (expert, expert of the next layer) pairs of a token that lie on
-two ranks, an expert being where its first replica is; what placements by affinity minimise.
+Scores, bounds and objectives: `moesim.place_scores`.
 
 Legend as in `moesim.placement`; S rows of a recording.
 """
@@ -25,9 +21,8 @@ from moesim.exports import Emitted, Target, emit, load_map
 from moesim.exports.apart import keep_apart
 from moesim.layout import Layout
 from moesim.model import MoEModel
+from moesim.place_scores import Aim, Score, Solution, aim, by_groups, gap, place_by, score, total_bound
 from moesim.placement import Placement, PlacementContext, PlacementCosts, initial_map
-from moesim.placement.bound import balance_bound
-from moesim.placement.crossings import crossing_cost, rank_of, transitions
 from moesim.policy import load_policy
 from moesim.results import json_text, write_texts
 from moesim.scenario.files import find_named
@@ -37,19 +32,18 @@ from moesim.traces.expert_loads import load_expert_loads
 from moesim.workload.loads import ExpertLoads
 from moesim.workload.requests import build_requests
 
-__all__ = ["MARKER", "Ask", "Placed", "Score", "check_options", "place", "render", "score", "write"]
+__all__ = ["MARKER", "Ask", "Placed", "check_options", "place", "render", "write"]
 
 MARKER = "placement.json"
 """the report beside the engines' files"""
-_CELLS = 1 << 24
-"""(row, layer, slot) scored at once"""
 
 
 @dataclass(frozen=True)
 class Ask:
     """What is asked for, as on the command line. ep None: that of `cluster`, a scenario. current: an engine's map that
     is in use, to compare with. score_on: another recording to score on, in place of a part of `dump`. held_out: share
-    of the rows that is not fitted to, None: half of them where there are two, else nothing."""
+    of the rows that is not fitted to, None: half of them where there are two, else nothing. interval, window: steps
+    between rebalances and steps whose counts they use, of engines that make maps themselves; None: theirs."""
 
     dump: Path
     ep: int | None = None
@@ -64,37 +58,17 @@ class Ask:
     score_on: Path | None = None
     held_out: float | None = None
     tokens_per_row: int = 4096
+    interval: int | None = None
+    window: int | None = None
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Score:
-    """Of one placement on one traffic; see the head of this module. worst: the highest `of_total`, in `worst_layer`."""
-
-    of_steps: float
-    of_total: float
-    lockstep: float
-    worst: float
-    worst_layer: int
-    crossings: float | None = None
-
-    def to_json(self) -> dict[str, float | int | None]:
-        """Rounded to six digits."""
-        return {
-            "of_steps": round(self.of_steps, 6),
-            "of_total": round(self.of_total, 6),
-            "lockstep": round(self.lockstep, 6),
-            "worst_layer_of_total": round(self.worst, 6),
-            "worst_layer": self.worst_layer,
-            "crossings": None if self.crossings is None else round(self.crossings, 6),
-        }
 
 
 @dataclass(frozen=True, eq=False)
 class Placed:
     """The placement, and what it is worth. before: what engines start with (`before_name`). held_out: (before, after)
-    on the rows that were not fitted to, None where nothing was held out. bound: no map of as many slots has a lower
-    `of_total` on the fitted rows, on those held out, whatever it is fitted to."""
+    on the rows that were not fitted to, None where nothing was held out. bound: no map of as many slots (`grouped`: and
+    with every expert group on a node) has a lower `of_total` on the fitted rows, on those held out, whatever it is
+    fitted to. aim: the policy's own objective, if it states one. solution: what its solver said, if it has one."""
 
     loads: ExpertLoads
     placement: Placement
@@ -109,6 +83,9 @@ class Placed:
     fitted: tuple[Score, Score]
     held_out: tuple[Score, Score] | None
     bound: tuple[float, float | None]
+    grouped: bool
+    aim: Aim | None
+    solution: Solution | None
     warnings: tuple[str, ...]
 
     def to_json(self, emitted: Sequence[Emitted] = ()) -> dict[str, Any]:
@@ -123,6 +100,7 @@ class Placed:
                 "before": pair[0].to_json(),
                 "after": pair[1].to_json(),
                 "bound_of_total": round(bounds[name] or 1.0, 6),
+                "gap_of_total": round(gap(pair[1].of_total, bounds[name] or 1.0), 6),
             }
             for name, pair in pairs.items()
         }
@@ -147,52 +125,14 @@ class Placed:
             "before": self.before_name,
             "held_out": scores["held_out"],
             "fitted": scores["fitted"],
+            "bound_keeps_groups_on_nodes": self.grouped,
+            "objective": None if self.aim is None else self.aim.to_json(),
+            "solver": None if self.solution is None else _solver(self.solution),
             "files": [
                 {"engine": e.engine, "file": e.file, "command": e.command, "notes": list(e.notes)} for e in emitted
             ],
             "warnings": list(self.warnings),
         }
-
-
-# ------------------------------------------------------------------------------------------------------------ scores
-
-
-def score(placement: Placement, loads: ExpertLoads) -> Score:
-    """How evenly `placement` spreads the traffic of `loads` over ranks."""
-    step = max(1, _CELLS // max(1, placement.num_layers * placement.num_slots))
-    sums_SL, of_SL = np.zeros((loads.num_rows, placement.num_layers)), np.ones((loads.num_rows, placement.num_layers))
-    top_SL = np.zeros_like(sums_SL)
-    for at in range(0, loads.num_rows, step):
-        load_SLG = placement.planned_load(loads.count_SLE[at : at + step])
-        mean_SL, most_SL = load_SLG.mean(axis=2), load_SLG.max(axis=2)
-        np.divide(most_SL, mean_SL, out=of_SL[at : at + step], where=mean_SL > 0)
-        sums_SL[at : at + step], top_SL[at : at + step] = mean_SL, most_SL
-    balance_L = placement.balance(loads.total_LE)
-    worst = int(balance_L.argmax())
-    index = loads.layer_index or tuple(range(loads.num_layers))
-    return Score(
-        of_steps=float(of_SL[sums_SL > 0].mean()),
-        of_total=float(balance_L.mean()),
-        lockstep=float(top_SL.sum() / sums_SL.sum()),
-        worst=float(balance_L[worst]),
-        worst_layer=index[worst],
-        crossings=_crossings(placement, loads),
-    )
-
-
-def _crossings(placement: Placement, loads: ExpertLoads) -> float | None:
-    """Share of a token's steps from expert to expert that leave a rank; None without tokens or with one layer."""
-    if loads.tokens is None or loads.num_layers < 2:
-        return None
-    ranks = placement.num_ranks
-    share_LEE = transitions(loads.total_LE, PlacementContext(ranks, sample=token_sample(loads.tokens)))
-    return crossing_cost(share_LEE, rank_of(placement), 1 - np.eye(ranks))
-
-
-def _bound(placement: Placement, loads: ExpertLoads) -> float:
-    """Mean over layers of what no map with as many slots can do better on the sum of the rows."""
-    filled = int(placement.held_LS.sum(axis=1).max(initial=0))
-    return float(balance_bound(loads.total_LE, filled, placement.num_ranks).mean())
 
 
 def _before(
@@ -210,6 +150,12 @@ def _before(
     slots = max(slots, experts + -experts % ranks)
     table = np.tile(initial_map(experts, slots), (loads.num_layers, 1))
     return context.placement(table, experts), f"in order, {slots - experts} replicas"
+
+
+def _solver(solution: Solution) -> dict[str, float | str]:
+    """What the solver said, as JSON."""
+    numbers = {name: round(float(getattr(solution, name)), 9) for name in ("objective", "bound", "gap")}
+    return {**numbers, "status": solution.status}
 
 
 # --------------------------------------------------------------------------------------------------------- placement
@@ -234,10 +180,12 @@ def place(ask: Ask) -> Placed:
         warnings.append("no model is named: expert groups are taken as one. Give --model where it routes by groups.")
     kind, parameters = _policy(ask)
     policy = load_policy("placement", {"kind": kind, **parameters}, "--policy")
-    placement: Placement = policy.place(fit.total_LE, context)
+    placement, solution = place_by(policy, fit, context)
+    grouped = by_groups(policy, loads.num_experts, placement.num_slots, context)
     if "vllm-ascend" in ask.engines:
         placement, moved = keep_apart(placement, fit.total_LE)
         if moved:
+            grouped = False
             warnings.append(f"{moved} slots changed places, so that no rank holds an expert twice (vllm-ascend).")
     before, before_name = _before(ask, loads, model, context, placement.num_slots)
     complete, numbers, note = _complete(placement, layer_index, model)
@@ -249,7 +197,7 @@ def place(ask: Ask) -> Placed:
     return Placed(
         loads=loads,
         placement=placement,
-        target=Target(complete, numbers, layers, name),
+        target=Target(complete, numbers, layers, name, ask.interval, ask.window),
         kind=kind,
         parameters=parameters,
         context=context,
@@ -259,7 +207,13 @@ def place(ask: Ask) -> Placed:
         scored_source="" if rest is None else rest.source,
         fitted=(score(before, fit), score(placement, fit)),
         held_out=None if rest is None else (score(before, rest), score(placement, rest)),
-        bound=(_bound(placement, fit), None if rest is None else _bound(placement, rest)),
+        bound=(
+            total_bound(placement, fit, context, grouped),
+            None if rest is None else total_bound(placement, rest, context, grouped),
+        ),
+        grouped=grouped,
+        aim=aim(policy, placement, fit, context, solution),
+        solution=solution,
         warnings=tuple(dict.fromkeys(warnings)),
     )
 
@@ -417,8 +371,17 @@ def render(placed: Placed, emitted: Sequence[Emitted] = ()) -> str:
     if placed.held_out is None:
         lines.append("  held out: nothing, so what it is worth on other traffic is not known")
     else:
-        lines += _rows("held out", placed.held_out, placed.bound[1] or 1.0, placed.scored_rows)
-    lines += _rows("fitted", placed.fitted, placed.bound[0], placed.fitted_rows)
+        bound = placed.bound[1] or 1.0
+        lines += _rows("held out", placed.held_out, f"proven bound {bound:.3f}", placed.scored_rows)
+    over = gap(placed.fitted[1].of_total, placed.bound[0])
+    known = f"proven bound {placed.bound[0]:.3f}, gap {over:.2%}"
+    lines += _rows("fitted", placed.fitted, known, placed.fitted_rows)
+    if placed.grouped:
+        lines.append("proven bound: of maps that keep every expert group on a node")
+    if placed.aim is not None:
+        lines.append(f"what {placed.kind} makes small, on the fitted rows: {placed.aim}")
+    if placed.solution is not None:
+        lines.append(f"solver: {placed.solution}")
     lines.append(f"before: experts {placed.before_name}. The fitted rows are those it was made for: no claim.")
     for one in emitted:
         lines += ["", f"{one.engine}: {one.file}", *(f"  {line}" for line in one.command.splitlines())]
@@ -430,7 +393,7 @@ def _nodes(number: int) -> str:
     return f"{number} node" + ("s" if number != 1 else "")
 
 
-def _rows(name: str, pair: tuple[Score, Score], bound: float, number: int) -> list[str]:
+def _rows(name: str, pair: tuple[Score, Score], known: str, number: int) -> list[str]:
     before, after = pair
     rows = [
         ("each step", before.of_steps, after.of_steps),
@@ -438,7 +401,7 @@ def _rows(name: str, pair: tuple[Score, Score], bound: float, number: int) -> li
         ("all steps together", before.of_total, after.of_total),
     ]
     lines = [f"  {f'{name}, {what}':<31} {b:14.3f} {a:8.3f}" for what, b, a in rows]
-    lines[-1] += f"   (proven bound {bound:.3f})"
+    lines[-1] += f"   ({known})"
     if before.crossings is not None and after.crossings is not None:
         lines.append(f"  {name + ', leaving the rank':<31} {before.crossings:14.1%} {after.crossings:8.1%}")
     return lines if number > 1 else lines[len(rows) - 1 :]
@@ -448,3 +411,6 @@ def check_options(ask: Ask, out: Path | None) -> None:
     """Raises BadInput for options that do not go together."""
     if out is not None and not ask.engines:
         raise BadInput(Problem("--out", "which engines' files? --emit sglang,trtllm,vllm,vllm-ascend"))
+    for option, value in (("--interval", ask.interval), ("--window", ask.window)):
+        if value is not None and "vllm" not in ask.engines:
+            raise BadInput(Problem(option, "it goes into vLLM's --eplb-config: add vllm to --emit"))

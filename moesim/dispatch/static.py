@@ -83,7 +83,7 @@ def rank_slots(placement: Placement, seed: int, prefer_node: bool = False) -> ND
     return slot_GLE
 
 
-def _near_slots(slot_RX: IntArray, placement: Placement) -> IntArray:
+def _near_slots(slot_RX: AnyArray, placement: Placement) -> AnyArray:
     """The first of an expert's replicas on each rank's node, -1 where there is none, or none elsewhere: [R, G]."""
     node_G = np.array(placement.rank_to_node)
     node_RX = np.where(slot_RX >= 0, node_G[np.maximum(slot_RX, 0) // placement.slots_per_rank], -1)

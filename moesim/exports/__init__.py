@@ -40,13 +40,16 @@ class Target:
     """What an engine is told: the placement of some layers, and where they stand in the model.
 
     layer_index: the number of each placed layer in the model. model_layers: layers of the model, dense ones too; 0
-    where unknown. model: what to call it on a command line.
+    where unknown. model: what to call it on a command line. interval, window: steps between rebalances and steps whose
+    counts they use, of engines that make maps themselves; None: the engine's own.
     """
 
     placement: Placement
     layer_index: tuple[int, ...]
     model_layers: int = 0
     model: str = "MODEL"
+    interval: int | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.layer_index) != self.placement.num_layers:

@@ -7,7 +7,7 @@ has been proposed (vllm-project/vllm issues 34811 and 53022) and is not in a rel
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from moesim.errors import BadInput
 from moesim.exports import Target, full_slots
@@ -40,9 +40,14 @@ def render(config: EplbConfig) -> str:
 
 
 def write(target: Target) -> str:
-    """The text for as many redundant experts as the placement has. Raises BadInput where slots are empty."""
+    """The text for as many redundant experts as the placement has, and the steps that were told.
+
+    Raises BadInput where slots are empty.
+    """
     full_slots(target, "vllm")
-    return render(EplbConfig(target.redundant))
+    config = EplbConfig(target.redundant)
+    config = replace(config, window_size=target.window or config.window_size)
+    return render(replace(config, step_interval=target.interval or config.step_interval))
 
 
 def read(text: str, num_experts: int, num_ranks: int, where: str = FILE) -> EplbConfig:
@@ -72,8 +77,12 @@ def command(target: Target, path: str) -> str:
 
 def notes(target: Target) -> tuple[str, ...]:
     """What to know before using it."""
-    return (
+    steps = (("window_size", target.window), ("step_interval", target.interval))
+    left = " and ".join(name for name, told in steps if told is None)
+    loads = (
         "vLLM loads no map: it starts from its own and rearranges by its own counts, so the balance above is what a map"
-        " of this kind can reach, not what vLLM starts with.",
-        "window_size and step_interval are vLLM's defaults.",
+        " of this kind can reach, not what vLLM starts with."
     )
+    if not left:
+        return (loads,)
+    return loads, f"{left}: vLLM's default; moesim explain eplb finds what pays, --window and --interval set it."

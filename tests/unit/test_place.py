@@ -13,7 +13,8 @@ import pytest
 from moesim.cli import main
 from moesim.errors import BadInput
 from moesim.exports import sglang, trtllm, vllm_ascend
-from moesim.place import MARKER, Ask, check_options, place, render, score, write
+from moesim.place import MARKER, Ask, check_options, place, render, write
+from moesim.place_scores import score
 from moesim.placement import Placement
 from moesim.traces.expert_loads import from_tokens
 from moesim.workload.loads import ExpertLoads
