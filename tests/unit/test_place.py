@@ -230,6 +230,97 @@ def test_another_recording_is_scored_on(tmp_path: Path) -> None:
         place(replace(ask, model=None, score_on=trace(tmp_path / "c.npz", tokens=9, layers=3)))
 
 
+def counts_file(path: Path, rows: list[list[int]], first: int = 0) -> Path:
+    head = "layer," + ",".join(f"e{e}" for e in range(len(rows[0])))
+    path.write_text("\n".join([head, *(f"{layer},{','.join(map(str, r))}" for layer, r in enumerate(rows, first))]))
+    return path
+
+
+def test_what_a_solver_proves_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: 5 | 4 + 1, where experts in order have 5 + 4 | 1, and 3 + 3 | 2 + 2 + 2, in order 3 + 3 + 2 | 2 + 2."""
+    pytest.importorskip("ortools")
+    dump = counts_file(tmp_path / "counts.csv", [[5, 4, 1, 0], [3, 3, 2, 2]])
+    calls = []
+    from moesim_tuner.placement.balance_cpsat import Policy as Solver
+
+    solve = Solver.solve
+    monkeypatch.setattr(Solver, "solve", lambda self, *told: calls.append(1) or solve(self, *told))
+    placed = place(Ask(dump, 2, policy="balance_cpsat"))
+    assert calls == [1]
+    assert placed.to_json()["solver"] == {"objective": 1.0, "bound": 1.0, "gap": 0.0, "status": "optimal"}
+    assert placed.to_json()["objective"] == {"value": 1.0, "in_order": (1.8 + 1.2) / 2, "bound": 1.0}
+    assert "solver: objective 1, bound 1, gap 0.00%, optimal" in render(placed)
+    with pytest.raises(SystemExit):
+        main(["place", "--dump", str(dump), "--ep", "2", "--policy", "balance_cpsat", "--json"])
+    assert json.loads(capsys.readouterr().out)["solver"]["status"] == "optimal"
+    plain = place(Ask(dump, 2, policy="eplb"))
+    assert plain.to_json()["solver"] is plain.to_json()["objective"] is None
+    assert "solver" not in render(plain)
+
+
+def test_the_gap_to_the_bound_of_the_same_rows(tmp_path: Path) -> None:
+    """By hand: 6 and three of 1 on two ranks: 7 of a mean of 4.5 is the least, which in order have already."""
+    dump = counts_file(tmp_path / "counts.csv", [[6, 1, 1, 1], [3, 3, 1, 1]])
+    placed = place(Ask(dump, 2, policy="contiguous"))
+    assert placed.bound[0] == pytest.approx((7 / 4.5 + 1) / 2)
+    of_total = (7 / 4.5 + 1.5) / 2
+    assert placed.fitted[1].of_total == pytest.approx(of_total)
+    assert placed.to_json()["fitted"]["gap_of_total"] == pytest.approx(1 - placed.bound[0] / of_total, abs=1e-6)
+    assert f"proven bound 1.278, gap {1 - placed.bound[0] / of_total:.2%}" in render(placed)
+
+
+def test_where_groups_stay_on_nodes_the_bound_is_of_such_maps(tmp_path: Path) -> None:
+    """deepseek-v3 routes by 8 groups. All load in the experts of one: its node of two has twice the mean."""
+    row = [0] * 256
+    row[:32] = [8] * 32
+    dump = counts_file(tmp_path / "counts.csv", [row] * 2, first=3)
+    ask = Ask(dump, 8, model="deepseek-v3", nodes=2, policy="eplb")
+    grouped, free = place(ask), place(replace(ask, parameters=("mode=global",)))
+    assert (grouped.grouped, free.grouped) == (True, False)
+    assert grouped.bound[0] == pytest.approx(2.0)
+    assert grouped.fitted[1].of_total == pytest.approx(2.0)
+    assert free.bound[0] == pytest.approx(1.0)
+    assert "of maps that keep every expert group on a node" in render(grouped)
+    assert "expert group" not in render(free)
+
+
+@pytest.mark.parametrize(
+    ("policy", "told"),
+    [("exflow", "no bound known"), ("affinity", "no bound known"), ("moetuner", "no bound known"),
+     ("semantic", "no bound known"), ("viterbi", "proven bound")],
+)  # fmt: skip
+def test_a_policys_own_objective_stands_beside_that_of_experts_in_order(tmp_path: Path, policy: str, told: str) -> None:
+    dump = trace(tmp_path / "a.npz", tokens=200, layers=3, experts=6, top_k=2)
+    placed = place(Ask(dump, 2, policy=policy, tokens_per_row=50))
+    assert placed.aim is not None
+    assert placed.aim.value <= placed.aim.in_order + 1e-12
+    line = next(line for line in render(placed).splitlines() if line.startswith(f"what {policy} makes small"))
+    assert f"{placed.aim.value:.6g}, of experts in order without replicas {placed.aim.in_order:.6g}; {told}" in line
+    if policy == "exflow":  # on one node a crossing costs 1: the share of steps that leave the rank
+        assert placed.aim.value == pytest.approx(placed.fitted[1].crossings)
+        assert placed.aim.in_order == pytest.approx(placed.fitted[0].crossings)
+
+
+def test_vllm_is_told_steps_where_they_are_given(tmp_path: Path) -> None:
+    dump = counts_file(tmp_path / "counts.csv", [[5, 4, 1, 0]])
+    ask = Ask(dump, 2, policy="eplb", engines=("vllm",))
+    for change, steps, noted in (
+        ({}, (3000, 1000), "window_size and step_interval: vLLM's default"),
+        ({"interval": 150}, (150, 1000), "window_size: vLLM's default"),
+        ({"interval": 150, "window": 300}, (150, 300), ""),
+    ):
+        emitted = write(place(replace(ask, **change)), ["vllm"], tmp_path / "maps")[0]
+        config = json.loads(emitted.text)
+        assert (config["step_interval"], config["window_size"]) == steps
+        assert (noted in emitted.notes[-1]) if noted else len(emitted.notes) == 1
+        assert f'"step_interval": {steps[0]}' in emitted.command
+    for option in ("interval", "window"):
+        with pytest.raises(BadInput, match=f"--{option}: it goes into vLLM's"):
+            check_options(replace(ask, engines=("sglang",), **{option: 9}), None)
+
+
 def test_crossings_of_a_hand_worked_case() -> None:
     ids = np.array([[[0], [1]], [[0], [3]], [[2], [2]], [[3], [0]]], np.uint8)  # of two layers, one expert a token
     loads = from_tokens(RoutingSource(ids, np.array([0, 4]), 4, 1, True, "made"), 4)
