@@ -4,6 +4,7 @@
 #   make test-gpu   the tests that need a CUDA device, with that machine's torch
 #   make cpu-profile  measure this CPU again, then thirty fresh points of the layer (six quiet minutes)
 #   make routing-lm   train the small MoE model under each balancing method, record its routing (an hour of one core)
+#   make claims     what papers state beside what this version does, both pages anew (some five minutes)
 #   make check      style, types, import order   make lint        repair what ruff can repair
 #   make bench      the asv benchmarks of this checkout
 #   make clean      remove the environment and every cache (results/ stays)
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 PYTEST_ARGS ?= -n auto
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-gpu cpu-profile routing-lm check lint bench clean
+.PHONY: help demo test test-slow test-gpu cpu-profile routing-lm claims check lint bench clean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -56,6 +57,10 @@ routing-lm: $(VENV)/.stamp-dev
 	$(LM) record --model results/routing-lm/loss_free --out workloads/routing/stdlib_moe_loss_free.npz
 	$(LM) record --model results/routing-lm/auxiliary_loss --out workloads/routing/stdlib_moe_auxiliary_loss.npz
 	$(BIN)/python benchmarks/routing/maxvio.py
+
+claims: $(VENV)/.stamp-dev
+	$(BIN)/python benchmarks/routing/claims.py
+	$(BIN)/python benchmarks/placement/claims.py
 
 check: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
