@@ -26,6 +26,7 @@ from moesim.spec import Spec
 
 __all__ = [
     "FAMILIES",
+    "FOLDERS",
     "Where",
     "did_you_mean",
     "load_plugin",
@@ -35,7 +36,20 @@ __all__ = [
     "spec_problems",
 ]
 
-FAMILIES = ("routing", "placement", "dispatch", "offload", "batching", "balancing")
+FOLDERS = {
+    "routing": "routing",
+    "placement": "placement",
+    "dispatch": "dispatch",
+    "offload": "offload",
+    "eviction": "offload/eviction",
+    "prefetch": "offload/prefetch",
+    "precision": "offload/precision",
+    "rebatching": "offload/rebatching",
+    "batching": "batching",
+    "balancing": "balancing",
+}
+"""Policy family -> the folder of moesim/ that holds its files."""
+FAMILIES = tuple(FOLDERS)
 ENTRY_POINT_GROUP = "moesim.policies"
 
 Loc = tuple[str | int, ...]
@@ -68,8 +82,8 @@ def did_you_mean(name: object, known: Sequence[str]) -> str:
 
 @functools.cache
 def _built_in(family: str) -> tuple[str, ...]:
-    """Names of the files in moesim/<family>/ that define a class Policy."""
-    files = (Path(__file__).parent / family).glob("*.py")
+    """Names of the files in the family's folder that define a class Policy."""
+    files = (Path(__file__).parent / FOLDERS[family]).glob("*.py")
     kinds = (f.stem for f in files if _KIND_FILE.fullmatch(f.stem) and _POLICY_CLASS.search(f.read_bytes()) is not None)
     return tuple(sorted(kinds))
 
@@ -99,7 +113,7 @@ def policy_class(family: str, kind: str) -> type[Spec]:
     """The class behind `kind`, imported now. Raises BadInput for an unknown kind or a broken plugin."""
     name = f"{_family(family)}.{kind}"
     if kind in _built_in(family):
-        return _checked(getattr(importlib.import_module(f"moesim.{family}.{kind}"), "Policy", None), name, "moesim")
+        return _checked(getattr(importlib.import_module(_module(family, kind)), "Policy", None), name, "moesim")
     if name in _plugins:
         return _plugins[name]
     entry = _entry_points().get(name)
@@ -113,6 +127,10 @@ def policy_class(family: str, kind: str) -> type[Spec]:
             f" ({type(error).__name__}: {error}). Repair or uninstall that package."
         ) from error
     return _checked(loaded, name, _dist_name(entry))
+
+
+def _module(family: str, kind: str) -> str:
+    return f"moesim.{FOLDERS[family].replace('/', '.')}.{kind}"
 
 
 def _dist_name(entry: importlib.metadata.EntryPoint) -> str:

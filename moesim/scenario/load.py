@@ -19,6 +19,7 @@ from moesim.errors import BadInput, Problem
 from moesim.hardware import Cluster, ClusterSpec, DeviceProfile, ProfileSpec
 from moesim.model import ModelSpec, MoEModel, read_hf_config
 from moesim.model_changes import ModelChanges, change_model
+from moesim.offload import EvictionPolicy, OffloadPolicy, PrecisionPolicy, PrefetchPolicy, RebatchingPolicy
 from moesim.placement import PlacementPolicy
 from moesim.policy import load_policy, policy_class, policy_kinds, spec_problems
 from moesim.rebalance_spec import RebalanceSpec
@@ -67,6 +68,10 @@ FAMILY_KEYS = {
     "placement": "placement",
     "dispatch": "dispatch",
     "offload": "offload",
+    "eviction": "eviction",
+    "prefetch": "prefetch",
+    "precision": "precision",
+    "rebatching": "rebatching",
     "batching": "batching",
     "balancing": "balancer",
 }
@@ -80,7 +85,11 @@ class Policies:
     routing: Any
     placement: PlacementPolicy
     dispatch: Any
-    offload: Any
+    offload: OffloadPolicy
+    eviction: EvictionPolicy
+    prefetch: PrefetchPolicy
+    precision: PrecisionPolicy
+    rebatching: RebatchingPolicy
     batching: BatchingPolicy
     balancer: Any
     kinds: Mapping[str, str] = field(default_factory=dict)

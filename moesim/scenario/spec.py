@@ -74,7 +74,9 @@ ONLY_SERVING = {
 }
 """Top-level keys that `mode: training` has no use for -> why."""
 
-SERVING_POLICIES = ("dispatch", "offload", "batching", "balancer")
+SERVING_POLICIES = (
+    "dispatch", "offload", "eviction", "prefetch", "precision", "rebatching", "batching", "balancer",
+)  # fmt: skip
 """Keys of `policies` that only serving has."""
 
 
@@ -156,6 +158,10 @@ class PoliciesSpec(Spec):
     placement: _Policy = "contiguous"
     dispatch: _Policy = "local_first"
     offload: _Policy = "none"
+    eviction: _Policy = "lru"
+    prefetch: _Policy = "none"
+    precision: _Policy = "none"
+    rebatching: _Policy = "none"
     batching: _Policy = "vllm_v1"
     balancer: _Policy = "round_robin"
 

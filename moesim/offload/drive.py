@@ -1,0 +1,393 @@
+"""One device that serves with a cache of experts: asks the mechanisms, layer by layer, and tells the device what to do.
+
+```
+routes of a step ──> before experts (device) ──> look-up (cache, eviction) ──> urgent fetches, CPU work ──> prefetch
+                          └ layer after layer <── experts: here, coming, streamed, on the CPU (device) <──┘
+```
+The order is that of the systems: the router of a layer runs, its experts are looked up, missing ones are asked for at
+once, then later layers are prefetched behind them, then experts compute as they are there. Who decides is the same in
+the simulator and in the mini-runtime; only the `Device` differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from moesim.arrays import AnyArray, BoolArray, IntArray
+from moesim.offload import (
+    Compressed,
+    Counters,
+    OffloadContext,
+    OffloadPlan,
+    OffloadPolicy,
+    PrecisionPolicy,
+    Prefetch,
+    StepRoutes,
+)
+from moesim.offload.cache import ABSENT, LOADING, ExpertCache, Found
+
+__all__ = ["Device", "Driver", "Event", "LayerWork", "Work"]
+
+
+class Work(NamedTuple):
+    """An expert and its rows in this step."""
+
+    key: int
+    rows: int
+
+
+@dataclass(slots=True)
+class LayerWork:
+    """What a layer's experts compute. here: with weights that are on the device (by the cache's word: under logical
+    completion they may still be on their way). coming: in the order in which they were asked for. streams: through
+    staging buffers, in order. cpu: there, now; deferred: there, and wanted only by the next layer's end. ids_TK: the
+    expert of each choice after merging and pruning (num_experts: none), for who really computes. paged: all weights of
+    the layer come as pages."""
+
+    here: list[Work] = field(default_factory=list)
+    coming: list[Work] = field(default_factory=list)
+    streams: list[Work] = field(default_factory=list)
+    cpu: list[Work] = field(default_factory=list)
+    deferred: list[Work] = field(default_factory=list)
+    ids_TK: AnyArray | None = None
+    paged: bool = False
+
+
+class Device(Protocol):
+    """Moves and computes. Calls come in the order of the module's drawing; none of them says what to decide."""
+
+    def begin(self, step: StepRoutes) -> None:
+        """A step starts."""
+        ...
+
+    def own(self, layer: int, tokens: int) -> None:
+        """Everything between the experts of the layer before and the look-up of `layer`, its router included."""
+        ...
+
+    def fetch(self, key: int, size_bytes: int, urgent: bool) -> None:
+        """Ask for a transfer into the room that `key` has in the cache. Urgent ones come before all others that have
+        not started."""
+        ...
+
+    def hurry(self, key: int) -> None:
+        """A transfer that was asked for without haste is waited for now."""
+        ...
+
+    def cancel(self, key: int) -> bool:
+        """Give up a transfer that has not started; False: it has."""
+        ...
+
+    def arrived(self) -> list[int]:
+        """Keys whose transfers have ended since the last call, in that order (not asked under logical completion)."""
+        ...
+
+    def evict(self, key: int, write_back: bool) -> None:
+        """The room of `key` is given to another: its transfer, if any is on its way, is void. write_back: its weights
+        travel to the host first."""
+        ...
+
+    def page(self, layer: int, size_bytes: int) -> None:
+        """Ask for all of a layer's weights, in order."""
+        ...
+
+    def experts(self, layer: int, work: LayerWork) -> None:
+        """Compute, waiting for what is not there; streams are fetched here, as staging buffers get free."""
+        ...
+
+    def end(self) -> None:
+        """The step is over (its last norm and head are the device's own)."""
+        ...
+
+
+class Event(NamedTuple):
+    """What one look-up found of one key."""
+
+    step: int
+    layer: int
+    key: int
+    kind: str
+
+
+class Driver:
+    """See the module. `counters` sums what was found; `events` lists it, where `keep_events`."""
+
+    def __init__(
+        self,
+        context: OffloadContext,
+        policy: OffloadPolicy,
+        plan: OffloadPlan,
+        cache: ExpertCache,
+        prefetch: Prefetch,
+        device: Device,
+        compressed: Compressed | None = None,
+        precision: PrecisionPolicy | None = None,
+        keep_events: bool = False,
+        held_LE: BoolArray | None = None,
+    ) -> None:
+        """cache: with the plan's experts in place already (`start` does it). held_LE: the experts that live on this
+        device under expert parallelism, bool [L, E]; None: all."""
+        self.context, self.policy, self.plan = context, policy, plan
+        self.cache, self.prefetch, self.device = cache, prefetch, device
+        self.compressed, self.precision, self.held_LE = compressed, precision, held_LE
+        self.counters = Counters()
+        self.events: list[Event] | None = [] if keep_events else None
+        self._logical = context.semantics.completion == "logical"
+        self._size: list[int] = context.size_K.tolist()
+        self._loading: dict[int, int] = {}
+        """key on its way -> the turn (layers since the start) at which it is wanted"""
+        self._unused: dict[int, None] = {}
+        self._steps = 0
+
+    @classmethod
+    def start(
+        cls,
+        context: OffloadContext,
+        policy: OffloadPolicy,
+        cache: ExpertCache,
+        prefetch: Prefetch,
+        device: Device,
+        plan: OffloadPlan,
+        **more: object,
+    ) -> Driver:
+        """A driver whose cache holds what the plan says."""
+        cache.fix(np.flatnonzero(plan.fixed_LE.reshape(-1)).tolist())
+        order = np.argsort(context.popularity_LE.reshape(-1), kind="stable")  # the most popular one is the newest
+        initial = plan.initial_LE.reshape(-1)
+        cache.place([key for key in order.tolist() if initial[key] and not plan.fixed_LE.reshape(-1)[key]])
+        return cls(context, policy, plan, cache, prefetch, device, **more)  # type: ignore[arg-type]
+
+    # -- a step -------------------------------------------------------------------------------------------------
+    def step(self, step: StepRoutes) -> None:
+        """One forward pass."""
+        layers = self.context.num_layers
+        self.device.begin(step)
+        self.cache.eviction.begin(step)
+        self.prefetch.begin(step)
+        if self.plan.paged:
+            for layer in range(min(self.plan.look_ahead, layers)):
+                self._page(layer)
+        self._ask_ahead(-1)
+        for layer in range(layers):
+            self.device.own(layer, len(step.expert_TLK))
+            if self.plan.paged and layer + self.plan.look_ahead < layers:
+                self._page(layer + self.plan.look_ahead)
+            self._poll()
+            work = self._look_up(step, layer)
+            self._ask_ahead(layer)
+            self._drop_stale(layer)
+            self.device.experts(layer, work)
+            for key in [w.key for w in work.coming if self.cache.state(w.key) == LOADING]:
+                self.cache.arrived(key)
+                self._loading.pop(key, None)
+            self.cache.release()
+        self.device.end()
+        self._steps += 1
+        if self.plan.update_tokens is not None and step.prompt and len(step.expert_TLK) >= self.plan.update_tokens:
+            self._update(step)
+
+    def ids_TK(self, step: StepRoutes, layer: int) -> AnyArray:
+        """The expert of each choice of a layer, after pruning and merging; num_experts: none, or not on this device."""
+        ids = step.expert_TLK[:, layer]
+        none = self.context.num_experts
+        if self.precision is not None and (dropped := self.precision.prune(step, layer)) is not None:
+            ids = np.where(dropped, none, ids)
+        if self.compressed is not None:
+            table = np.append(self.compressed.map_LE[layer], none)
+            ids = table[np.minimum(ids, none)]
+        if self.held_LE is not None:
+            held = np.append(self.held_LE[layer], False)
+            ids = np.where(held[np.minimum(ids, none)], ids, none)
+        return ids
+
+    def _turn(self, layer: int) -> int:
+        return self._steps * self.context.num_layers + layer
+
+    # -- parts of it --------------------------------------------------------------------------------------------
+    def _poll(self) -> None:
+        """Take note of what has arrived."""
+        if self._logical:
+            return
+        for key in self.device.arrived():
+            if key in self._loading:
+                del self._loading[key]
+                self.cache.arrived(key)
+
+    def _look_up(self, step: StepRoutes, layer: int) -> LayerWork:
+        ids_TK = self.ids_TK(step, layer)
+        if self.plan.paged:
+            experts, rows = _unique(ids_TK, self.context.num_experts)
+            base = layer * self.context.num_experts
+            here = [Work(base + e, r) for e, r in zip(experts.tolist(), rows.tolist(), strict=True)]
+            return LayerWork(here=here, ids_TK=ids_TK, paged=True)
+        experts, rows = _unique(ids_TK, self.context.num_experts)
+        base = layer * self.context.num_experts
+        absent = np.array([self.cache.state(base + e) == ABSENT for e in experts.tolist()], bool)
+        on_cpu = np.zeros(len(experts), bool)
+        if absent.any():
+            chosen = self.policy.on_cpu(layer, experts[absent], rows[absent], self.plan, self.context.costs)
+            on_cpu[np.flatnonzero(absent)[chosen]] = True
+        rows_of = dict(zip((base + experts).tolist(), rows.tolist(), strict=True))
+        work = LayerWork(ids_TK=ids_TK)
+        self._compute_on_cpu(work, ids_TK, experts[on_cpu], step, layer)
+        found = self.cache.look_up((base + experts[~on_cpu]).tolist())
+        now = self.cache.now - 1
+        for key in (base + experts[on_cpu]).tolist():
+            self.cache.eviction.used(key, now)
+        share = self._gate_share(step, layer, ids_TK)
+        for one in found:
+            self._take(one, rows_of[one.key], work, share)
+        self._count(step, layer, found, rows_of, (base + experts[on_cpu]).tolist())
+        return work
+
+    def _take(self, found: Found, rows: int, work: LayerWork, share: dict[int, float]) -> None:
+        """Turn what was found into work and transfers."""
+        key = found.key
+        for victim in found.evicted:
+            self._evicted(victim)
+        if found.kind == "hit":
+            work.here.append(Work(key, rows))
+        elif found.kind == "stream":
+            work.streams.append(Work(key, rows))
+        else:
+            work.coming.append(Work(key, rows))
+            if found.kind == "late":
+                self.device.hurry(key)
+            else:
+                self.device.fetch(key, self._fetch_bytes(key, share), urgent=True)
+
+    def _compute_on_cpu(
+        self, work: LayerWork, ids_TK: AnyArray, experts: IntArray, step: StepRoutes, layer: int
+    ) -> None:
+        """Share the CPU's experts between now and one layer later: of each token at most `deferred` choices, those
+        with the least gate weight (KTransformers' deferred experts), never in the last layer."""
+        base, none = layer * self.context.num_experts, self.context.num_experts
+        if not len(experts):
+            return
+        there = np.isin(ids_TK, experts)
+        late = np.zeros(there.shape, bool)
+        if self.plan.deferred and layer < self.context.num_layers - 1:
+            weight = step.weight_TLK[:, layer] if step.weight_TLK is not None else -np.arange(there.shape[1])[None, :]
+            order = np.argsort(np.where(there, weight, np.inf), axis=1, kind="stable")
+            turn = np.argsort(order, axis=1, kind="stable")
+            late = there & (turn < self.plan.deferred)
+        for mask, out in ((there & ~late, work.cpu), (late, work.deferred)):
+            ids, rows = _unique(np.where(mask, ids_TK, none), none)
+            out.extend(Work(base + e, r) for e, r in zip(ids.tolist(), rows.tolist(), strict=True))
+
+    def _gate_share(self, step: StepRoutes, layer: int, ids_TK: AnyArray) -> dict[int, float]:
+        """By key the largest gate weight over its token's largest, where misses are fetched by it."""
+        if self.compressed is None or not self.compressed.miss_bits or step.weight_TLK is None:
+            return {}
+        weight = np.asarray(step.weight_TLK[:, layer], np.float64)
+        share = weight / np.maximum(weight.max(axis=1, keepdims=True), 1e-30)
+        out = np.zeros(self.context.num_experts + 1)
+        np.maximum.at(out, np.minimum(ids_TK, self.context.num_experts).ravel(), share.ravel())
+        base = layer * self.context.num_experts
+        return {base + e: float(x) for e, x in enumerate(out[:-1]) if x > 0}
+
+    def _fetch_bytes(self, key: int, share: dict[int, float]) -> int:
+        """Bytes of the copy that a miss fetches."""
+        if key not in share:
+            return self._size[key]
+        assert self.compressed is not None
+        stored = float(self.compressed.bits_LE.reshape(-1)[key])
+        bits = next((b for least, b in self.compressed.miss_bits if share[key] >= least), stored)
+        return max(1, round(self._size[key] * min(bits / stored, 1.0)))
+
+    def _ask_ahead(self, layer: int) -> None:
+        """Prefetch what the policy wants, behind everything urgent."""
+        if self.plan.paged:
+            return
+        for want in self.prefetch.wanted(layer):
+            key = want.layer * self.context.num_experts + want.expert
+            if self.held_LE is not None and not self.held_LE[want.layer, want.expert]:
+                continue
+            left = self.cache.prefetch(key, self._logical)
+            if left is None:
+                continue
+            for victim in left:
+                self._evicted(victim)
+            self.counters.prefetched += 1
+            self._unused[key] = None
+            if not self._logical:  # wanted by a later layer of this step, or by the next step
+                ahead = want.layer - layer if want.layer > layer else want.layer - layer + self.context.num_layers
+                self._loading[key] = self._turn(layer) + ahead
+            self.device.fetch(key, self._size[key], urgent=False)
+
+    def _drop_stale(self, layer: int) -> None:
+        """Transfers for layers that have been looked up already are given up, where they have not started."""
+        if self._logical:
+            return
+        turn = self._turn(layer)
+        for key in [k for k, due in self._loading.items() if due <= turn and k not in self.cache.pinned]:
+            if self.device.cancel(key):
+                del self._loading[key]
+                self._unused.pop(key, None)
+                self.cache.cancelled(key)
+                self.counters.cancelled += 1
+
+    def _evicted(self, key: int) -> None:
+        self.counters.evictions += 1
+        self._unused.pop(key, None)
+        self.device.evict(key, self.plan.write_back)
+
+    def _page(self, layer: int) -> None:
+        fixed_E = self.plan.fixed_LE[layer]
+        other = 0 if self.context.layer_bytes_L is None else int(self.context.layer_bytes_L[layer])
+        self.device.page(layer, int(self.context.size_LE[layer][~fixed_E].sum()) + other)
+
+    def _update(self, step: StepRoutes) -> None:
+        """The fixed experts of each layer become as many of the prompt's most used ones (KTransformers' dynamic
+        update)."""
+        none = self.context.num_experts
+        for layer in range(self.context.num_layers):
+            base = layer * none
+            ids = self.ids_TK(step, layer).ravel()
+            count = np.bincount(ids[ids < none], minlength=none)
+            held = [e for e in range(none) if self.cache.fixed(base + e)]
+            best = np.lexsort((np.arange(none), ~np.isin(np.arange(none), held), -count))[: len(held)].tolist()
+            gone, new = sorted(set(held) - set(best)), sorted(set(best) - set(held))
+            new = [e for e in new if self.cache.state(base + e) == ABSENT]
+            gone = gone[: len(new)]
+            self.cache.unfix([base + e for e in gone])
+            for e in gone:
+                self.device.evict(base + e, self.plan.write_back)
+            self.cache.fix([base + e for e in new])
+            for e in new:
+                self.device.fetch(base + e, self._size[base + e], urgent=False)
+
+    def _count(
+        self, step: StepRoutes, layer: int, found: Sequence[Found], rows_of: dict[int, int], on_cpu: list[int]
+    ) -> None:
+        c = self.counters
+        c.calls += 1
+        for one in found:
+            rows = rows_of[one.key]
+            if one.kind == "hit":
+                c.hits, c.hit_rows = c.hits + 1, c.hit_rows + rows
+            elif one.kind == "late":
+                c.late, c.late_rows = c.late + 1, c.late_rows + rows
+            else:
+                c.miss_rows += rows
+                c.loads, c.streams = c.loads + (one.kind == "load"), c.streams + (one.kind == "stream")
+                c.cold += one.cold
+            if one.key in self._unused and one.kind in ("hit", "late"):
+                del self._unused[one.key]
+                c.prefetched_used += 1
+        c.on_cpu += len(on_cpu)
+        c.cpu_rows += sum(rows_of[key] for key in on_cpu)
+        told = [(one.key, str(one.kind)) for one in found] + [(key, "cpu") for key in on_cpu]
+        self.prefetch.told(layer, told)
+        if self.events is not None:
+            self.events.extend(Event(step.number, layer, key, kind) for key, kind in told)
+
+
+def _unique(ids_TK: AnyArray, none: int) -> tuple[IntArray, IntArray]:
+    """Experts that are asked for, in order, and their rows."""
+    count_E = np.bincount(np.minimum(ids_TK, none).ravel(), minlength=none + 1)[:none]
+    experts = np.flatnonzero(count_E)
+    return experts, count_E[experts]

@@ -1,0 +1,1 @@
+"""Who leaves the cache: one file a policy (`moesim.offload.EvictionPolicy`)."""

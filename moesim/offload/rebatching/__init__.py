@@ -1,0 +1,1 @@
+"""Which tokens run together: one file a policy (`moesim.offload.RebatchingPolicy`)."""
