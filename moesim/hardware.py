@@ -11,7 +11,6 @@ Legend: G ranks (devices). Rates are one direction per GPU, in bytes a second; t
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field, ValidationError, model_validator
 
 from moesim.errors import BadInput, Problem
+from moesim.hardware_curves import OPERATORS, Curve, load_curves
 from moesim.spec import Spec
 from moesim.units import FlopPerS, GBPerS, GiB, Us
 
@@ -51,27 +51,6 @@ GRADES = ("measured", "interpolated", "extrapolated", "assumed")
 
 MEASURED, INTERPOLATED, EXTRAPOLATED, ASSUMED = np.arange(4, dtype=np.uint8)
 
-OPERATORS = (
-    "attention_prefill",
-    "attention_decode",
-    "gemm",
-    "moe",
-    "elementwise",
-    "all_reduce",
-    "all_gather",
-    "reduce_scatter",
-    "all_to_all",
-    "host",
-    "router",
-    "router_backward",
-    "moe_dgrad",
-    "moe_wgrad",
-    "attention_backward",
-    "copy",
-    "storage",
-)
-"""Operator names used by curves, errors and time shares."""
-
 GradeName = Literal["measured", "interpolated", "extrapolated", "assumed"]
 
 DtypeName = Literal["fp32", "bf16", "fp16", "fp8", "fp8_block", "int8", "int4", "mxfp4", "nvfp4", "ternary"]
@@ -92,7 +71,6 @@ _COMPUTE_AS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     }
 )
 _DEFAULT_ERROR = 0.30  # 1 sigma of log where a profile states none: a roofline with typical efficiencies
-_MAX_CURVE_BYTES = 8 << 20
 
 Fits = Mapping[str, Mapping[str, float]]
 _S = TypeVar("_S", bound=Spec)
@@ -213,24 +191,6 @@ class Node:
             host_bytes_per_s=self.host_bytes_per_s * speed,
             nvme_bytes_per_s=self.nvme_bytes_per_s * speed,
         )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Curve:
-    """Measured over physics for one shape of one operator: log ratio at the sizes that were measured.
-
-    key: the shape, in the order the operator's own documentation gives. variant: whose physics (`fits`) it is
-    relative to. axes: one increasing array of sizes for each dimension. log_ratio: ln(measured / physics),
-    shape = the axes' lengths. grade: of each point (None: all measured); a point that was carried over from
-    another kernel or filled in is weaker. source: place in `DeviceProfile.provenance["curve_sources"]`.
-    """
-
-    key: tuple[int | str, ...]
-    variant: str
-    axes: tuple[NDArray[np.float64], ...]
-    log_ratio: NDArray[np.float64]
-    grade: NDArray[np.uint8] | None = None
-    source: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -510,94 +470,3 @@ def _check_names(spec: ProfileSpec, where: str) -> list[Problem]:
             elif key.endswith("eff") and value == 0:
                 problems.append(Problem(where, f"fits.{name}.{key} is a share of a rate and must be above 0."))
     return problems
-
-
-def load_curves(path: Path, problems: list[Problem]) -> Mapping[str, tuple[Curve, ...]]:
-    """Read measured residual curves. JSON: `axes` (lists of sizes, shared) and `curves`: operator -> list of
-    {key, variant, axes (places in the shared list), log_ratio, grade?, source?}.
-
-    Appends what is wrong to `problems` and returns what is right; the caller raises.
-    """
-    where = str(path)
-    try:
-        size = path.stat().st_size
-        if size > _MAX_CURVE_BYTES:
-            problems.append(Problem(where, f"a curve file may hold {_MAX_CURVE_BYTES} bytes, this one has {size}."))
-            return {}
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        problems.append(Problem(where, f"cannot read the curve file: {error.strerror}."))
-        return {}
-    except (ValueError, RecursionError) as error:
-        problems.append(Problem(where, f"the curve file is not JSON: {error}."))
-        return {}
-    if not isinstance(data, dict) or set(data) != {"axes", "curves"} or not isinstance(data["curves"], dict):
-        problems.append(Problem(where, "a curve file is a mapping with the keys axes and curves."))
-        return {}
-    out: dict[str, tuple[Curve, ...]] = {}
-    try:
-        axes = [_axis(axis) for axis in data["axes"]]
-    except (TypeError, ValueError) as error:
-        problems.append(Problem(where, f"axes: {error}."))
-        return {}
-    for op, rows in data["curves"].items():
-        curves = []
-        if op not in OPERATORS:
-            problems.append(Problem(where, f"{op} is not an operator; operators: {', '.join(OPERATORS)}."))
-            continue
-        for i, row in enumerate(rows if isinstance(rows, list) else [None]):
-            try:
-                curves.append(_curve(row, axes))
-            except (TypeError, ValueError, KeyError, IndexError, OverflowError) as error:
-                problems.append(Problem(where, f"{op}[{i}] is not a curve: {error}."))
-        problems.extend(Problem(where, f"{op}{list(c.key)}: {why}.") for c, why in _out_of_range(curves))
-        out[op] = tuple(curves)
-    return out
-
-
-def _out_of_range(curves: list[Curve]) -> list[tuple[Curve, str]]:
-    """Curves with values that cannot be; all are looked at in one sweep, and singly only where it finds any."""
-
-    def wrong(some: list[Curve]) -> str:
-        ratios = np.concatenate([c.log_ratio.ravel() for c in some])
-        grades = np.concatenate([np.zeros(1, np.uint8)] + [c.grade.ravel() for c in some if c.grade is not None])
-        if not (np.abs(ratios) <= 10).all():
-            return "log_ratio must be finite and within +-10 (a factor of 22,000 of physics)"
-        return "grade must be 0, 1, 2 or 3" if grades.max() > 3 else ""
-
-    if not curves or not wrong(curves):
-        return []
-    return [(c, wrong([c])) for c in curves if wrong([c])]
-
-
-def _axis(values: Any) -> NDArray[np.float64]:
-    """Sizes along one axis: positive, finite, increasing."""
-    axis = np.array(values, dtype=np.float64)
-    if axis.ndim != 1 or not axis.size or not np.isfinite(axis).all() or axis[0] <= 0:
-        raise ValueError("sizes must be positive and finite")
-    if (np.diff(axis) <= 0).any():
-        raise ValueError("sizes must increase")
-    axis.setflags(write=False)
-    return axis
-
-
-def _curve(row: Any, shared: list[NDArray[np.float64]]) -> Curve:
-    """One curve, checked. Raises ValueError, TypeError, KeyError or IndexError with what is wrong."""
-    if not isinstance(row, dict):
-        raise TypeError("a mapping with key, variant, axes and log_ratio is needed")
-    key = tuple(row["key"])
-    if not key or not all(type(k) is int or type(k) is str for k in key):
-        raise ValueError(f"key must list integers and names, got {row['key']!r}")
-    places = row["axes"]
-    if not 1 <= len(places) <= 2 or not all(type(i) is int and i >= 0 for i in places):
-        raise ValueError("axes must name 1 or 2 of the shared axes by their place")
-    axes = tuple(shared[i] for i in places)
-    ratio = np.array(row["log_ratio"], dtype=np.float64)
-    if ratio.shape != tuple(map(len, axes)):
-        raise ValueError(f"log_ratio has shape {ratio.shape}, its axes {tuple(map(len, axes))}")
-    grade = row.get("grade")
-    if grade is not None:
-        grade = np.full(ratio.shape, grade, dtype=np.uint8) if type(grade) is int else np.array(grade, dtype=np.uint8)
-        if grade.shape != ratio.shape:
-            raise ValueError(f"grade has shape {grade.shape}, log_ratio {ratio.shape}")
-    return Curve(key, str(row["variant"]), axes, ratio, grade, int(row.get("source", 0)))

@@ -28,7 +28,8 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """Bytes of HBM on the fullest rank. `usable` = capacity * gpu_memory_utilization; KV gets what is left of it."""
+    """Bytes of HBM on the fullest rank. `usable` = capacity * gpu_memory_utilization (or tiers.vram); KV gets what is
+    left of it."""
 
     capacity: int
     usable: int
@@ -45,12 +46,22 @@ class RankMemory:
     """of the requests of one data-parallel rank"""
     kv_copies: int = 1
     """ranks whose requests' KV each rank keeps"""
+    expert_cache: int = 0
+    """capacity for experts that come and go between memories (`moesim.tiers.memory`)"""
+    expert_buffers: int = 0
+    """that streamed experts pass through"""
+    expert_extra: int = 0
+    """what a precision policy keeps besides"""
+
+    @property
+    def experts(self) -> int:
+        """All that is there for routed experts' weights."""
+        return self.expert_weights + self.expert_cache + self.expert_buffers + self.expert_extra + self.staging
 
     @property
     def fixed(self) -> int:
         """All but the KV cache."""
-        weights = self.dense_weights + self.expert_weights + self.staging
-        return weights + self.activations + self.exchange_buffers + self.runtime
+        return self.dense_weights + self.experts + self.activations + self.exchange_buffers + self.runtime
 
     @property
     def kv_cache(self) -> int:
@@ -62,6 +73,11 @@ class RankMemory:
             "dense_weights": self.dense_weights,
             "expert_weights": self.expert_weights,
             **({"expert_staging": self.staging} if self.staging else {}),
+            **{
+                name: size
+                for name in ("expert_cache", "expert_buffers", "expert_extra")
+                if (size := getattr(self, name))
+            },
             "activations": self.activations,
             "exchange_buffers": self.exchange_buffers,
             "runtime": self.runtime,

@@ -46,8 +46,10 @@ from moesim.scenario.spec import (
     ScenarioSpec,
     SloSpec,
 )
+from moesim.scenario.tier_checks import TIER_POLICIES, tier_checks
 from moesim.scenario.yamlio import Marks, YamlPath, load_yaml, parse_yaml
 from moesim.spec import Spec
+from moesim.tiers_spec import TiersSpec
 from moesim.training_spec import TrainingSpec
 from moesim.workload.requests import RequestsSpec
 from moesim.workload.routing import RoutingSpec
@@ -125,6 +127,9 @@ class Scenario:
     placement_from: PlacementFromSpec | None = None
     communication: CommunicationSpec = field(default_factory=CommunicationSpec)
     rebalance: RebalanceSpec | None = None
+    tiers: TiersSpec | None = None
+    cpu: DeviceProfile | None = None
+    """the profile that `tiers.cpu.profile` names"""
 
 
 def load_scenario(path: str | Path, overrides: Sequence[str] = (), seed: int | None = None) -> Scenario:
@@ -169,6 +174,7 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
     model, model_file = _find_model(source, spec.model, base, problems)
     cluster, profile_hash = _find_cluster(source, spec.cluster, base, problems)
     files = _input_files(source, spec, base, problems)
+    cpu, cpu_hash = _find_cpu(source, spec.full, base, problems)
     if model is not None and cluster is not None and spec.parallel is not None:
         engine = spec.engine if spec.engine is not None else EngineSpec()
         placement = policies.placement if policies is not None else None
@@ -186,6 +192,9 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
         if spec.full is not None and not training:
             problems += serving_checks(
                 source.where, model, spec.full, placement, None if policies is None else policies.balancer
+            )
+            problems += tier_checks(
+                source.where, model, cluster, spec.full, policies, source.data.get("policies") or {}
             )
         if source.data.get("routing") and not model.is_moe:
             message = f"routing: {model.name} is a dense model, so nothing is routed; remove routing"
@@ -206,9 +215,14 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
     if training:
         kinds = {key: kind for key, kind in policies.kinds.items() if key not in SERVING_POLICIES}
         policies = dataclasses.replace(policies, kinds=kinds)
+    elif spec.full.tiers is None:  # nothing for them to decide
+        kinds = {key: kind for key, kind in policies.kinds.items() if key not in TIER_POLICIES}
+        policies = dataclasses.replace(policies, kinds=kinds)
     resolved = _resolved(spec.full, model, policies, files)
     resolved["cluster"]["device"] = {"name": cluster.profile.name, "blake2b": profile_hash}
     resolved["model"]["file"] = model_file.name if model_file else ""
+    if cpu is not None:
+        resolved["tiers"]["cpu"]["profile"] = {"name": cpu.name, "blake2b": cpu_hash}
     canonical = json.dumps(resolved, sort_keys=True, allow_nan=False, separators=(",", ":"))
     return Scenario(
         name=spec.full.name or "scenario",
@@ -231,6 +245,8 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
         placement_from=spec.full.placement_from,
         communication=spec.full.communication or CommunicationSpec(),
         rebalance=spec.full.rebalance,
+        tiers=spec.full.tiers,
+        cpu=cpu,
     )
 
 
@@ -250,7 +266,7 @@ def _rebase_overrides(source: Source, base: Path) -> None:
         for key in path[:-1]:
             into = into[key]
         value = into[path[-1]]
-        named = path in (("model",), ("model", "name"), ("cluster", "device"))
+        named = path in (("model",), ("model", "name"), ("cluster", "device"), ("tiers", "cpu", "profile"))
         if isinstance(value, str) and (path[-1] == "path" or (named and "/" in value)):
             into[path[-1]] = rebase(value, base)
 
@@ -450,11 +466,30 @@ def _find_cluster(
         path = find_named(name, "hw_profiles", base, where, "device profile")
         if spec is None:
             return None, ""
-        written = _profile_spec(path)
-        profile = DeviceProfile.from_spec(written, path.parent, shown(path))
-        digest = content_hash(path)
-        digest += "".join(content_hash(path.parent / name) for name in written.curves)
+        profile, digest = _hashed_profile(path)
         return Cluster.from_spec(spec, profile, source.where(("cluster",))), digest
+    except BadInput as error:
+        problems += error.problems
+        return None, ""
+
+
+def _hashed_profile(path: Path) -> tuple[DeviceProfile, str]:
+    """A profile, and the hash of its files."""
+    written = _profile_spec(path)
+    profile = DeviceProfile.from_spec(written, path.parent, shown(path))
+    return profile, content_hash(path) + "".join(content_hash(path.parent / name) for name in written.curves)
+
+
+def _find_cpu(
+    source: Source, spec: ScenarioSpec | None, base: Path, problems: list[Problem]
+) -> tuple[DeviceProfile | None, str]:
+    """The profile that prices experts on the CPU, and the hash of its files, where one is named."""
+    if spec is None or spec.tiers is None or spec.tiers.cpu.profile is None:
+        return None, ""
+    where = source.where(("tiers", "cpu", "profile"))
+    try:
+        path = find_named(spec.tiers.cpu.profile, "hw_profiles", base, where, "device profile")
+        return _hashed_profile(path)
     except BadInput as error:
         problems += error.problems
         return None, ""
@@ -490,7 +525,7 @@ def _resolved(spec: ScenarioSpec, model: MoEModel, policies: Policies, files: di
     unused: dict[str, Any] = dict.fromkeys(ONLY_SERVING if training else ("mode", "training"), True)
     if not training:
         unused["routing"] = {"training_scores"}
-    for key in ("capacity", "placement_from", "communication", "rebalance"):
+    for key in ("capacity", "placement_from", "communication", "rebalance", "tiers"):
         if getattr(spec, key) is None:
             unused[key] = True
     out: dict[str, Any] = spec.model_dump(mode="json", exclude=unused)
@@ -503,7 +538,7 @@ def _resolved(spec: ScenarioSpec, model: MoEModel, policies: Policies, files: di
     out["policies"] = {
         key: {"kind": policies.kinds[key], **getattr(policies, key).model_dump(mode="json")}
         for key in FAMILY_KEYS.values()
-        if not (training and key in SERVING_POLICIES)
+        if key in policies.kinds
     }
     return out
 

@@ -18,6 +18,7 @@ from moesim.model_changes import ModelChanges
 from moesim.rebalance_spec import RebalanceSpec
 from moesim.routing.capacity import CapacitySpec
 from moesim.spec import Spec
+from moesim.tiers_spec import TiersSpec
 from moesim.training_spec import TrainingSpec
 from moesim.units import Ms
 from moesim.workload.requests import RequestsSpec
@@ -42,7 +43,6 @@ _MAX_RANKS = 1 << 20
 _Degree = Annotated[int, Field(ge=1, le=_MAX_RANKS)]
 
 RESERVED = {
-    "tiers": "experts in host memory or NVMe",
     "tune": "searching settings",
 }
 """Top-level keys kept for later -> what they will ask for."""
@@ -71,6 +71,7 @@ ONLY_SERVING = {
     "slo": "requests have latencies, training steps have none to promise",
     "rebalance": "experts move while a deployment serves",
     "placement_from": "nothing is known of the loads before training",
+    "tiers": "in training every expert stays on its device",
 }
 """Top-level keys that `mode: training` has no use for -> why."""
 
@@ -183,5 +184,6 @@ class ScenarioSpec(Spec):
     placement_from: PlacementFromSpec | None = None
     communication: CommunicationSpec | None = None
     rebalance: RebalanceSpec | None = None
+    tiers: TiersSpec | None = None
     engine: EngineSpec = Field(default_factory=EngineSpec)
     slo: SloSpec | None = None

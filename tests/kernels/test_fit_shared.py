@@ -15,7 +15,8 @@ from moesim_kernels.fit.physics import PARAMETERS, fit_physics, physics_ns
 from moesim_kernels.fit.samples import Samples, sample_points
 from moesim_kernels.fit.shared import carry_over, slow_shapes
 
-from moesim.hardware import EXTRAPOLATED, DeviceProfile, load_curves
+from moesim.hardware import EXTRAPOLATED, DeviceProfile
+from moesim.hardware_curves import load_curves
 
 ROOT = Path(__file__).parents[2]
 TOKENS = [1.0, 8.0, 64.0, 512.0, 4096.0]

@@ -134,7 +134,7 @@ def _fill(grid: FloatArray) -> FloatArray:
 
 
 def curves_text(curves_by_op: Mapping[str, Sequence[Curve]]) -> str:
-    """Compact JSON as `moesim.hardware.load_curves` reads it; axes that curves share are written once."""
+    """Compact JSON as `moesim.hardware_curves.load_curves` reads it; axes that curves share are written once."""
     axes: list[list[float]] = []
     rows: dict[str, list[dict[str, Any]]] = {}
     for op, found in curves_by_op.items():
