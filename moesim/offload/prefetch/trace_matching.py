@@ -189,8 +189,10 @@ class _Matching:
             worth_LE *= 1 - distance_L[:, None] / (context.num_layers + 1)
         worth = worth_LE.ravel()
         order = np.argsort(-worth, kind="stable")
-        number = int((worth > 0).sum()) if policy.limit is None else min(policy.limit, int((worth > 0).sum()))
-        out = [Wanted(*divmod(k, context.num_experts), float(worth[k])) for k in order[:number].tolist()]
+        number = int((worth > 0).sum())
+        number = number if policy.limit is None else min(policy.limit, number)
+        experts = context.num_experts
+        out = [Wanted(key // experts, key % experts, float(worth[key])) for key in order[:number].tolist()]
         return policy.cut(out, context.size_LE)
 
     def _likely(self, chance_LE: FloatArray) -> FloatArray:
