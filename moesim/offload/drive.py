@@ -11,7 +11,7 @@ the simulator and in the mini-runtime; only the `Device` differs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -34,10 +34,11 @@ __all__ = ["Device", "Driver", "Event", "LayerWork", "Work"]
 
 
 class Work(NamedTuple):
-    """An expert and its rows in this step."""
+    """An expert and its rows in this step. size_bytes: of the copy that is fetched; 0: nothing is."""
 
     key: int
     rows: int
+    size_bytes: int = 0
 
 
 @dataclass(slots=True)
@@ -163,23 +164,34 @@ class Driver:
     # -- a step -------------------------------------------------------------------------------------------------
     def step(self, step: StepRoutes) -> None:
         """One forward pass."""
+        for layer, work in self.layers(step):
+            if work is None:
+                self.device.own(layer, len(step.expert_TLK))
+            else:
+                self.device.experts(layer, work)
+
+    def layers(self, step: StepRoutes) -> Iterator[tuple[int, LayerWork | None]]:
+        """A forward pass in parts, for whoever runs several devices side by side: at (layer, None) the caller lets
+        the device do `own`, at (layer, work) `experts`, before it asks for the next part."""
         layers = self.context.num_layers
         self.device.begin(step)
         self.cache.eviction.begin(step)
         self.prefetch.begin(step)
-        if self.plan.paged:
-            for layer in range(min(self.plan.look_ahead, layers)):
+        ahead = min(self.plan.look_ahead, layers)
+        if self.plan.paged and not self._steps:
+            for layer in range(ahead):
                 self._page(layer)
+        self._poll()
         self._ask_ahead(-1)
         for layer in range(layers):
-            self.device.own(layer, len(step.expert_TLK))
-            if self.plan.paged and layer + self.plan.look_ahead < layers:
-                self._page(layer + self.plan.look_ahead)
+            yield layer, None
+            if self.plan.paged:  # beyond the last layer: the next step's first ones
+                self._page((layer + ahead) % layers)
             self._poll()
             work = self._look_up(step, layer)
+            self._drop_stale(layer)  # first: what it frees need not be evicted for
             self._ask_ahead(layer)
-            self._drop_stale(layer)
-            self.device.experts(layer, work)
+            yield layer, work
             for key in [w.key for w in work.coming if self.cache.state(w.key) == LOADING]:
                 self.cache.arrived(key)
                 self._loading.pop(key, None)
@@ -251,13 +263,14 @@ class Driver:
         if found.kind == "hit":
             work.here.append(Work(key, rows))
         elif found.kind == "stream":
-            work.streams.append(Work(key, rows))
+            work.streams.append(Work(key, rows, self._fetch_bytes(key, share)))
+        elif found.kind == "late":
+            work.coming.append(Work(key, rows, self._size[key]))
+            self.device.hurry(key)
         else:
-            work.coming.append(Work(key, rows))
-            if found.kind == "late":
-                self.device.hurry(key)
-            else:
-                self.device.fetch(key, self._fetch_bytes(key, share), urgent=True)
+            size = self._fetch_bytes(key, share)
+            work.coming.append(Work(key, rows, size))
+            self.device.fetch(key, size, urgent=True)
 
     def _compute_on_cpu(
         self, work: LayerWork, ids_TK: AnyArray, experts: IntArray, step: StepRoutes, layer: int

@@ -1,0 +1,370 @@
+"""The simulator's device: what `moesim.offload.drive.Driver` tells it to move and to compute, in nanoseconds.
+
+Its clock moves when it computes or waits. A transfer starts when it is asked for and its link is free, and runs beside
+whatever the device does. A layer's experts:
+
+```
+device  | sync | experts that are there | those that have come | ... | wait | the last to come | meet | join |
+CPU     | sync | experts on the CPU .......... | deferred ones, beside the next layer ...
+links   ... demand, in order | streams, one for each staging buffer that is free | prefetches ...
+```
+The parts of a step (`records.PARTS`) compare this with a device on which every expert is present.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from moesim.arrays import IntArray
+from moesim.offload import StepRoutes
+from moesim.offload.drive import LayerWork, Work
+from moesim.tiers import LayerTimes
+from moesim.tiers.links import NVME, TO_DEVICE, TO_HOST, Links, Transfer
+from moesim.tiers.records import PARTS, Records
+
+__all__ = ["Cpu", "DeviceOptions", "SimDevice", "Waits"]
+
+Waits = Generator[int | None, None, None]
+"""Yields the ns up to which the links have to be played before it goes on; None: up to their next event."""
+
+_OWN, _EXPERTS, _CPU, _SYNC, _STALL, _MEET, _JOIN, _END = range(len(PARTS))
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceOptions:
+    """What decides times besides the policies.
+
+    staging: buffers of one expert each, for streamed experts and for evicted ones that travel back. compute: `arrival`:
+    what is there computes first, then the others as they come, those that came together in one product (most systems
+    launch expert by expert); `after`: the missed ones in one product when all have come; `once`: one product for all
+    when the last has come (a fused kernel). duplex: write-backs have the other direction of the link; else they queue
+    with the loads (copies on one stream). sync_blocks: the device stands still while work is handed to the CPU (host
+    functions in the order of its stream); else only the CPU waits. whole_pages: a page holds the layer's attention too,
+    so the layer waits for it before it starts, not only its experts. on_host: the device's memory is the host's, filled
+    from NVMe.
+    """
+
+    staging: int = 2
+    compute: Literal["arrival", "after", "once"] = "arrival"
+    duplex: bool = True
+    sync_blocks: bool = True
+    whole_pages: bool = False
+    on_host: bool = False
+
+
+class Cpu:
+    """The host's cores: one expert's work after another, of all devices of the node."""
+
+    def __init__(self) -> None:
+        self.free_ns = 0
+        self.busy_ns = 0
+
+    def run(self, ready_ns: int, work_ns: int) -> int:
+        """Work that can start at `ready_ns`; ns when it has ended."""
+        self.free_ns = max(self.free_ns, ready_ns) + work_ns
+        self.busy_ns += work_ns
+        return self.free_ns
+
+
+class SimDevice:
+    """`moesim.offload.drive.Device` in simulated time; `records` says what each step took."""
+
+    def __init__(
+        self,
+        times: LayerTimes,
+        links: Links,
+        size_K: IntArray,
+        index: int = 0,
+        options: DeviceOptions | None = None,
+        cpu: Cpu | None = None,
+    ) -> None:
+        """size_K: bytes by key, as stored. index: which of the links' devices it is. cpu: shared with the node's other
+        devices; None: its own."""
+        self.times, self.links, self.index = times, links, index
+        self._size: list[int] = size_K.tolist()
+        self.options = options if options is not None else DeviceOptions()
+        self.cpu = cpu if cpu is not None else Cpu()
+        self.now_ns = links.now_ns
+        self.grouped = False
+        """somebody else plays the links, and says when a step is over (`close`)"""
+        self.records = Records()
+        base = 3 * index
+        self._load_lane = base + (NVME if self.options.on_host else TO_DEVICE)
+        self._back_lane = base + (TO_HOST if self.options.duplex else TO_DEVICE)
+        self._way: dict[int, Transfer] = {}
+        """key -> the transfer into the room it has"""
+        self._arrived: dict[int, None] = {}
+        self._pages: dict[int, list[Transfer]] = {}
+        self._leaving: list[Transfer] = []
+        """write-backs under way: each holds a staging buffer"""
+        self._streaming = 0
+        self._deferred_ns = 0
+        self._start_ns = 0
+        self._part_ns = [0] * len(PARTS)
+        self._tokens = 0
+        self._seen_moved = self._moved()
+        self._seen_busy = self._busy()
+
+    # -- a step (moesim.offload.drive.Device) -------------------------------------------------------------------
+    def begin(self, step: StepRoutes) -> None:
+        """See Device."""
+        self._start_ns = self.now_ns
+        self._part_ns = [0] * len(PARTS)
+        self._tokens = len(step.expert_TLK)
+        self.times.begin(self._tokens)
+
+    def own(self, layer: int, tokens: int) -> None:
+        """See Device."""
+        self._play(self.own_waits(layer))
+
+    def own_waits(self, layer: int) -> Waits:
+        """`own`, for whoever plays the links for several devices."""
+        if self.options.whole_pages:
+            yield from self._wait_page(layer)
+        took = self.times.own_ns(layer)
+        self.now_ns += took
+        self._part_ns[_OWN] += took
+        yield self.now_ns
+
+    def experts(self, layer: int, work: LayerWork) -> None:
+        """See Device."""
+        self._play(self.experts_waits(layer, work))
+        self.meet(layer, self.now_ns)
+
+    def experts_waits(self, layer: int, work: LayerWork) -> Waits:
+        """`experts` up to the meeting with other devices (`meet`), for whoever plays the links for several."""
+        if work.paged and not self.options.whole_pages:
+            yield from self._wait_page(layer)
+        at = self.now_ns
+        sync = self.times.sync_ns(layer) if work.cpu or work.deferred else 0
+        start = at + sync if self.options.sync_blocks else at
+        cpu_ns = self._on_cpu(layer, work, at + sync)
+        rows = [one.rows for one in work.here]
+        rows += [one.rows for one in work.coming]
+        rows += [one.rows for one in work.streams]
+        alone = self.times.gpu_ns(layer, rows) if rows else 0
+        pending, here = self._pending(work)
+        if pending or work.streams:
+            yield from self._compute(layer, here, pending, work.streams, start)
+            end = self.now_ns
+        else:
+            end = start + alone
+        self.now_ns = max(end, cpu_ns)
+        self._book(start - at, sync, alone, start, cpu_ns)
+
+    def _book(self, blocked: int, sync: int, alone: int, start: int, cpu_ns: int) -> None:
+        """Parts of a layer whose experts have ended now."""
+        ideal = start + alone
+        exposed = max(cpu_ns - ideal, 0)
+        waits = 0 if blocked else min(max(sync - alone, 0), exposed)
+        part = self._part_ns
+        part[_SYNC] += blocked + waits
+        part[_EXPERTS] += alone
+        part[_CPU] += exposed - waits
+        part[_STALL] += self.now_ns - max(ideal, cpu_ns)
+
+    def meet(self, layer: int, at_ns: int) -> None:
+        """All devices are there at `at_ns`; their results are joined."""
+        took = self.times.join_ns(layer)
+        self._part_ns[_MEET] += at_ns - self.now_ns
+        self._part_ns[_JOIN] += took
+        self.now_ns = at_ns + took
+
+    def end(self) -> None:
+        """See Device."""
+        took = self.times.end_ns()
+        self._part_ns[_END] += took
+        self.now_ns += took
+        if not self.grouped:
+            self.close()
+
+    def close(self) -> None:
+        """The step's record. Called by `end` where the device is alone; else when all devices have ended."""
+        self.links.advance(max(self.links.now_ns, self.now_ns))
+        moved, busy = self._moved(), self._busy()
+        records = self.records
+        records.start_ns.append(self._start_ns)
+        records.step_ns.append(self.now_ns - self._start_ns)
+        records.tokens.append(self._tokens)
+        records.part_ns.append(self._part_ns)
+        records.moved.append(moved - self._seen_moved)
+        records.busy.append(busy - self._seen_busy)
+        self._seen_moved, self._seen_busy = moved, busy
+
+    def skip_to(self, at_ns: int) -> None:
+        """Nothing to do until then; links go on. Raises ValueError for a time that is past."""
+        if at_ns < self.now_ns:
+            raise ValueError(f"time goes back from {self.now_ns} to {at_ns} ns")
+        self.now_ns = at_ns
+
+    # -- transfers ----------------------------------------------------------------------------------------------
+    def fetch(self, key: int, size_bytes: int, urgent: bool) -> None:
+        """See Device."""
+        self._settle()
+        reason = "demand" if urgent else "prefetch"
+        beyond = max(len(self._leaving) - self.options.staging, 0)  # whose buffers it needs
+        after = self._leaving[:beyond]
+        self._way[key] = self.links.ask(self._load_lane, size_bytes, urgent, reason, key, after[-1:])
+        self._arrived.pop(key, None)
+
+    def hurry(self, key: int) -> None:
+        """See Device."""
+        self._settle()
+        if key in self._way:
+            self.links.hurry(self._way[key])
+
+    def cancel(self, key: int) -> bool:
+        """See Device."""
+        self._settle()
+        one = self._way.get(key)
+        if one is None or not self.links.cancel(one):
+            return False
+        del self._way[key]
+        return True
+
+    def arrived(self) -> list[int]:
+        """See Device."""
+        self._settle()
+        keys = list(self._arrived)
+        self._arrived.clear()
+        return keys
+
+    def evict(self, key: int, write_back: bool) -> None:
+        """See Device. What has not arrived is not written back."""
+        self._settle()
+        self._arrived.pop(key, None)
+        one = self._way.pop(key, None)
+        if one is not None:
+            self.links.stop(one)
+        elif write_back:
+            if self.options.on_host:
+                raise ValueError("a device in host memory has nowhere to write back to")
+            back = self.links.ask(self._back_lane, self._size[key], True, "write_back")
+            self._leaving.append(back)
+
+    def page(self, layer: int, size_bytes: int) -> None:
+        """See Device. A layer whose weights are on the device anyhow has no page."""
+        self._settle()
+        if size_bytes:
+            page = self.links.ask(self._load_lane, size_bytes, False, "page", -1)
+            self._pages.setdefault(layer, []).append(page)
+
+    def _settle(self) -> None:
+        """Play the links up to the device's clock, and note what has come."""
+        links = self.links
+        if links.now_ns < self.now_ns:
+            links.advance(self.now_ns)
+        ended = links.ended[self.index]
+        if not ended:
+            return
+        for one in ended:
+            if one.key >= 0 and self._way.get(one.key) is one:
+                del self._way[one.key]
+                self._arrived[one.key] = None
+        ended.clear()
+        if self._leaving:
+            self._leaving = [one for one in self._leaving if not one.done]
+
+    # -- computing ----------------------------------------------------------------------------------------------
+    def _on_cpu(self, layer: int, work: LayerWork, ready_ns: int) -> int:
+        """When the layer has all it wants of the CPU: its own experts and those deferred by the layer before."""
+        wanted, self._deferred_ns = self._deferred_ns, 0
+        if work.cpu:
+            took = self.times.cpu_ns(layer, [one.rows for one in work.cpu])
+            wanted = max(wanted, self.cpu.run(ready_ns, took))
+        if work.deferred:
+            took = self.times.cpu_ns(layer, [one.rows for one in work.deferred])
+            self._deferred_ns = self.cpu.run(ready_ns, took)
+        return wanted
+
+    def _pending(self, work: LayerWork) -> tuple[list[tuple[Transfer, int, bool]], list[int]]:
+        """(transfer, rows, False) of experts that are still on their way, which are waited for from now on, and the
+        rows of those that are there."""
+        self._settle()
+        pending: list[tuple[Transfer, int, bool]] = []
+        here: list[int] = []
+        if not self._way:
+            return pending, [one.rows for one in (*work.here, *work.coming)]
+        for one in (*work.here, *work.coming):
+            transfer = self._way.get(one.key)
+            if transfer is None:
+                here.append(one.rows)
+            else:
+                self.links.hurry(transfer)
+                pending.append((transfer, one.rows, False))
+        return pending, here
+
+    def _compute(
+        self,
+        layer: int,
+        here: list[int],
+        pending: list[tuple[Transfer, int, bool]],
+        streams: Sequence[Work],
+        start_ns: int,
+    ) -> Waits:
+        """Experts of which some have to come; the clock stands at their end afterwards. Each of pending is (transfer,
+        rows, whether it comes through a staging buffer)."""
+        waiting = list(reversed(streams))
+        self._stream(waiting, pending)
+        self.now_ns = start_ns
+        held: list[int] = []
+        if self.options.compute == "once":
+            held = here
+        elif here:
+            self.now_ns += self.times.gpu_ns(layer, here)
+        while pending or waiting:
+            yield self.now_ns
+            self._settle()
+            self._stream(waiting, pending)
+            came = [one for one in pending if one[0].done]
+            if not came or (self.options.compute != "arrival" and len(came) < len(pending)):
+                yield None
+                self.now_ns = max(self.now_ns, self.links.now_ns)
+                continue
+            pending = [one for one in pending if not one[0].done]
+            self.now_ns += self.times.gpu_ns(layer, held + [rows for _, rows, _ in came])
+            held = []
+            self._streaming -= sum(streamed for _, _, streamed in came)
+
+    def _stream(self, waiting: list[Work], pending: list[tuple[Transfer, int, bool]]) -> None:
+        """Ask for as many of the streamed experts as there are free buffers (`waiting` has the first one last)."""
+        while waiting and self._streaming + len(self._leaving) < self.options.staging:
+            one = waiting.pop()
+            size = one.size_bytes or self._size[one.key]
+            pending.append((self.links.ask(self._load_lane, size, True, "stream"), one.rows, True))
+            self._streaming += 1
+
+    def _wait_page(self, layer: int) -> Waits:
+        """Until the layer's weights are there, if they come as a page."""
+        pages = self._pages.get(layer)
+        if not pages:
+            return
+        page, since = pages.pop(0), self.now_ns
+        yield self.now_ns
+        self._settle()
+        self.links.hurry(page)
+        while not page.done:
+            yield None
+            self.now_ns = max(self.now_ns, self.links.now_ns)
+        self._part_ns[_STALL] += self.now_ns - since
+
+    def _play(self, waits: Waits) -> None:
+        """The device is alone with its links."""
+        links = self.links
+        for want in waits:
+            if want is None:
+                following = links.next_ns()
+                if following is None:
+                    raise RuntimeError("the device waits, and nothing is on its way")
+                links.advance(following)
+            elif want > links.now_ns:
+                links.advance(want)
+
+    # -- counters -----------------------------------------------------------------------------------------------
+    def _moved(self) -> IntArray:
+        return self.links.moved_XR()[3 * self.index : 3 * self.index + 3]
+
+    def _busy(self) -> IntArray:
+        return self.links.busy_ns_X()[3 * self.index : 3 * self.index + 3]

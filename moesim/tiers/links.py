@@ -1,0 +1,367 @@
+"""Serial copy links of one node in time: one transfer after another on each, rates shared while several are busy.
+
+Each device has three lanes: host to device, device to host (PCIe carries both ways at once), and its reader of the
+node's drives. A lane carries one transfer at a time; the others wait in order: urgent ones first, then first come,
+first served. A queued transfer can be hurried or cancelled. One that has started ends, or with `chunk_bytes` makes way
+between two chunks for an urgent one and goes on later. Lanes that are busy at once share the memory of their NUMA
+domain, and readers the drives, max-min fairly, so the rate of a transfer changes while others start and end.
+
+Time is played forward: `advance` says how far. All ends are integer ns, rounded up, so no transfer beats its link. Each
+piece (a transfer, or a chunk of one) pays the lane's latency first, which holds the lane but none of what is shared.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from moesim.arrays import IntArray
+from moesim.tiers import LinkRates
+from moesim.topology import max_min_rates
+
+__all__ = ["LANES", "NEVER", "NVME", "REASONS", "TO_DEVICE", "TO_HOST", "Links", "Transfer"]
+
+TO_DEVICE, TO_HOST, NVME = 0, 1, 2
+LANES = ("to_device", "to_host", "nvme")
+"""Names of a device's lanes, in the order of their numbers."""
+
+REASONS = ("demand", "prefetch", "stream", "page", "write_back")
+"""Why bytes travel."""
+
+NEVER = 1 << 62
+_TINY = 1e-6
+"""ns that float rounding may add to an end before it counts as another nanosecond"""
+
+
+class Transfer:
+    """Bytes that were asked for. done_ns, started_ns: -1 while it has not; cancelled: it will not end."""
+
+    __slots__ = (
+        "after",
+        "asked_ns",
+        "cancelled",
+        "done_ns",
+        "followers",
+        "key",
+        "lane",
+        "left_bytes",
+        "reason",
+        "size_bytes",
+        "started_ns",
+        "stopped",
+        "turn",
+        "urgent",
+    )
+
+    def __init__(self, lane: int, size_bytes: int, urgent: bool, reason: int, key: int, asked_ns: int) -> None:
+        self.lane, self.size_bytes, self.left_bytes = lane, size_bytes, size_bytes
+        self.urgent, self.reason, self.key, self.asked_ns = urgent, reason, key, asked_ns
+        self.turn = -1
+        self.started_ns = self.done_ns = -1
+        self.cancelled = self.stopped = False
+        self.after: list[Transfer] = []
+        self.followers: list[Transfer] = []
+
+    @property
+    def started(self) -> bool:
+        return self.started_ns >= 0
+
+    @property
+    def done(self) -> bool:
+        return self.done_ns >= 0
+
+
+class _Lane:
+    """What a lane does now. `left` bytes of the piece at `since`, flowing at `rate`; rate 0: latency still runs."""
+
+    __slots__ = ("busy_ns", "current", "end_ns", "flowing", "left", "piece", "queue", "rate", "since", "taken_ns")
+
+    def __init__(self) -> None:
+        self.queue: list[tuple[bool, int, Transfer]] = []
+        self.current: Transfer | None = None
+        self.flowing = False
+        self.left = self.rate = 0.0
+        self.piece = self.since = self.taken_ns = self.busy_ns = 0
+        self.end_ns = NEVER
+
+
+class Links:
+    """See the module. Lane numbers are 3 * device + TO_DEVICE, TO_HOST or NVME; X lanes, R reasons."""
+
+    def __init__(self, rates: LinkRates, devices: int = 1) -> None:
+        """Devices are dealt out to the NUMA domains in order, in equal parts. Raises ValueError for rates that carry
+        nothing (nvme may be 0 where nobody reads from it)."""
+        if devices < 1 or rates.domains < 1 or not (rates.to_device > 0 and rates.host > 0 and rates.nvme >= 0):
+            raise ValueError(f"links need devices, domains and rates above 0, got {devices} devices and {rates}")
+        self.rates, self.devices = rates, devices
+        self.now_ns = 0
+        self.ended: list[list[Transfer]] = [[] for _ in range(devices)]
+        """by device: transfers that have ended, until whoever asked for them takes them out"""
+        self._lanes = [_Lane() for _ in range(3 * devices)]
+        self._latency = (rates.to_device_latency_ns, rates.to_device_latency_ns, rates.nvme_latency_ns)
+        self._ports = [self._ports_of(lane) for lane in range(3 * devices)]
+        self._capacity = [rates.host] * rates.domains + [rates.nvme] + [rates.to_device] * (2 * devices)
+        self._rates_of: dict[int, list[float]] = {}
+        self._mask = 0
+        self._turn = 0
+        self._next = NEVER
+        self._asked_XR = [[0] * len(REASONS) for _ in self._lanes]
+        self._moved_XR = [[0] * len(REASONS) for _ in self._lanes]
+        self._cancelled_XR = [[0] * len(REASONS) for _ in self._lanes]
+
+    def _ports_of(self, lane: int) -> list[int]:
+        """Shared ones of the capacities: memory of the domains, the drives, then two directions a device."""
+        device, kind = divmod(lane, 3)
+        domains = self.rates.domains
+        domain = device * domains // self.devices
+        return [domain, domains if kind == NVME else domains + 1 + 2 * device + kind]
+
+    # -- asking -------------------------------------------------------------------------------------------------
+    def ask(
+        self,
+        lane: int,
+        size_bytes: int,
+        urgent: bool,
+        reason: str,
+        key: int = -1,
+        after: Sequence[Transfer] = (),
+    ) -> Transfer:
+        """A transfer from now on. after: those that have to end before it may start. Raises ValueError for one
+        without bytes, or after one that was cancelled."""
+        if size_bytes <= 0 or any(one.cancelled for one in after):
+            raise ValueError("a transfer needs bytes, and may not wait for one that was cancelled")
+        if lane % 3 == NVME and self.rates.nvme <= 0:
+            raise ValueError("the node has no drives")
+        number = REASONS.index(reason)
+        one = Transfer(lane, size_bytes, urgent, number, key, self.now_ns)
+        self._asked_XR[lane][number] += size_bytes
+        one.after = [other for other in after if not other.done]
+        for other in one.after:
+            other.followers.append(one)
+        if not one.after:
+            self._queue(one)
+        return one
+
+    def hurry(self, one: Transfer) -> None:
+        """It, and what it waits for, is urgent from now on: behind the urgent ones that are queued already."""
+        for other in one.after:
+            self.hurry(other)
+        if one.urgent or one.done or one.cancelled:
+            return
+        one.urgent = True
+        if one.turn >= 0 and self._lanes[one.lane].current is not one:
+            self._queue(one)
+
+    def cancel(self, one: Transfer) -> bool:
+        """Give it up where it has not started. Returns whether it has been given up. What it waits for goes on."""
+        if one.started or one.done or one.cancelled:
+            return False
+        self._give_up(one)
+        return True
+
+    def stop(self, one: Transfer) -> None:
+        """Nobody wants it any more: it is given up as early as the link can, at once or at the end of a chunk."""
+        if one.done or one.cancelled:
+            return
+        if self._lanes[one.lane].current is one:
+            one.stopped = True
+        else:
+            self._give_up(one)
+
+    def _give_up(self, one: Transfer) -> None:
+        one.cancelled = True
+        self._cancelled_XR[one.lane][one.reason] += one.left_bytes
+        for other in one.after:
+            other.followers.remove(one)
+        for other in list(one.followers):
+            self._give_up(other)
+
+    # -- time ---------------------------------------------------------------------------------------------------
+    def next_ns(self) -> int | None:
+        """When something happens on a lane next; None: nothing is on its way."""
+        return None if self._next == NEVER else self._next
+
+    def advance(self, to_ns: int) -> None:
+        """Play forward. Raises ValueError for a time that is past."""
+        if to_ns < self.now_ns:
+            raise ValueError(f"time goes back from {self.now_ns} to {to_ns} ns")
+        while self._next <= to_ns:
+            self._event()
+        self.now_ns = to_ns
+
+    def finish_ns(self, one: Transfer) -> int:
+        """Play forward until it has ended, and say when. Raises ValueError where it never will."""
+        while one.done_ns < 0:
+            if one.cancelled or self._next == NEVER:
+                raise ValueError("the transfer was cancelled, or waits for one that was")
+            self._event()
+        return one.done_ns
+
+    def drain(self) -> int:
+        """Play forward until nothing is on its way; ns then."""
+        while self._next != NEVER:
+            self._event()
+        return self.now_ns
+
+    def _queue(self, one: Transfer) -> None:
+        """Into its lane's queue, last of its priority; an idle lane starts it."""
+        one.turn = self._turn
+        self._turn += 1
+        lane = self._lanes[one.lane]
+        heapq.heappush(lane.queue, (not one.urgent, one.turn, one))
+        if lane.current is None:
+            self._pick(lane)
+            self._share()
+
+    def _pick(self, lane: _Lane) -> None:
+        """Start the first of the queue, if there is one."""
+        queue = lane.queue
+        while queue:
+            _, turn, one = heapq.heappop(queue)
+            if turn == one.turn and not one.cancelled:
+                break
+        else:
+            lane.current, lane.end_ns = None, NEVER
+            return
+        now = self.now_ns
+        if one.started_ns < 0:
+            one.started_ns = now
+        lane.current, lane.taken_ns = one, now
+        chunk = self.rates.chunk_bytes
+        lane.piece = min(chunk, one.left_bytes) if chunk else one.left_bytes
+        latency = self._latency[one.lane % 3]
+        if latency:
+            lane.end_ns = now + latency
+        else:
+            self._flow(lane)
+
+    def _flow(self, lane: _Lane) -> None:
+        lane.flowing, lane.left, lane.since, lane.rate = True, float(lane.piece), self.now_ns, 0.0
+
+    def _event(self) -> None:
+        """What happens at the next instant, all lanes together: pieces end, then lanes pick anew."""
+        now = self.now_ns = self._next
+        idle: list[_Lane] = []
+        for lane in self._lanes:
+            if lane.end_ns != now:
+                continue
+            if not lane.flowing:  # latency is over
+                self._flow(lane)
+                continue
+            one = lane.current
+            assert one is not None
+            lane.flowing, lane.end_ns, lane.current = False, NEVER, None
+            lane.busy_ns += now - lane.taken_ns
+            one.left_bytes -= lane.piece
+            self._moved_XR[one.lane][one.reason] += lane.piece
+            if one.left_bytes == 0:
+                idle += self._finish(one)
+            elif one.stopped:
+                self._give_up(one)
+            else:  # the same place in the order: it goes on unless a better one waits
+                heapq.heappush(lane.queue, (not one.urgent, one.turn, one))
+            idle.append(lane)
+        for lane in idle:
+            if lane.current is None:  # a lane can be listed twice
+                self._pick(lane)
+        self._share()
+
+    def _finish(self, one: Transfer) -> list[_Lane]:
+        """It has ended; returns the lanes on which others have waited for it and are queued now."""
+        one.done_ns = self.now_ns
+        woken: list[_Lane] = []
+        self.ended[one.lane // 3].append(one)
+        for other in one.followers:
+            other.after.remove(one)
+            if not other.after:
+                other.turn = self._turn
+                self._turn += 1
+                lane = self._lanes[other.lane]
+                heapq.heappush(lane.queue, (not other.urgent, other.turn, other))
+                woken.append(lane)
+        one.followers.clear()
+        return woken
+
+    def _share(self) -> None:
+        """Rates of the lanes that flow, their ends, and the next event."""
+        mask, bit = 0, 1
+        for lane in self._lanes:
+            if lane.flowing:
+                mask |= bit
+            bit <<= 1
+        rates = self._rates_of.get(mask)
+        if rates is None:
+            rates = self._rates_of[mask] = self._max_min(mask)
+        now, following = self.now_ns, NEVER
+        for lane, rate in zip(self._lanes, rates, strict=True):
+            if lane.flowing and lane.rate != rate:
+                lane.left = max(lane.left - lane.rate * (now - lane.since), 0.0)
+                lane.since, lane.rate = now, rate
+                lane.end_ns = now + max(math.ceil(lane.left / rate - _TINY), 0)
+            following = min(following, lane.end_ns)
+        self._next = following
+
+    def _max_min(self, mask: int) -> list[float]:
+        """Rate by lane, 0 for those that do not flow."""
+        flowing = [x for x in range(len(self._lanes)) if mask >> x & 1]
+        out = [0.0] * len(self._lanes)
+        if flowing:
+            shared = max_min_rates(np.array(self._capacity), [self._ports[x] for x in flowing])
+            for x, rate in zip(flowing, shared.tolist(), strict=True):
+                out[x] = rate
+        return out
+
+    # -- report -------------------------------------------------------------------------------------------------
+    def asked_XR(self) -> IntArray:
+        """Bytes asked for by lane and reason, int64 [X, R]."""
+        return np.array(self._asked_XR, np.int64)
+
+    def moved_XR(self) -> IntArray:
+        """Bytes that have got through (whole pieces), int64 [X, R]."""
+        return np.array(self._moved_XR, np.int64)
+
+    def cancelled_XR(self) -> IntArray:
+        """Bytes that were asked for and given up, int64 [X, R]."""
+        return np.array(self._cancelled_XR, np.int64)
+
+    def busy_ns_X(self) -> IntArray:
+        """ns each lane has been busy so far, latencies included, int64 [X]."""
+        now = self.now_ns
+        return np.array(
+            [one.busy_ns + (now - one.taken_ns if one.current is not None else 0) for one in self._lanes], np.int64
+        )
+
+    def _check(self) -> None:
+        """Invariants: every byte asked for has moved, was given up or waits; lanes carry one each; shares fit."""
+        left_X = [0] * len(self._lanes)
+        seen: dict[int, Transfer] = {}
+        for number, lane in enumerate(self._lanes):
+            waiting = [one for _, turn, one in lane.queue if turn == one.turn and not one.cancelled]
+            if lane.current is not None:
+                assert lane.current not in waiting
+                waiting.append(lane.current)
+                assert lane.end_ns >= self.now_ns
+            else:
+                assert not waiting, "a lane idles while transfers are queued"
+                assert not lane.flowing
+                assert lane.end_ns == NEVER
+            for one in waiting:
+                assert one.lane == number
+                assert not one.after
+            todo = list(waiting)
+            while todo:
+                one = todo.pop()
+                if id(one) not in seen:
+                    seen[id(one)] = one
+                    left_X[one.lane] += one.left_bytes
+                    todo += one.followers
+        for asked, moved, gone, left in zip(self._asked_XR, self._moved_XR, self._cancelled_XR, left_X, strict=True):
+            assert sum(asked) == sum(moved) + sum(gone) + left
+        used = [0.0] * len(self._capacity)
+        for lane, ports in zip(self._lanes, self._ports, strict=True):
+            for port in ports:
+                used[port] += lane.rate if lane.flowing else 0.0
+        assert all(u <= c * (1 + 1e-9) for u, c in zip(used, self._capacity, strict=True))
