@@ -202,7 +202,9 @@ class OffloadPolicy(Protocol):
 
 
 class Eviction(Protocol):
-    """Who leaves: the state of an eviction policy. `now` numbers the look-up calls."""
+    """Who leaves: the state of an eviction policy. `now` numbers the look-up calls from 0: it is the number of the call
+    that runs, or between calls of the last one (-1: none yet). A call tells `used` of all its keys, in their order,
+    before the first of its misses asks for room."""
 
     def begin(self, step: StepRoutes) -> None:
         """A step starts. Only what a policy says it knows beforehand may be taken from its routes."""
@@ -227,6 +229,11 @@ class Eviction(Protocol):
 
     def keeps(self, incoming: int, victim: int, now: int) -> bool:
         """Whether `incoming` is worth more than `victim` (asked where a miss may bypass the cache)."""
+        ...
+
+    def order(self, keys: Sequence[int], now: int) -> Sequence[int]:
+        """In which order the missed `keys` of a call ask for room, the worthiest first (asked where misses may bypass
+        the cache: who has entered stays until the call is over, so a worse one must not come first)."""
         ...
 
 

@@ -6,8 +6,8 @@ call what was found stays until `release`: experts that compute cannot leave.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 
@@ -39,24 +39,33 @@ class ExpertCache:
     def __init__(
         self, size_K: IntArray, group_K: IntArray, capacity_G: IntArray, eviction: Eviction, bypass: bool = False
     ) -> None:
-        """size_K: of each expert. group_K: whose capacity it takes. capacity_G: of each group. bypass: a miss may be
-        streamed where the policy would rather keep what is there."""
+        """size_K: of each expert; 0 is allowed (nothing is stored of it). group_K: whose capacity it takes. capacity_G:
+        of each group. bypass: a miss may be streamed where the policy would rather keep what is there. Raises
+        ValueError for negative sizes and groups that do not exist."""
         self._size: list[int] = size_K.tolist()
         self._group: list[int] = group_K.tolist()
         self._capacity: list[int] = capacity_G.tolist()
-        if min(self._size, default=1) <= 0 or min(self._capacity, default=0) < 0:
-            raise ValueError("sizes must be positive and capacities not negative")
-        if len(self._group) != len(self._size) or max(self._group, default=0) >= len(self._capacity):
+        if min(self._size, default=0) < 0 or min(self._capacity, default=0) < 0:
+            raise ValueError("sizes and capacities must not be negative")
+        groups = range(len(self._capacity))
+        if len(self._group) != len(self._size) or not all(group in groups for group in set(self._group)):
             raise ValueError("every key needs a size and a group that exists")
         self.eviction = eviction
         self.bypass = bypass
         self.now = 0
-        """look-up calls so far"""
-        self._state = bytearray(len(self._size))
-        self._fixed = bytearray(len(self._size))
-        self._seen = bytearray(len(self._size))
+        """look-up calls so far; the last one had number now - 1, which is what policies are told"""
+        keys = len(self._size)
+        self._state = bytearray(keys)
+        self._fixed = bytearray(keys)
+        self._seen = bytearray(keys)
+        self._may = bytearray(keys)
+        """1 for who may leave: RESIDENT, neither fixed nor pinned, not chosen to leave already"""
         self._used = [0] * len(self._capacity)
         self._pinned: set[int] = set()
+        self._stuck: set[int] = set()
+        """groups in which the running call has found that nobody may leave"""
+        self._hit = [Found(key, "hit") for key in range(keys)]
+        self._evictable = cast("Callable[[int], bool]", self._may.__getitem__)
 
     # -- what is there ------------------------------------------------------------------------------------------
     def state(self, key: int) -> int:
@@ -82,58 +91,80 @@ class ExpertCache:
 
     # -- set-up -------------------------------------------------------------------------------------------------
     def fix(self, keys: Iterable[int]) -> None:
-        """These are on the device for good, and take nothing of the capacity."""
+        """These are on the device for good, and take nothing of the capacity. Raises ValueError for one that is in the
+        cache; then none is fixed."""
+        keys = list(keys)
         for key in keys:
             if self._state[key] != ABSENT:
                 raise ValueError(f"expert {key} is in the cache already")
+        for key in keys:
             self._state[key], self._fixed[key], self._seen[key] = RESIDENT, 1, 1
 
     def unfix(self, keys: Iterable[int]) -> None:
-        """These are not on the device any more. Raises ValueError for one that was not fixed, or computes."""
+        """These are not on the device any more. Raises ValueError for one that was not fixed, or computes; then all
+        stay."""
+        keys = list(keys)
         for key in keys:
             if not self._fixed[key] or key in self._pinned:
                 raise ValueError(f"expert {key} is not fixed, or in use")
+        for key in keys:
             self._state[key], self._fixed[key] = ABSENT, 0
 
     def place(self, keys: Iterable[int]) -> None:
-        """These are in the cache already, in the order in which they came. Raises ValueError where they do not fit."""
+        """These are in the cache already, in the order in which they came; who is there stays as it is. Raises
+        ValueError where they do not fit."""
         for key in keys:
             if self._state[key] != ABSENT:
                 continue
             if self._free(key) < 0:
                 raise ValueError(f"expert {key} does not fit into the cache of its group")
             self._enter(key, prefetched=False)
-            self._seen[key] = 1
+            self._seen[key] = self._may[key] = 1
 
     # -- while it serves ----------------------------------------------------------------------------------------
     def look_up(self, keys: Sequence[int]) -> list[Found]:
         """One call: all `keys` (each once) are judged against what is there now, then misses enter one by one, in
-        order. What is found or enters stays until `release`."""
+        their order; where they may bypass the cache, in the policy's order. What is found or enters stays until
+        `release`. So a call may ask for more than fits: who finds nobody that may leave is streamed.
+
+        Raises ValueError where a missed key stands twice in `keys`.
+        """
         now = self.now
         self.now += 1
-        found: dict[int, Found] = {}
+        state, pinned, may, used = self._state, self._pinned, self._may, self.eviction.used
+        out: list[Found | None] = []
+        misses: list[int] = []
         for key in keys:
-            self.eviction.used(key, now)
-            if self._state[key] != ABSENT:
-                found[key] = Found(key, "hit" if self._state[key] == RESIDENT else "late")
-                self._pinned.add(key)
-        for key in keys:
-            if key not in found:
-                found[key] = self._miss(key, now)
-            self._seen[key] = 1
-        return [found[key] for key in keys]
+            used(key, now)
+            there = state[key]
+            if there == ABSENT:
+                misses.append(key)
+                out.append(None)
+                continue
+            pinned.add(key)
+            may[key] = 0
+            out.append(self._hit[key] if there == RESIDENT else Found(key, "late"))
+        if not misses:
+            return cast("list[Found]", out)
+        self._stuck.clear()
+        if self.bypass and len(misses) > 1:
+            misses = list(self.eviction.order(misses, now))
+        entered = {key: self._miss(key, now) for key in misses}
+        return [entered[key] if found is None else found for key, found in zip(keys, out, strict=True)]
 
     def prefetch(self, key: int, arrived: bool) -> tuple[int, ...] | None:
         """Give `key` room before it is asked for. Returns who left for it; None where it is there already, or nobody
         may leave. arrived: it counts as RESIDENT at once (logical completion), else as LOADING."""
         if self._state[key] != ABSENT:
             return None
-        left = self._make_room(key, self.now, ask=False)
+        left = self._make_room(key, ask=False)
         if left is None:
             return None
         self._enter(key, prefetched=True)
         self._seen[key] = 1
-        if not arrived:
+        if arrived:
+            self._may[key] = 1
+        else:
             self._state[key] = LOADING
         return left
 
@@ -142,6 +173,7 @@ class ExpertCache:
         if self._state[key] != LOADING:
             raise ValueError(f"expert {key} is not on its way")
         self._state[key] = RESIDENT
+        self._may[key] = key not in self._pinned
 
     def cancelled(self, key: int) -> None:
         """The transfer of a LOADING key was given up. Raises ValueError where a look-up waits for it."""
@@ -151,28 +183,32 @@ class ExpertCache:
 
     def release(self) -> None:
         """What the last call found may leave again."""
+        state, fixed, may = self._state, self._fixed, self._may
+        for key in self._pinned:
+            may[key] = state[key] == RESIDENT and not fixed[key]
         self._pinned.clear()
 
     # -- inside -------------------------------------------------------------------------------------------------
     def _free(self, key: int) -> int:
+        """Room that would be left with `key`; negative: so much must leave."""
         group = self._group[key]
         return self._capacity[group] - self._used[group] - self._size[key]
 
-    def _evictable(self, key: int) -> bool:
-        return self._state[key] == RESIDENT and not self._fixed[key] and key not in self._pinned
-
     def _miss(self, key: int, now: int) -> Found:
-        cold = not self._seen[key] and self._free(key) >= 0
-        left = self._make_room(key, now, ask=self.bypass)
+        if self._state[key] != ABSENT:
+            raise ValueError(f"a look-up asks for expert {key} twice")
+        first, self._seen[key] = not self._seen[key], 1
+        stuck = self._group[key] in self._stuck and self._free(key) < 0
+        left = None if stuck else self._make_room(key, ask=self.bypass)
         if left is None:
             return Found(key, "stream")
         self._enter(key, prefetched=False)
         self._pinned.add(key)
-        return Found(key, "load", cold, left)
+        return Found(key, "load", first and not left, left)
 
-    def _make_room(self, key: int, now: int, ask: bool) -> tuple[int, ...] | None:
+    def _make_room(self, key: int, ask: bool) -> tuple[int, ...] | None:
         """Evict until `key` fits, all or nobody; None: it cannot, or the policy keeps what is there."""
-        group = self._group[key]
+        group, now = self._group[key], self.now - 1
         short = -self._free(key)
         if short <= 0:
             return ()
@@ -180,12 +216,17 @@ class ExpertCache:
             return None
         leaving: list[int] = []
         while short > 0:
-            victim = self.eviction.victim(group, key, now, lambda k: self._evictable(k) and k not in leaving)
+            victim = self.eviction.victim(group, key, now, self._evictable)
+            if victim is None and not leaving:
+                self._stuck.add(group)
             if victim is None or (ask and not self.eviction.keeps(key, victim, now)):
+                for chosen in leaving:
+                    self._may[chosen] = 1
                 return None
-            if not self._evictable(victim) or self._group[victim] != group or victim in leaving:
+            if not self._may[victim] or self._group[victim] != group:
                 raise ValueError(f"the policy evicts expert {victim}, which may not leave")
             leaving.append(victim)
+            self._may[victim] = 0
             short -= self._size[victim]
         for victim in leaving:
             self._leave(victim)
@@ -194,20 +235,23 @@ class ExpertCache:
     def _enter(self, key: int, prefetched: bool) -> None:
         self._state[key] = RESIDENT
         self._used[self._group[key]] += self._size[key]
-        self.eviction.loaded(key, self.now, prefetched)
+        self.eviction.loaded(key, self.now - 1, prefetched)
 
     def _leave(self, key: int) -> None:
         self._state[key] = ABSENT
+        self._may[key] = 0
         self._used[self._group[key]] -= self._size[key]
         self.eviction.evicted(key)
 
     def _check(self) -> None:
-        """Invariants: capacity is kept, every byte is accounted for, who is pinned or fixed is there."""
+        """Invariants: capacity is kept, every byte is accounted for, who is pinned or fixed is there, and who may leave
+        is there, not fixed and not pinned."""
         used = [0] * len(self._capacity)
         for key, state in enumerate(self._state):
             if state != ABSENT and not self._fixed[key]:
                 used[self._group[key]] += self._size[key]
             assert not self._fixed[key] or state == RESIDENT
+            assert self._may[key] == (state == RESIDENT and not self._fixed[key] and key not in self._pinned)
         assert used == self._used
         assert all(0 <= u <= c for u, c in zip(self._used, self._capacity, strict=True))
         assert all(self._state[key] != ABSENT for key in self._pinned)

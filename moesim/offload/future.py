@@ -18,11 +18,17 @@ class Future:
     """Which look-up call asks for which keys (`moesim.offload.Upcoming`)."""
 
     def __init__(self, calls: Iterable[IntArray | list[int]], num_keys: int) -> None:
-        """calls: the keys of each call, from number 0 on."""
-        self._calls_K: list[list[int]] = [[] for _ in range(num_keys)]
-        for number, keys in enumerate(calls):
-            for key in np.asarray(keys).tolist():
-                self._calls_K[key].append(number)
+        """calls: the keys of each call, from number 0 on, empty ones included."""
+        keys: list[int] = []
+        lengths: list[int] = []
+        for call in calls:
+            keys.extend(call.tolist() if isinstance(call, np.ndarray) else call)
+            lengths.append(len(call))
+        key_N = np.array(keys, np.int64)
+        call_N = np.repeat(np.arange(len(lengths)), lengths)
+        order = np.argsort(key_N, kind="stable")
+        parts = np.cumsum(np.bincount(key_N, minlength=num_keys))[:-1]
+        self._calls_K: list[list[int]] = [part.tolist() for part in np.split(call_N[order], parts)]
 
     def next_call(self, key: int, now: int) -> int:
         """See `moesim.offload.Upcoming.next_call`."""

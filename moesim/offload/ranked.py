@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from heapq import heapify, heappop, heappush
 from typing import Any
 
 from moesim.arrays import IntArray
 from moesim.offload import StepRoutes
 
-__all__ = ["RankedEviction"]
+__all__ = ["HeapEviction", "RankedEviction", "Recency"]
 
 
 class RankedEviction:
-    """`moesim.offload.Eviction` where `rank(key, now)` says what a key is worth; of equals the lower key leaves."""
+    """`moesim.offload.Eviction` where `rank(key, now)` says what a key is worth; of equals the lower key leaves.
+
+    Looks at every member of a group for each victim, so ranks may change at any time.
+    """
 
     def __init__(self, group_K: IntArray) -> None:
         self._group: list[int] = group_K.tolist()
@@ -20,7 +24,7 @@ class RankedEviction:
         self._members: list[dict[int, None]] = [{} for _ in range(max(self._group, default=0) + 1)]
 
     def rank(self, key: int, now: int) -> Any:
-        """Worth of a key, comparable; the least leaves."""
+        """Worth of a key, comparable; the least leaves. Asked of keys that are absent, too."""
         raise NotImplementedError
 
     def begin(self, step: StepRoutes) -> None:
@@ -45,3 +49,87 @@ class RankedEviction:
     def keeps(self, incoming: int, victim: int, now: int) -> bool:
         """See Eviction. Equals are kept: fresh news against old."""
         return bool(self.rank(incoming, now) >= self.rank(victim, now))
+
+    def order(self, keys: Sequence[int], now: int) -> Sequence[int]:
+        """See Eviction: by rank, the greatest first, of equals the first that was asked for."""
+        return sorted(keys, key=lambda key: self.rank(key, now), reverse=True)  # a stable sort, reversed or not
+
+
+class HeapEviction(RankedEviction):
+    """A RankedEviction where the rank of a member changes only when the policy says so (`rerank`), so that victims come
+    from a heap in logarithmic time. A key is ranked when it enters."""
+
+    def __init__(self, group_K: IntArray) -> None:
+        super().__init__(group_K)
+        self._heap: list[list[tuple[Any, int]]] = [[] for _ in self._members]
+        self._worth: dict[int, Any] = {}
+        """rank of each member as last told"""
+
+    def rerank(self, key: int, now: int) -> None:
+        """The rank of a member has changed; nothing happens for others."""
+        if key not in self._worth:
+            return
+        group = self._group[key]
+        heap, members = self._heap[group], self._members[group]
+        self._worth[key] = worth = self.rank(key, now)
+        if len(heap) > 64 + 8 * len(members):  # old ranks stay in the heap until they come up, or are too many
+            heap[:] = [(self._worth[member], member) for member in members]
+            heapify(heap)
+        else:
+            heappush(heap, (worth, key))
+
+    def loaded(self, key: int, now: int, prefetched: bool) -> None:
+        """See Eviction."""
+        super().loaded(key, now, prefetched)
+        self._worth[key] = None
+        self.rerank(key, now)
+
+    def evicted(self, key: int) -> None:
+        """See Eviction."""
+        super().evicted(key)
+        del self._worth[key]
+
+    def victim(self, group: int, incoming: int, now: int, evictable: Callable[[int], bool]) -> int | None:
+        """See Eviction."""
+        heap, worth = self._heap[group], self._worth
+        found: int | None = None
+        aside: list[tuple[Any, int]] = []
+        while heap:
+            rank, key = heap[0]
+            if key not in worth or worth[key] != rank:
+                heappop(heap)
+            elif evictable(key):
+                found = key
+                break
+            else:
+                aside.append(heappop(heap))
+        for entry in aside:
+            heappush(heap, entry)
+        return found
+
+
+class Recency:
+    """When keys were last touched, as a running number: every use is a touch, and so is entering without having been
+    asked for in this call (prefetched, or there at the start). Touches are never equal, so they break every tie."""
+
+    def __init__(self, num_keys: int) -> None:
+        self.last = [0] * num_keys
+        """number of the last touch of each key; 0: never"""
+        self._call = [-2] * num_keys
+        self._clock = 0
+
+    def used(self, key: int, now: int) -> None:
+        """A look-up asked for `key`."""
+        self._call[key] = now
+        self._touch(key)
+
+    def loaded(self, key: int, now: int, prefetched: bool) -> bool:
+        """`key` has entered. Returns whether it did because this call asked for it."""
+        missed = not prefetched and self._call[key] == now
+        if not missed:
+            self._touch(key)
+        return missed
+
+    def _touch(self, key: int) -> None:
+        self._clock += 1
+        self.last[key] = self._clock
