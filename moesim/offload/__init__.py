@@ -123,6 +123,8 @@ class OffloadContext:
     staging: buffers for one expert each. popularity_LE: activations in `fit`, or of equal height where nothing is
     known. fit: tokens to learn from. upcoming: the look-ups to come, where the caller knows them. layer_bytes_L: bytes
     of all other weights of a layer (attention and shared experts), for policies that move whole layers; None: not said.
+    block_L: number of each MoE layer among all blocks of the model, dense ones counted, for policies that name tensors;
+    None: 0, 1, ...
     """
 
     num_layers: int
@@ -138,6 +140,7 @@ class OffloadContext:
     fit: RouteSample | None = None
     upcoming: Upcoming | None = None
     layer_bytes_L: IntArray | None = None
+    block_L: IntArray | None = None
 
     @property
     def num_keys(self) -> int:
