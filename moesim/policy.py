@@ -45,6 +45,7 @@ FOLDERS = {
     "prefetch": "offload/prefetch",
     "precision": "offload/precision",
     "rebatching": "offload/rebatching",
+    "rerouting": "offload/rerouting",
     "batching": "batching",
     "balancing": "balancing",
 }

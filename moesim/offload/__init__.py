@@ -1,11 +1,11 @@
 """Offload: which expert weights are where, what is fetched when, in which precision, and who computes with them.
 
-Five families of mechanisms meet here, one file a mechanism: `offload/<kind>.py` (what is resident, what misses do),
-`offload/eviction/`, `offload/prefetch/`, `offload/precision/`, `offload/rebatching/`. They are pure functions and small
-state machines over ids; none knows a clock. `cache.ExpertCache` keeps who is on the device, `drive.Driver` asks the
-mechanisms in the order in which a system does and tells a `Device` what to move and to compute. The simulator's device
-(`moesim.tiers`) answers with nanoseconds, the mini-runtime's (`moesim_kernels.runtime`) with real transfers: the same
-objects decide in both.
+Six families of mechanisms meet here, one file a mechanism: `offload/<kind>.py` (what is resident, what misses do),
+`offload/eviction/`, `offload/prefetch/`, `offload/precision/`, `offload/rebatching/`, `offload/rerouting/`. They are
+pure functions and small state machines over ids; none knows a clock. `cache.ExpertCache` keeps who is on the device,
+`drive.Driver` asks the mechanisms in the order in which a system does and tells a `Device` what to move and to compute.
+The simulator's device (`moesim.tiers`) answers with nanoseconds, the mini-runtime's (`moesim_kernels.runtime`) with
+real transfers: the same objects decide in both.
 
 Legend: T tokens of a step, L MoE layers (sets of experts), E experts, K experts a token; a *key* is
 `layer * num_experts + expert`; a *group* is what shares a capacity: a layer, or all layers where the cache is pooled.
@@ -36,6 +36,8 @@ __all__ = [
     "Prefetch",
     "PrefetchPolicy",
     "RebatchingPolicy",
+    "Reroute",
+    "ReroutingPolicy",
     "RouteSample",
     "StepRoutes",
     "Upcoming",
@@ -66,7 +68,8 @@ class StepRoutes:
     """The routes of one step (a forward pass of a batch), in the order of its tokens.
 
     expert_TLK: ids; those not below num_experts are no expert. sequence_T: whose token each is. weight_TLK: gate
-    weights, where known. prompt: the step computes prompts, not output tokens.
+    weights, where known. prompt: the step computes prompts, not output tokens. score_TLE: what the router ranks experts
+    by (logits, with its selection bias if it has one), where known.
     """
 
     number: int
@@ -74,6 +77,7 @@ class StepRoutes:
     sequence_T: IntArray
     weight_TLK: FloatArray | None = None
     prompt: bool = False
+    score_TLE: FloatArray | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +129,7 @@ class OffloadContext:
     of all other weights of a layer (attention and shared experts), for policies that move whole layers; None: not said.
     block_L: number of each MoE layer among all blocks of the model, dense ones counted, for policies that name tensors;
     None: 0, 1, ...
+    expert_shape: (hidden, intermediate) sizes of an expert's matrices, for policies that factor them; None: not said.
     """
 
     num_layers: int
@@ -141,6 +146,7 @@ class OffloadContext:
     upcoming: Upcoming | None = None
     layer_bytes_L: IntArray | None = None
     block_L: IntArray | None = None
+    expert_shape: tuple[int, int] | None = None
 
     @property
     def num_keys(self) -> int:
@@ -297,6 +303,7 @@ class Compressed:
     merged with, or num_experts: it is gone and its tokens lose it). miss_bits: bits of the copy that a miss fetches
     instead, by gate weight over the token's largest, highest threshold first: ((share, bits), ...); empty: the stored
     ones. extra_bytes: kept besides on the device. quality: what is published of accuracy, with its source, or "".
+    What follows of it for sizes, popularity and samples: `moesim.offload.compression.apply`.
     """
 
     bits_LE: FloatArray
@@ -315,6 +322,35 @@ class PrecisionPolicy(Protocol):
 
     def prune(self, step: StepRoutes, layer: int) -> BoolArray | None:
         """Which of a step's choices of `layer` are dropped while it serves: bool [T, K]; None: none ever."""
+        ...
+
+    def drift(self, step: StepRoutes, layer: int, num_experts: int) -> AnyArray | None:
+        """The experts of `layer` that tokens take where rounding moves the router's choice: ids [T, K] in place of the
+        step's; None: it never does."""
+        ...
+
+
+# ---- which experts tokens take, given what is on the device
+
+
+class Reroute(Protocol):
+    """Routing that looks at the cache: its state."""
+
+    def begin(self, step: StepRoutes) -> None:
+        """A step starts. Raises BadInput where it lacks what the mechanism needs (`score_TLE`)."""
+        ...
+
+    def routes(self, step: StepRoutes, layer: int, resident_E: BoolArray) -> tuple[IntArray, FloatArray | None]:
+        """Experts [T, K] that the tokens take in `layer`, and their gate weights [T, K] where the step has any.
+        resident_E: whose weights are on the device, or on their way."""
+        ...
+
+
+class ReroutingPolicy(Protocol):
+    """`policies.rerouting`: one file of offload/rerouting/."""
+
+    def start(self, context: OffloadContext, gone_LE: BoolArray | None = None) -> Reroute | None:
+        """A fresh state; None: routes stay as they are. gone_LE: experts that must not be taken."""
         ...
 
 
@@ -336,7 +372,9 @@ class RebatchingPolicy(Protocol):
 @dataclass(slots=True)
 class Counters:
     """What look-ups found, summed. hits, late, loads, streams: experts by kind (`cache.Found`); on_cpu: computed
-    there; cold: first touches, into free room; *_rows: the same in rows (a token's choices). calls: look-up calls."""
+    there; cold: first touches, into free room; *_rows: the same in rows (a token's choices). calls: look-up calls.
+    upgrades: hits whose copy on the device had too few bits, so that a better one was fetched. rerouted: choices that
+    are other experts than the router's own top K."""
 
     hits: int = 0
     late: int = 0
@@ -353,6 +391,8 @@ class Counters:
     cancelled: int = 0
     evictions: int = 0
     calls: int = 0
+    upgrades: int = 0
+    rerouted: int = 0
 
     @property
     def look_ups(self) -> int:

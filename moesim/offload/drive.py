@@ -12,7 +12,7 @@ the simulator and in the mini-runtime; only the `Device` differs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ from moesim.offload import (
     OffloadPolicy,
     PrecisionPolicy,
     Prefetch,
+    Reroute,
     StepRoutes,
 )
 from moesim.offload.cache import ABSENT, LOADING, ExpertCache, Found
@@ -128,12 +129,13 @@ class Driver:
         precision: PrecisionPolicy | None = None,
         keep_events: bool = False,
         held_LE: BoolArray | None = None,
+        reroute: Reroute | None = None,
     ) -> None:
         """cache: with the plan's experts in place already (`start` does it). held_LE: the experts that live on this
-        device under expert parallelism, bool [L, E]; None: all."""
+        device under expert parallelism, bool [L, E]; None: all. reroute: routing that looks at the cache."""
         self.context, self.policy, self.plan = context, policy, plan
         self.cache, self.prefetch, self.device = cache, prefetch, device
-        self.compressed, self.precision, self.held_LE = compressed, precision, held_LE
+        self.compressed, self.precision, self.held_LE, self.reroute = compressed, precision, held_LE, reroute
         self.counters = Counters()
         self.events: list[Event] | None = [] if keep_events else None
         self._logical = context.semantics.completion == "logical"
@@ -141,6 +143,8 @@ class Driver:
         self._loading: dict[int, int] = {}
         """key on its way -> the turn (layers since the start) at which it is wanted"""
         self._unused: dict[int, None] = {}
+        self._bits: dict[int, float] = {}
+        """key on the device as a copy of fewer bits than stored -> its bits"""
         self._steps = 0
 
     @classmethod
@@ -174,6 +178,9 @@ class Driver:
         """A forward pass in parts, for whoever runs several devices side by side: at (layer, None) the caller lets
         the device do `own`, at (layer, work) `experts`, before it asks for the next part."""
         layers = self.context.num_layers
+        if self.reroute is not None:
+            step = _own(step)
+            self.reroute.begin(step)
         self.device.begin(step)
         self.cache.eviction.begin(step)
         self.prefetch.begin(step)
@@ -188,6 +195,8 @@ class Driver:
             if self.plan.paged:  # beyond the last layer: the next step's first ones
                 self._page((layer + ahead) % layers)
             self._poll()
+            if self.reroute is not None:
+                self._reroute(self.reroute, step, layer)
             work = self._look_up(step, layer)
             self._drop_stale(layer)  # first: what it frees need not be evicted for
             self._ask_ahead(layer)
@@ -205,8 +214,11 @@ class Driver:
         """The expert of each choice of a layer, after pruning and merging; num_experts: none, or not on this device."""
         ids = step.expert_TLK[:, layer]
         none = self.context.num_experts
-        if self.precision is not None and (dropped := self.precision.prune(step, layer)) is not None:
-            ids = np.where(dropped, none, ids)
+        if self.precision is not None:
+            if (moved := self.precision.drift(step, layer, none)) is not None:
+                ids = moved
+            if (dropped := self.precision.prune(step, layer)) is not None:
+                ids = np.where(dropped, none, ids)
         if self.compressed is not None:
             table = np.append(self.compressed.map_LE[layer], none)
             ids = table[np.minimum(ids, none)]
@@ -219,6 +231,19 @@ class Driver:
         return self._steps * self.context.num_layers + layer
 
     # -- parts of it --------------------------------------------------------------------------------------------
+    def _reroute(self, reroute: Reroute, step: StepRoutes, layer: int) -> None:
+        """Write the experts that tokens really take into the step, which is the driver's own copy."""
+        none, base = self.context.num_experts, layer * self.context.num_experts
+        serves_E = np.arange(none) if self.compressed is None else self.compressed.map_LE[layer]
+        there_E = np.array([self.cache.state(base + e) != ABSENT for e in range(none)] + [False])
+        ids_TK, weight_TK = reroute.routes(step, layer, there_E[serves_E])
+        before_TK = step.expert_TLK[:, layer]
+        kept_TK = (ids_TK[:, :, None] == before_TK[:, None, :]).any(axis=2)
+        self.counters.rerouted += int((~kept_TK & (ids_TK < none)).sum())
+        step.expert_TLK[:, layer] = ids_TK
+        if step.weight_TLK is not None and weight_TK is not None:
+            step.weight_TLK[:, layer] = weight_TK
+
     def _poll(self) -> None:
         """Take note of what has arrived."""
         if self._logical:
@@ -260,7 +285,7 @@ class Driver:
         key = found.key
         for victim in found.evicted:
             self._evicted(victim)
-        if found.kind == "hit":
+        if found.kind == "hit" and not self._too_coarse(key, share):
             work.here.append(Work(key, rows))
         elif found.kind == "stream":
             work.streams.append(Work(key, rows, self._fetch_bytes(key, share)))
@@ -268,6 +293,9 @@ class Driver:
             work.coming.append(Work(key, rows, self._size[key]))
             self.device.hurry(key)
         else:
+            if found.kind == "hit":  # a better copy takes its room
+                self.counters.upgrades += 1
+                self.device.evict(key, False)
             size = self._fetch_bytes(key, share)
             work.coming.append(Work(key, rows, size))
             self.device.fetch(key, size, urgent=True)
@@ -302,22 +330,37 @@ class Driver:
         base = layer * self.context.num_experts
         return {base + e: float(x) for e, x in enumerate(out[:-1]) if x > 0}
 
-    def _fetch_bytes(self, key: int, share: dict[int, float]) -> int:
-        """Bytes of the copy that a miss fetches."""
-        if key not in share:
-            return self._size[key]
+    def _wanted_bits(self, key: int, share: dict[int, float]) -> tuple[float, float]:
+        """Bits of the copy that an expert is wanted in, and those that are stored."""
         assert self.compressed is not None
         stored = float(self.compressed.bits_LE.reshape(-1)[key])
         bits = next((b for least, b in self.compressed.miss_bits if share[key] >= least), stored)
-        return max(1, round(self._size[key] * min(bits / stored, 1.0)))
+        return min(bits, stored), stored
+
+    def _too_coarse(self, key: int, share: dict[int, float]) -> bool:
+        """Whether what is on the device is a copy of fewer bits than its tokens want now."""
+        return key in self._bits and key in share and self._wanted_bits(key, share)[0] > self._bits[key]
+
+    def _fetch_bytes(self, key: int, share: dict[int, float]) -> int:
+        """Bytes of the copy that a miss fetches. Its room is that of the stored one, so that a better copy has room."""
+        self._bits.pop(key, None)
+        if key not in share:
+            return self._size[key]
+        bits, stored = self._wanted_bits(key, share)
+        if bits < stored:
+            self._bits[key] = bits
+        return max(1, round(self._size[key] * bits / stored))
 
     def _ask_ahead(self, layer: int) -> None:
         """Prefetch what the policy wants, behind everything urgent."""
         if self.plan.paged:
             return
         for want in self.prefetch.wanted(layer):
-            key = want.layer * self.context.num_experts + want.expert
-            if self.held_LE is not None and not self.held_LE[want.layer, want.expert]:
+            expert = want.expert if self.compressed is None else int(self.compressed.map_LE[want.layer, want.expert])
+            if expert >= self.context.num_experts:
+                continue
+            key = want.layer * self.context.num_experts + expert
+            if self.held_LE is not None and not self.held_LE[want.layer, expert]:
                 continue
             left = self.cache.prefetch(key, self._logical)
             if left is None:
@@ -346,6 +389,7 @@ class Driver:
     def _evicted(self, key: int) -> None:
         self.counters.evictions += 1
         self._unused.pop(key, None)
+        self._bits.pop(key, None)
         self.device.evict(key, self.plan.write_back)
 
     def _page(self, layer: int) -> None:
@@ -397,6 +441,12 @@ class Driver:
         self.prefetch.told(layer, told)
         if self.events is not None:
             self.events.extend(Event(step.number, layer, key, kind) for key, kind in told)
+
+
+def _own(step: StepRoutes) -> StepRoutes:
+    """A copy whose routes may be written."""
+    weight = None if step.weight_TLK is None else step.weight_TLK.copy()
+    return replace(step, expert_TLK=step.expert_TLK.astype(np.int64), weight_TLK=weight)
 
 
 def _unique(ids_TK: AnyArray, none: int) -> tuple[IntArray, IntArray]:

@@ -19,7 +19,14 @@ from moesim.errors import BadInput, Problem
 from moesim.hardware import Cluster, ClusterSpec, DeviceProfile, ProfileSpec
 from moesim.model import ModelSpec, MoEModel, read_hf_config
 from moesim.model_changes import ModelChanges, change_model
-from moesim.offload import EvictionPolicy, OffloadPolicy, PrecisionPolicy, PrefetchPolicy, RebatchingPolicy
+from moesim.offload import (
+    EvictionPolicy,
+    OffloadPolicy,
+    PrecisionPolicy,
+    PrefetchPolicy,
+    RebatchingPolicy,
+    ReroutingPolicy,
+)
 from moesim.placement import PlacementPolicy
 from moesim.policy import load_policy, policy_class, policy_kinds, spec_problems
 from moesim.rebalance_spec import RebalanceSpec
@@ -74,6 +81,7 @@ FAMILY_KEYS = {
     "prefetch": "prefetch",
     "precision": "precision",
     "rebatching": "rebatching",
+    "rerouting": "rerouting",
     "batching": "batching",
     "balancing": "balancer",
 }
@@ -92,6 +100,7 @@ class Policies:
     prefetch: PrefetchPolicy
     precision: PrecisionPolicy
     rebatching: RebatchingPolicy
+    rerouting: ReroutingPolicy
     batching: BatchingPolicy
     balancer: Any
     kinds: Mapping[str, str] = field(default_factory=dict)

@@ -76,7 +76,8 @@ ONLY_SERVING = {
 """Top-level keys that `mode: training` has no use for -> why."""
 
 SERVING_POLICIES = (
-    "dispatch", "offload", "eviction", "prefetch", "precision", "rebatching", "batching", "balancer",
+    "dispatch", "offload", "eviction", "prefetch", "precision", "rebatching", "rerouting",
+    "batching", "balancer",
 )  # fmt: skip
 """Keys of `policies` that only serving has."""
 
@@ -163,6 +164,7 @@ class PoliciesSpec(Spec):
     prefetch: _Policy = "none"
     precision: _Policy = "none"
     rebatching: _Policy = "none"
+    rerouting: _Policy = "none"
     batching: _Policy = "vllm_v1"
     balancer: _Policy = "round_robin"
 

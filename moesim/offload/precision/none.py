@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from moesim.offload import Compressed, OffloadContext, StepRoutes
-from moesim.spec import Spec
+from moesim.offload import Compressed, OffloadContext
+from moesim.offload.precision.base import Precision, own_map
 
 __all__ = ["Policy"]
 
 
-class Policy(Spec):
+class Policy(Precision):
     """No parameters."""
 
     def compress(self, context: OffloadContext, bits: float) -> Compressed:
         """See `moesim.offload.PrecisionPolicy.compress`."""
-        shape = (context.num_layers, context.num_experts)
-        own_E = np.arange(context.num_experts, dtype=np.int64)
-        return Compressed(np.full(shape, bits), np.broadcast_to(own_E, shape))
-
-    def prune(self, step: StepRoutes, layer: int) -> None:
-        """See `moesim.offload.PrecisionPolicy.prune`."""
+        return Compressed(np.full((context.num_layers, context.num_experts), bits), own_map(context))
