@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,13 +35,14 @@ from moesim.offload.drive import Driver
 from moesim.scenario.load import Scenario
 from moesim.tiers import LinkRates
 from moesim.tiers.device import Cpu, DeviceOptions, SimDevice
+from moesim.tiers.group import DeviceGroup, rates_of_one
 from moesim.tiers.links import Links
 from moesim.tiers.memory import Budget, TierUse, budget_of, home_use, require, with_plans
 from moesim.tiers_spec import TiersSpec
 from moesim.workload.pool import RoutingSource
 from moesim.workload.requests import RequestStream
 
-__all__ = ["Offload", "RankPlan", "offload_of", "offloaded_pricer"]
+__all__ = ["Offload", "RankPlan", "offload_of", "offload_warnings", "offloaded_pricer"]
 
 _BLOCK_BYTES, _DEPTH = 1 << 20, 32
 """of reads from NVMe"""
@@ -122,6 +123,19 @@ def offload_of(
     return Offload(
         tuple(ranks), memory, tuple(uses), rates, fetch, stored_L, base_bytes, cpu, experts.placed_for
     )  # fmt: skip
+
+
+def offload_warnings(scenario: Scenario, offload: Offload) -> tuple[str, ...]:
+    """What policies were fitted on, and what of the tiers is not followed."""
+    out = []
+    if offload.learned_from:
+        out.append(f"tiers: policies learned from {offload.learned_from}, and serve the others")
+    else:
+        out.append("tiers: policies know nothing of the traffic (tiers.fit_share is 0)")
+    quality = offload.ranks[0].compressed.quality
+    if quality:
+        out.append(f"precision: {quality}")
+    return tuple(out)
 
 
 def _budget(scenario: Scenario, layout: Layout, tiers: TiersSpec, slot_bytes: int) -> Budget:
@@ -246,28 +260,26 @@ def _rates(
     """Links as the profile prices a transfer of one expert, and that price. Replicas of a node have equal parts of its
     memory and drives; ranks that hold parts of all experts move them at the same time."""
     node, profile = scenario.cluster.node, scenario.cluster.profile
-    memory = "pinned" if tiers.pinned else "pageable"
+    memory: Literal["pinned", "pageable"] = "pinned" if tiers.pinned else "pageable"
     whole = ops.copy(float(size), "h2d", memory)
     start = float(ops.copy(1.0, "h2d", memory).ns)
     rate = (size - 1) / max(float(whole.ns) - start, 1e-9)
     measured = any(curve.key[:2] == ("h2d", memory) for curve in profile.curves.get("copy", ()))
     if not tiers.pinned and not measured:
         rate /= 2  # read into the bounce buffer, then sent
-    domains = max(1, tiers.numa_domains // sharers)
-    host = node.host_bytes_per_s * 1e-9 / tiers.numa_domains / max(1.0, sharers / tiers.numa_domains)
-    together = layout.expert_tp  # devices behind the one that stands for them
     read = ops.storage(float(size), "direct", _BLOCK_BYTES, _DEPTH)
     first = float(ops.storage(1.0, "direct", _BLOCK_BYTES, _DEPTH).ns)
-    nvme = (size - 1) / max(float(read.ns) - first, 1e-9) / sharers
     rates = LinkRates(
         to_device=rate,
-        host=host * min(domains, together) / together if together > 1 else host,
-        nvme=nvme / together,
+        host=node.host_bytes_per_s * 1e-9 / max(tiers.numa_domains, sharers),
+        nvme=(size - 1) / max(float(read.ns) - first, 1e-9) / sharers,
         to_device_latency_ns=round(start),
         nvme_latency_ns=round(first),
-        domains=1 if together > 1 else domains,
+        domains=max(1, tiers.numa_domains // sharers),
         chunk_bytes=tiers.chunk or 0,
     )
+    if layout.expert_tp > 1:
+        rates = rates_of_one(rates, layout.expert_tp)
     slowest = min(rates.to_device, rates.host)
     return rates, Priced(np.asarray(start + size / slowest), whole.grade)
 
@@ -275,7 +287,9 @@ def _rates(
 # ---- what plays it
 
 
-def offloaded_pricer(scenario: Scenario, offload: Offload, experts: Experts, ops: Operators, shared: Tables) -> OffloadedPricer:
+def offloaded_pricer(
+    scenario: Scenario, offload: Offload, experts: Experts, ops: Operators, shared: Tables
+) -> OffloadedPricer:
     """A fresh state of one group."""
     model, tiers, policies = scenario.model, scenario.tiers, scenario.policies
     assert tiers is not None
@@ -311,5 +325,6 @@ def offloaded_pricer(scenario: Scenario, offload: Offload, experts: Experts, ops
 
 def _player(ranks: Sequence[Rank]) -> Callable[[Sequence[StepRoutes]], None]:
     """Runs one pass on all ranks."""
-    assert len(ranks) == 1
+    if len(ranks) > 1:
+        return DeviceGroup([rank.driver for rank in ranks], [rank.device for rank in ranks]).step
     return lambda routes: ranks[0].driver.step(routes[0])

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moesim.arrays import FloatArray
+from moesim.arrays import FloatArray, IntArray
 from moesim.cost.attention import AttentionTables
-from moesim.cost.dense import DenseTables
+from moesim.cost.dense import DenseTables, Part
 from moesim.cost.experts import ExpertPrices
 from moesim.cost.operators import MoEShape, Operators
 from moesim.hardware import ASSUMED, DeviceProfile, Node
@@ -65,7 +65,9 @@ class CpuPrices:
         if profile is not None:
             cores = node.cpu_cores if spec.cores is None else spec.cores
             self._ops = Operators(profile.scaled(cores / profile.node.cpu_cores / sharers), False)
-            self.grade = int(self._ops.moe(1.0, 1.0, self._ops.moe_work(1.0, model.expert_dtype), 0.0, self._shape).grade)
+            self.grade = int(
+                self._ops.moe(1.0, 1.0, self._ops.moe_work(1.0, model.expert_dtype), 0.0, self._shape).grade
+            )
 
     def ns(self, rows: Sequence[int]) -> int:
         """Experts with so many rows each. Each takes reading its weights or computing its rows, whichever is longer;
@@ -107,14 +109,11 @@ class OffloadTimes:
         self._sync_ns = sync_ns
         self._stored: list[float] = stored_L.tolist()
         blocks = dense.blocks
-        self._attention = sum(part.ns_N for part in blocks["attention"])
-        self._ffn = sum((part.ns_N for part in blocks["dense"]), np.zeros_like(dense.total_N))
-        joins = [part.ns_N for part in blocks["moe"] if part.name == "ffn_all_reduce"]
-        self._join = sum(joins, np.zeros_like(dense.total_N))
-        self._moe = sum(part.ns_N for part in blocks["moe"]) - self._join
-        self._first = sum(part.ns_N for part in blocks["first"])
-        self._host = sum((p.ns_N for p in blocks["first"] if p.operator == "host"), np.zeros_like(dense.total_N))
-        self._last = sum(part.ns_N for part in blocks["last"])
+        self._attention, self._ffn = _sum(blocks["attention"]), _sum(blocks["dense"], len(dense.total_N))
+        self._join = _sum([p for p in blocks["moe"] if p.name == "ffn_all_reduce"], len(dense.total_N))
+        self._moe = _sum(blocks["moe"]) - self._join
+        self._first, self._last = _sum(blocks["first"]), _sum(blocks["last"])
+        self._host = _sum([p for p in blocks["first"] if p.operator == "host"], len(dense.total_N))
         self._own: dict[int, list[int]] = {}
         self._known: dict[tuple[float, float, float, int], int] = {}
         self._now = Pass(0, 0, 0, 0, 0)
@@ -180,3 +179,8 @@ class OffloadTimes:
     def end_ns(self) -> int:
         """See LayerTimes."""
         return self._stage_ns(len(self._program) - 1) + int(self._dense.head_N[self._now.sampled])
+
+
+def _sum(parts: Sequence[Part], size: int = 0) -> IntArray:
+    """ns of all parts together for every number of tokens."""
+    return sum((part.ns_N for part in parts[1:]), parts[0].ns_N) if parts else np.zeros(size, np.int64)

@@ -3,8 +3,8 @@
 A step is routed token by token (the same `Replay` as at token fidelity), and one or more passes run through the layers:
 `moesim.offload.drive.Driver` asks the mechanisms what is there, what is fetched and who computes, `moesim.tiers`
 answers in nanoseconds. One step at a time: what a step finds depends on the steps before, so none is priced that does
-not run, and none is priced twice. Transfers that are under way when a step ends go on in the next one; a pause between
-steps is not told to the links, so what was asked for in vain time of idleness arrives no earlier (a pessimistic choice).
+not run, and none is priced twice. Transfers that are under way when a step ends go on in the next one; links are not
+told of a pause between steps, so nothing arrives in it (which errs on the slow side).
 """
 
 from __future__ import annotations
