@@ -15,6 +15,7 @@ from moesim.cost.deployed import (
     Experts,
 )
 from moesim.cost.explain import Explanation
+from moesim.cost.offload_setup import Offload
 from moesim.cost.rebalancing import RebalancingPricer
 from moesim.cost.step import StepPricer
 from moesim.cost.tokens import TokenExperts
@@ -52,6 +53,7 @@ class RunResult:
     layout: Layout | None = None
     explanation: Explanation | None = None
     experts: Experts | None = None
+    offload: Offload | None = None
     pricers: list[StepPricer] = field(default_factory=list)
     warnings: tuple[str, ...] = ()
     ready_ns: int = 0

@@ -23,6 +23,9 @@ from moesim.cost.deployed import (
 )
 from moesim.cost.explain import Explanation, explain
 from moesim.cost.locality import nearness
+from moesim.cost.offload_explain import explain_offloaded
+from moesim.cost.offload_setup import Offload, offload_of, offload_warnings, offloaded_pricer
+from moesim.cost.offloaded import OffloadedPricer
 from moesim.cost.operators import Operators
 from moesim.cost.pricer import Pricer, Run
 from moesim.cost.rebalancing import MoveCosts, RebalancingPricer
@@ -73,22 +76,32 @@ def _serve(
         experts = experts_of(scenario, layout, ops, stream, seed) if scenario.model.is_moe else None
         slots = experts.slot_size if experts is not None else 0
         copies = exchange_copies(scenario, layout, experts.figures if experts is not None else None)
-        memory = require_fit(
-            scenario.model, scenario.cluster, layout, scenario.engine, slots, copies, scenario.rebalance is not None
-        )
+        offload = None
+        if scenario.tiers is not None:
+            assert experts is not None
+            offload = offload_of(scenario, layout, ops, experts, stream, seed)
+            memory = offload.memory
+        else:
+            memory = require_fit(
+                scenario.model, scenario.cluster, layout, scenario.engine, slots, copies, scenario.rebalance is not None
+            )
     except Infeasible as error:
         result.reasons = error.reasons
         return result
-    result.memory, result.experts = memory, experts
+    result.memory, result.experts, result.offload = memory, experts, offload
     result.warnings = (
         *scenario.warnings,
         *stream.warnings,
         *(routing_warnings(experts) if experts is not None else ()),
+        *(offload_warnings(scenario, offload) if offload is not None else ()),
     )
     kv = _kv_shape(scenario, layout, memory)
     shared = _tables(scenario, layout, ops, kv)
     groups = scenario.parallel.replicas * (1 if layout.meets else layout.dp)
     pricers = _pricers(scenario, layout, experts, shared, seed, groups)
+    if offload is not None:
+        assert experts is not None
+        pricers = [offloaded_pricer(scenario, offload, experts, ops, shared) for _ in range(groups)]
     result.pricers, result.groups = pricers, groups
     result.ready_ns = load_weights_ns(
         scenario.engine.weights_from, scenario.cluster, layout, memory, scenario.parallel.replicas
@@ -122,7 +135,7 @@ def _serve(
         )
     result.outcome = outcome
     result.peak_kv_units = outcome.peak_kv_units
-    result.explanation = _explain(outcome, deployment.pricers)
+    result.explanation = _explain(outcome, deployment.pricers, offload)
     return result
 
 
@@ -187,7 +200,7 @@ def _one_each(pricers: list[StepPricer], groups: int) -> list[Pricer]:
     return [pricers[g % len(pricers)] for g in range(groups)]
 
 
-def _explain(outcome: Outcome, pricers: list[Pricer]) -> Explanation | None:
+def _explain(outcome: Outcome, pricers: list[Pricer], offload: Offload | None) -> Explanation | None:
     by_pricer: dict[int, list[Run]] = {}
     priced: dict[int, StepPricer] = {}
     for group, row in zip(outcome.steps.run_group.tolist(), outcome.runs, strict=True):
@@ -197,7 +210,12 @@ def _explain(outcome: Outcome, pricers: list[Pricer]) -> Explanation | None:
         priced[id(pricer)] = pricer
     out: Explanation | None = None
     for key, runs in by_pricer.items():
-        one = explain(runs, priced[key])
+        pricer = priced[key]
+        if isinstance(pricer, OffloadedPricer):
+            assert offload is not None
+            one = explain_offloaded(runs, pricer, int(offload.fetch.grade), offload.cpu.grade)
+        else:
+            one = explain(runs, pricer)
         if out is None:
             out = one
         else:

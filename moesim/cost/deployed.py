@@ -70,6 +70,8 @@ class Experts:
     """busiest over mean rank load that the map promises on the traffic it was made for, mean over layers"""
     bound: float = 1.0
     """no map with as many slots has a smaller one: proven (`moesim.placement.bound`), mean over layers"""
+    fit: RoutingSource | None = None
+    """the traffic that placements and the policies of tiers may learn from; None: they know nothing"""
 
     @property
     def batches(self) -> BatchRouter | None:
@@ -124,6 +126,7 @@ def experts_of(scenario: Scenario, layout: Layout, ops: Operators, stream: Reque
         context,
         placed_for,
         *_promise(placement, fit),
+        fit if placed_for else None,
     )
 
 
@@ -143,6 +146,8 @@ def _placement_source(
     """The traffic that the placement is made for, the traffic that is served, and what the former is, where they
     differ."""
     asked = scenario.placement_from
+    if asked is None and scenario.tiers is not None:
+        return _halves(source, scenario.tiers.fit_share)
     if asked is None:
         return source, source, ""
     if asked.routing is not None:
@@ -155,13 +160,24 @@ def _placement_source(
             " Give placement_from.routing another trace, or remove placement_from"
         )
         raise BadInput(Problem("placement_from.share", message))
-    first = round(asked.share * source.num_sequences)
+    return _halves(source, asked.share, "placement_from.share")
+
+
+def _halves(
+    source: RoutingSource, share: float, where: str = "tiers.fit_share"
+) -> tuple[RoutingSource, RoutingSource, str]:
+    """The first sequences of a pool, the others, and what the first ones are; share 0: nothing is known of those that
+    are served."""
+    if not share:
+        return source, source, ""
+    first = round(share * source.num_sequences)
     if not 0 < first < source.num_sequences:
+        nothing = ", 0 (policies know nothing)" if where == "tiers.fit_share" else ""
         message = (
-            f"both parts need a sequence: share={asked.share} of {source.num_sequences} sequences is {first}. "
-            "Use a share nearer to one half, or a trace of more sequences"
+            f"both parts need a sequence: share={share} of {source.num_sequences} sequences is {first}. "
+            f"Use a share nearer to one half{nothing}, or a trace of more sequences"
         )
-        raise BadInput(Problem("placement_from.share", message))
+        raise BadInput(Problem(where, message))
     fit, served = (source.take_sequences(part) for part in np.split(np.arange(source.num_sequences), [first]))
     return fit, served, f"the first {first} of {source.num_sequences} sequences"
 
@@ -236,8 +252,10 @@ def place_passes(
 
 
 def _follow_tokens(scenario: Scenario, source: RoutingSource, stream: RequestStream, coupled: bool) -> bool:
-    """Token fidelity, where asked for; `auto` follows tokens of a recorded trace while that stays quick (routing every
-    batch anew costs some forty times as much as looking ids up)."""
+    """Token fidelity, where asked for or where a cache has to know; `auto` follows tokens of a recorded trace while
+    that stays quick (routing every batch anew costs some forty times as much as looking ids up)."""
+    if scenario.tiers is not None:
+        return True
     if scenario.routing.fidelity != "auto":
         return scenario.routing.fidelity == "token"
     ids = int(stream.prompt_tokens.sum() + stream.output_tokens.sum()) * source.num_layers * source.top_k

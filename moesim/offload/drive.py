@@ -407,15 +407,28 @@ class Driver:
             count = np.bincount(ids[ids < none], minlength=none)
             held = [e for e in range(none) if self.cache.fixed(base + e)]
             best = np.lexsort((np.arange(none), ~np.isin(np.arange(none), held), -count))[: len(held)].tolist()
-            gone, new = sorted(set(held) - set(best)), sorted(set(best) - set(held))
-            new = [e for e in new if self.cache.state(base + e) == ABSENT]
-            gone = gone[: len(new)]
+            new = [e for e in best if self.cache.state(base + e) == ABSENT]  # the most used first
+            gone = sorted(set(held) - set(best), key=lambda e: (int(count[e]), e))
+            new, gone = self._exchange(base, new, gone)
             self.cache.unfix([base + e for e in gone])
             for e in gone:
                 self.device.evict(base + e, self.plan.write_back)
             self.cache.fix([base + e for e in new])
             for e in new:
                 self.device.fetch(base + e, self._size[base + e], urgent=False)
+
+    def _exchange(self, base: int, new: list[int], gone: list[int]) -> tuple[list[int], list[int]]:
+        """As many of `new`, in order, as find room where as few of `gone`, in order, have been."""
+        free = left = 0
+        for number, expert in enumerate(new):
+            size, more = self._size[base + expert], left
+            while free < size and more < len(gone):
+                free += self._size[base + gone[more]]
+                more += 1
+            if free < size:
+                return new[:number], gone[:left]
+            free, left = free - size, more
+        return new, gone[:left]
 
     def _count(
         self, step: StepRoutes, layer: int, found: Sequence[Found], rows_of: dict[int, int], on_cpu: list[int]

@@ -167,10 +167,15 @@ class SimDevice:
 
     def meet(self, layer: int, at_ns: int) -> None:
         """All devices are there at `at_ns`; their results are joined."""
+        self.wait_to(at_ns)
         took = self.times.join_ns(layer)
-        self._part_ns[_MEET] += at_ns - self.now_ns
         self._part_ns[_JOIN] += took
-        self.now_ns = at_ns + took
+        self.now_ns += took
+
+    def wait_to(self, at_ns: int) -> None:
+        """The other devices are there only then."""
+        self._part_ns[_MEET] += at_ns - self.now_ns
+        self.now_ns = at_ns
 
     def end(self) -> None:
         """See Device."""

@@ -30,6 +30,7 @@ LANES = ("to_device", "to_host", "nvme")
 
 REASONS = ("demand", "prefetch", "stream", "page", "write_back")
 """Why bytes travel."""
+_NUMBER = {reason: number for number, reason in enumerate(REASONS)}
 
 NEVER = 1 << 62
 _TINY = 1e-6
@@ -75,11 +76,25 @@ class Transfer:
 
 
 class _Lane:
-    """What a lane does now. `left` bytes of the piece at `since`, flowing at `rate`; rate 0: latency still runs."""
+    """What a lane does now. `left` bytes of the piece at `since`, flowing at `rate`. Where nothing else is busy
+    `since` may lie ahead: then the latency before it is still running (it needs no event of its own)."""
 
-    __slots__ = ("busy_ns", "current", "end_ns", "flowing", "left", "piece", "queue", "rate", "since", "taken_ns")
+    __slots__ = (
+        "bit",
+        "busy_ns",
+        "current",
+        "end_ns",
+        "flowing",
+        "left",
+        "piece",
+        "queue",
+        "rate",
+        "since",
+        "taken_ns",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, bit: int) -> None:
+        self.bit = bit
         self.queue: list[tuple[bool, int, Transfer]] = []
         self.current: Transfer | None = None
         self.flowing = False
@@ -100,12 +115,16 @@ class Links:
         self.now_ns = 0
         self.ended: list[list[Transfer]] = [[] for _ in range(devices)]
         """by device: transfers that have ended, until whoever asked for them takes them out"""
-        self._lanes = [_Lane() for _ in range(3 * devices)]
+        self._lanes = [_Lane(1 << x) for x in range(3 * devices)]
         self._latency = (rates.to_device_latency_ns, rates.to_device_latency_ns, rates.nvme_latency_ns)
         self._ports = [self._ports_of(lane) for lane in range(3 * devices)]
         self._capacity = [rates.host] * rates.domains + [rates.nvme] + [rates.to_device] * (2 * devices)
-        self._rates_of: dict[int, list[float]] = {}
-        self._mask = 0
+        self._rates_of: dict[int, dict[int, float]] = {}
+        self._mask = self._shared = 0
+        """lanes that flow, and those among which rates were shared last, as bits"""
+        self._busy = 0
+        self._fresh: list[_Lane] = []
+        """lanes that have begun to flow since"""
         self._turn = 0
         self._next = NEVER
         self._asked_XR = [[0] * len(REASONS) for _ in self._lanes]
@@ -131,16 +150,17 @@ class Links:
     ) -> Transfer:
         """A transfer from now on. after: those that have to end before it may start. Raises ValueError for one
         without bytes, or after one that was cancelled."""
-        if size_bytes <= 0 or any(one.cancelled for one in after):
+        if size_bytes <= 0 or (after and any(one.cancelled for one in after)):
             raise ValueError("a transfer needs bytes, and may not wait for one that was cancelled")
         if lane % 3 == NVME and self.rates.nvme <= 0:
             raise ValueError("the node has no drives")
-        number = REASONS.index(reason)
+        number = _NUMBER[reason]
         one = Transfer(lane, size_bytes, urgent, number, key, self.now_ns)
         self._asked_XR[lane][number] += size_bytes
-        one.after = [other for other in after if not other.done]
-        for other in one.after:
-            other.followers.append(one)
+        if after:
+            one.after = [other for other in after if not other.done]
+            for other in one.after:
+                other.followers.append(one)
         if not one.after:
             self._queue(one)
         return one
@@ -217,14 +237,13 @@ class Links:
             self._share()
 
     def _pick(self, lane: _Lane) -> None:
-        """Start the first of the queue, if there is one."""
+        """Start the first of an idle lane's queue, if there is one."""
         queue = lane.queue
         while queue:
             _, turn, one = heapq.heappop(queue)
             if turn == one.turn and not one.cancelled:
                 break
         else:
-            lane.current, lane.end_ns = None, NEVER
             return
         now = self.now_ns
         if one.started_ns < 0:
@@ -233,13 +252,25 @@ class Links:
         chunk = self.rates.chunk_bytes
         lane.piece = min(chunk, one.left_bytes) if chunk else one.left_bytes
         latency = self._latency[one.lane % 3]
-        if latency:
-            lane.end_ns = now + latency
+        if not latency or not self._busy:
+            self._flow(lane, now + latency)
         else:
-            self._flow(lane)
+            lane.end_ns = now + latency
+        self._busy += 1
+        if self._busy == 2:
+            self._no_longer_alone(lane)
 
-    def _flow(self, lane: _Lane) -> None:
-        lane.flowing, lane.left, lane.since, lane.rate = True, float(lane.piece), self.now_ns, 0.0
+    def _flow(self, lane: _Lane, since_ns: int) -> None:
+        lane.flowing, lane.left, lane.since, lane.rate = True, float(lane.piece), since_ns, 0.0
+        self._mask |= lane.bit
+        self._fresh.append(lane)
+
+    def _no_longer_alone(self, newcomer: _Lane) -> None:
+        """A lane whose latency still runs gets an event for its end, because then rates change."""
+        for lane in self._lanes:
+            if lane.flowing and lane.since > self.now_ns and lane is not newcomer:
+                lane.flowing, lane.end_ns, lane.rate = False, lane.since, 0.0
+                self._mask &= ~lane.bit
 
     def _event(self) -> None:
         """What happens at the next instant, all lanes together: pieces end, then lanes pick anew."""
@@ -249,21 +280,23 @@ class Links:
             if lane.end_ns != now:
                 continue
             if not lane.flowing:  # latency is over
-                self._flow(lane)
+                self._flow(lane, now)
                 continue
             one = lane.current
             assert one is not None
             lane.flowing, lane.end_ns, lane.current = False, NEVER, None
             lane.busy_ns += now - lane.taken_ns
+            self._mask &= ~lane.bit
+            self._busy -= 1
             one.left_bytes -= lane.piece
             self._moved_XR[one.lane][one.reason] += lane.piece
+            idle.append(lane)
             if one.left_bytes == 0:
                 idle += self._finish(one)
             elif one.stopped:
                 self._give_up(one)
             else:  # the same place in the order: it goes on unless a better one waits
                 heapq.heappush(lane.queue, (not one.urgent, one.turn, one))
-            idle.append(lane)
         for lane in idle:
             if lane.current is None:  # a lane can be listed twice
                 self._pick(lane)
@@ -287,32 +320,32 @@ class Links:
 
     def _share(self) -> None:
         """Rates of the lanes that flow, their ends, and the next event."""
-        mask, bit = 0, 1
-        for lane in self._lanes:
-            if lane.flowing:
-                mask |= bit
-            bit <<= 1
-        rates = self._rates_of.get(mask)
-        if rates is None:
-            rates = self._rates_of[mask] = self._max_min(mask)
-        now, following = self.now_ns, NEVER
-        for lane, rate in zip(self._lanes, rates, strict=True):
-            if lane.flowing and lane.rate != rate:
-                lane.left = max(lane.left - lane.rate * (now - lane.since), 0.0)
-                lane.since, lane.rate = now, rate
-                lane.end_ns = now + max(math.ceil(lane.left / rate - _TINY), 0)
-            following = min(following, lane.end_ns)
-        self._next = following
+        mask, now = self._mask, self.now_ns
+        if mask != self._shared or self._fresh:
+            rates = self._rates_of.get(mask)
+            if rates is None:
+                rates = self._rates_of[mask] = self._max_min(mask)
+            changed = self._lanes if mask != self._shared else self._fresh
+            for lane in changed:
+                if not lane.flowing:
+                    continue
+                rate = rates[lane.bit]
+                if lane.rate != rate:
+                    since = max(now, lane.since)
+                    lane.left = max(lane.left - lane.rate * (since - lane.since), 0.0)
+                    lane.since, lane.rate = since, rate
+                    lane.end_ns = since + max(math.ceil(lane.left / rate - _TINY), 0)
+            self._shared = mask
+            self._fresh.clear()
+        self._next = min([lane.end_ns for lane in self._lanes])
 
-    def _max_min(self, mask: int) -> list[float]:
-        """Rate by lane, 0 for those that do not flow."""
+    def _max_min(self, mask: int) -> dict[int, float]:
+        """Rate by the bit of each lane that flows."""
         flowing = [x for x in range(len(self._lanes)) if mask >> x & 1]
-        out = [0.0] * len(self._lanes)
-        if flowing:
-            shared = max_min_rates(np.array(self._capacity), [self._ports[x] for x in flowing])
-            for x, rate in zip(flowing, shared.tolist(), strict=True):
-                out[x] = rate
-        return out
+        if not flowing:
+            return {}
+        shared = max_min_rates(np.array(self._capacity), [self._ports[x] for x in flowing])
+        return {1 << x: rate for x, rate in zip(flowing, shared.tolist(), strict=True)}
 
     # -- report -------------------------------------------------------------------------------------------------
     def asked_XR(self) -> IntArray:

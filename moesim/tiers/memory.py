@@ -55,15 +55,12 @@ def budget_of(
     engine: EngineSpec,
     tiers: TiersSpec,
     slot_bytes: int,
-    extra_bytes: int = 0,
 ) -> Budget:
-    """slot_bytes: of the largest expert as stored on a rank (a staging buffer holds one). extra_bytes: that a precision
-    policy keeps on the device. The budget may be negative: see `require`."""
+    """slot_bytes: of the largest expert as stored on a rank (a staging buffer holds one). The budget may be negative:
+    see `require`."""
     memory = rank_memory(model, cluster, layout, engine, 0)
     usable = memory.usable if tiers.vram is None else int(tiers.vram * _GIB)
-    memory = replace(
-        memory, usable=usable, expert_buffers=tiers.staging * slot_bytes, expert_extra=extra_bytes, kv_units=0
-    )
+    memory = replace(memory, usable=usable, expert_buffers=tiers.staging * slot_bytes, kv_units=0)
     free = usable - memory.fixed
     least = model.num_layers * memory.kv_unit  # one block of one sequence
     if tiers.experts == "rest":
@@ -122,23 +119,28 @@ def require(
 
 
 def with_plans(
-    budget: Budget, plans: Sequence[OffloadPlan], size_LE: IntArray, model: MoEModel, paged_bytes: int = 0
+    budget: Budget, plans: Sequence[OffloadPlan], size_LE: Sequence[IntArray], extra_bytes: Sequence[int]
 ) -> RankMemory:
-    """Memory of the fullest rank once each has planned. size_LE: bytes of experts as stored on a rank. paged_bytes:
-    buffers of weights that are streamed layer by layer. What plans leave of the budget is KV cache."""
+    """Memory of the fullest rank once each has planned. size_LE: bytes of each rank's experts as stored. extra_bytes:
+    what each keeps on the device besides. What plans leave of the budget is KV cache. Raises Infeasible for a plan that
+    takes more."""
     memory = budget.memory
-    full = max(plans, key=lambda plan: plan.device_bytes(size_LE))
-    held = full.device_bytes(size_LE)
-    if held + paged_bytes > budget.expert_bytes:
+    taken = [plan.device_bytes(s) + more for plan, s, more in zip(plans, size_LE, extra_bytes, strict=True)]
+    full = taken.index(max(taken))
+    if taken[full] > budget.expert_bytes:
         raise Infeasible(
             [
-                f"The policy of offload must keep within the memory for experts: it takes {held + paged_bytes:,} bytes "
-                f"of {budget.expert_bytes:,}. Give experts more (tiers.experts, or a smaller tiers.kv_tokens), or the "
+                f"The policy of offload must keep within the memory for experts: it takes {taken[full]:,} bytes of "
+                f"{budget.expert_bytes:,}. Give experts more (tiers.experts, or a smaller tiers.kv_tokens), or the "
                 "policy fewer."
             ]
         )
-    memory = replace(memory, expert_weights=int(size_LE[full.fixed_LE].sum()),
-                     expert_cache=int(full.capacity_G.sum()) + paged_bytes)  # fmt: skip
+    memory = replace(
+        memory,
+        expert_weights=int(size_LE[full][plans[full].fixed_LE].sum()),
+        expert_cache=int(plans[full].capacity_G.sum()),
+        expert_extra=extra_bytes[full],
+    )
     units = (memory.usable - memory.fixed) // (memory.kv_unit * memory.kv_copies)
     return replace(memory, kv_units=max(0, units))
 

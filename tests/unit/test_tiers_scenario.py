@@ -124,21 +124,21 @@ def plan_of(experts: int) -> OffloadPlan:
 def test_device_memory_is_divided_to_the_byte(tmp_path: Path) -> None:
     s = tiered(tmp_path, vram=1.5, kv_tokens=1000, staging=3)
     assert s.tiers is not None
-    budget = budget_of(s.model, s.cluster, layout_of(s), s.engine, s.tiers, EXPERT, 12_345)
+    budget = budget_of(s.model, s.cluster, layout_of(s), s.engine, s.tiers, EXPERT)
     # embedding and head, final norm; attention and its norms in four layers; a dense layer; three routers
     dense = 2 * (2 * 1024 * 256 + 256 + 4 * (4 * 256 * 256 + 2 * 256) + 3 * 256 * 512 + 3 * 64 * 256)
     # residual, normed input, attention in and out, intermediates: 8,192 tokens of 3 + 4 hidden; logits of 256 rows
     activations = 8192 * 2 * (3 * 256 + 4 * 256) + 4 * 256 * 1024
     kv = 63 * 4 * KV_BLOCK  # 1,000 tokens are 63 blocks, in four layers
-    fixed = dense + activations + GIB + 3 * EXPERT + 12_345
+    fixed = dense + activations + GIB + 3 * EXPERT
     assert budget.memory.fixed == fixed
     assert budget.kv_bytes == kv
     assert budget.expert_bytes == int(1.5 * GIB) - fixed - kv
     size_LE = np.full((3, 64), EXPERT)
-    memory = with_plans(budget, [plan_of(0), plan_of(5)], size_LE, s.model)
+    memory = with_plans(budget, [plan_of(0), plan_of(5)], [size_LE] * 2, [0, 12_345])
     assert memory.expert_weights == 5 * EXPERT
     assert memory.expert_cache == 24 * EXPERT
-    assert memory.kv_units == (int(1.5 * GIB) - fixed - 29 * EXPERT) // KV_BLOCK
+    assert memory.kv_units == (int(1.5 * GIB) - fixed - 29 * EXPERT - 12_345) // KV_BLOCK
     assert memory.kv_units >= 63 * 4
     assert sum(v for k, v in memory.by_use().items() if k != "kv_cache") == memory.fixed
 
@@ -148,10 +148,10 @@ def test_experts_given_leave_the_rest_to_the_kv_cache(tmp_path: Path) -> None:
     assert s.tiers is not None
     budget = budget_of(s.model, s.cluster, layout_of(s), s.engine, s.tiers, EXPERT)
     assert budget.expert_bytes == 29 * EXPERT
-    memory = with_plans(budget, [plan_of(5)], np.full((3, 64), EXPERT), s.model)
+    memory = with_plans(budget, [plan_of(5)], [np.full((3, 64), EXPERT)], [0])
     assert memory.usable - memory.fixed - memory.kv_cache < KV_BLOCK
     with pytest.raises(Infeasible, match="The policy of offload must keep within"):
-        with_plans(budget, [plan_of(6)], np.full((3, 64), EXPERT), s.model)
+        with_plans(budget, [plan_of(6)], [np.full((3, 64), EXPERT)], [0])
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would(tmp_path: Path) -> None:
