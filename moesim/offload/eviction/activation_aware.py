@@ -23,10 +23,10 @@ class Policy(Spec):
 
     - `scores`: the least product of three factors leaves (`priority_score`): the share of its layer's activations that
       the expert has in the running sequences, its share of all uses, and a weight of its layer. layers: that weight;
-      `to_come` gives layer i of L that is still to come in this step 1 - i / L and all others 1 (the code's; prefetch
+      `to_come` gives layer i of L that is still to come in this step 1 - i / L and all others 1 (the code's: prefetch
       has time for late layers), `none` gives all 1.
-    - `visits`: the expert with the fewest uses leaves, of equals the lower id, then the lower layer (the rule of the C++
-      engine, which does not ask the Python side).
+    - `visits`: the expert with the fewest uses leaves, of equals the lower id, then the lower layer (the rule of the
+      C++ engine, which does not ask the Python side).
 
     Ours: encoder and decoder halves are one stack, since models of today have no encoder; where several sequences run,
     their counts are summed (the code looks at one); counts of a layer enter when its look-up is made. sequences: counts
