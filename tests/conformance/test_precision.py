@@ -54,14 +54,16 @@ def test_an_answer_that_a_cache_can_use(kind, fit):
     compressed = load_policy("precision", kind).compress(ctx, BITS)
     check(ctx, compressed)
     assert compressed.bits_LE.shape == compressed.map_LE.shape == (L, E)
-    assert (compressed.bits_LE > 0).all() and (compressed.bits_LE <= BITS).all()
+    assert (compressed.bits_LE > 0).all()
+    assert (compressed.bits_LE <= BITS).all()
     own = stored_LE(compressed)
     assert own.any(axis=1).all()
     # who serves others serves itself
     for layer in range(L):
         served = compressed.map_LE[layer][~gone_LE(compressed)[layer]]
         assert own[layer][served].all()
-    assert (ctx.size_LE == before[0]).all() and (ctx.popularity_LE == before[1]).all()
+    assert (ctx.size_LE == before[0]).all()
+    assert (ctx.popularity_LE == before[1]).all()
     assert equal(compressed, load_policy("precision", kind).compress(context(fit), BITS))
 
 
@@ -71,7 +73,8 @@ def test_bytes_are_counted_once_and_never_more_than_before(kind):
     compressed = load_policy("precision", kind).compress(ctx, BITS)
     size = stored_bytes_LE(ctx, compressed, BITS)
     own = stored_LE(compressed)
-    assert (size[~own] == 0).all() and (size[own] > 0).all()
+    assert (size[~own] == 0).all()
+    assert (size[own] > 0).all()
     exact = float((ctx.size_LE * compressed.bits_LE / BITS)[own].sum())
     assert exact - 1 <= size.sum() <= exact + own.sum()
     total = total_bytes(ctx, compressed, BITS)

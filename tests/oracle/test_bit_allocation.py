@@ -35,7 +35,7 @@ def test_allocation_is_the_optimum_of_all_widths(seed):
     for _ in range(20):
         experts = int(rng.integers(2, 7))
         # not always falling in the bits: the program does not ask for it
-        cost = rng.lognormal(0, 1.5, (experts, 3)) * rng.choice([1.0, 4.0 ** -np.arange(3)], axis=0)
+        cost = rng.lognormal(0, 1.5, (experts, 3)) * float(rng.choice([1.0, 4.0])) ** -np.arange(3)
         for budget in range(experts, 3 * experts + 2):
             expected = brute(cost, budget)
             if expected is None:
@@ -43,7 +43,8 @@ def test_allocation_is_the_optimum_of_all_widths(seed):
                     allocate(cost, WIDTHS, budget, ALWAYS)
                 continue
             found = allocate(cost, WIDTHS, budget, ALWAYS)
-            assert found.sum() <= budget and {2, 3} <= set(found.tolist())
+            assert found.sum() <= budget
+            assert {2, 3} <= set(found.tolist())
             assert cost_of(cost, found) == pytest.approx(expected, rel=1e-12)
 
 
@@ -66,8 +67,8 @@ def test_allocation_against_an_integer_program(experts, average):
 
 
 def test_allocation_by_hand():
-    # 4 experts, 8 bits. Significance 8, 4, 2, 1 times 1/4, 1/16, 1/64: a third bit saves 3/64 of it, a second 12/64.
-    # All at 2 (4 * 15 / 16... ) would be allowed but for the one at 3: the heaviest gets 3, the lightest 1.
+    # Significance 8, 4, 2, 1 times 1/4, 1/16, 1/64: a second bit saves 12/64 of it, a third 3/64. With 8 bits all could
+    # have 2, but one must have 3: the heaviest, and the lightest pays with its second.
     cost = np.array([[8.0], [4], [2], [1]]) * 4.0 ** -np.array(WIDTHS)
     assert allocate(cost, WIDTHS, 8, ALWAYS).tolist() == [3, 2, 2, 1]
     assert allocate(cost, WIDTHS, 12, ALWAYS).tolist() == [3, 3, 3, 2]  # one must stay at 2
