@@ -288,7 +288,7 @@ class Driver:
         if found.kind == "hit" and not self._too_coarse(key, share):
             work.here.append(Work(key, rows))
         elif found.kind == "stream":
-            work.streams.append(Work(key, rows, self._fetch_bytes(key, share)))
+            work.streams.append(Work(key, rows, self._fetch_bytes(key, share, stays=False)))
         elif found.kind == "late":
             work.coming.append(Work(key, rows, self._size[key]))
             self.device.hurry(key)
@@ -341,13 +341,14 @@ class Driver:
         """Whether what is on the device is a copy of fewer bits than its tokens want now."""
         return key in self._bits and key in share and self._wanted_bits(key, share)[0] > self._bits[key]
 
-    def _fetch_bytes(self, key: int, share: dict[int, float]) -> int:
-        """Bytes of the copy that a miss fetches. Its room is that of the stored one, so that a better copy has room."""
+    def _fetch_bytes(self, key: int, share: dict[int, float], stays: bool = True) -> int:
+        """Bytes of the copy that a miss fetches. Its room is that of the stored one, so that a better copy has room.
+        stays: it enters the cache, so its bits are remembered."""
         self._bits.pop(key, None)
         if key not in share:
             return self._size[key]
         bits, stored = self._wanted_bits(key, share)
-        if bits < stored:
+        if bits < stored and stays:
             self._bits[key] = bits
         return max(1, round(self._size[key] * bits / stored))
 

@@ -21,8 +21,9 @@ from moesim.arrays import IntArray
 from moesim.offload import StepRoutes
 from moesim.offload.drive import LayerWork, Work
 from moesim.tiers import LayerTimes
-from moesim.tiers.links import NVME, TO_DEVICE, TO_HOST, Links, Transfer
+from moesim.tiers.links import Links, Transfer
 from moesim.tiers.records import PARTS, Records
+from moesim.tiers.store import TierStore
 
 __all__ = ["Cpu", "DeviceOptions", "SimDevice", "Waits"]
 
@@ -79,9 +80,11 @@ class SimDevice:
         index: int = 0,
         options: DeviceOptions | None = None,
         cpu: Cpu | None = None,
+        store: TierStore | None = None,
     ) -> None:
         """size_K: bytes by key, as stored. index: which of the links' devices it is. cpu: shared with the node's other
-        devices; None: its own."""
+        devices; None: its own. store: where experts are, shared likewise, with what is on the devices at the start;
+        None: all of them in host memory, and whatever the cache says on the device."""
         self.times, self.links, self.index = times, links, index
         self._size: list[int] = size_K.tolist()
         self.options = options if options is not None else DeviceOptions()
@@ -90,16 +93,16 @@ class SimDevice:
         self.grouped = False
         """somebody else plays the links, and says when a step is over (`close`)"""
         self.records = Records()
-        base = 3 * index
-        self._load_lane = base + (NVME if self.options.on_host else TO_DEVICE)
-        self._back_lane = base + (TO_HOST if self.options.duplex else TO_DEVICE)
-        self._way: dict[int, Transfer] = {}
-        """key -> the transfer into the room it has"""
+        how = self.options
+        if store is None:
+            sizes = [size_K] * links.devices
+            store = TierStore(links, sizes, staging=how.staging, on_host=how.on_host, duplex=how.duplex)
+        if (store.staging, store.on_host, store.duplex) != (how.staging, how.on_host, how.duplex):
+            raise ValueError("a device and its store differ in staging, on_host or duplex")
+        self.store = store
+        self._way = store.way(index)
         self._arrived: dict[int, None] = {}
         self._pages: dict[int, list[Transfer]] = {}
-        self._leaving: list[Transfer] = []
-        """write-backs under way: each holds a staging buffer"""
-        self._streaming = 0
         self._deferred_ns = 0
         self._start_ns = 0
         self._part_ns = [0] * len(PARTS)
@@ -140,22 +143,29 @@ class SimDevice:
         at = self.now_ns
         sync = self.times.sync_ns(layer) if work.cpu or work.deferred else 0
         start = at + sync if self.options.sync_blocks else at
-        cpu_ns = self._on_cpu(layer, work, at + sync)
         rows = [one.rows for one in work.here]
         rows += [one.rows for one in work.coming]
         rows += [one.rows for one in work.streams]
         alone = self.times.gpu_ns(layer, rows) if rows else 0
+        if not work.paged:
+            self.store.use(self.index, [one.key for one in (*work.here, *work.coming)])
         pending, here = self._pending(work)
+        reads = self._reads(work)
+        cpu_ns = ideal_cpu_ns = 0 if reads else self._on_cpu(layer, work, at + sync)
         if pending or work.streams:
             yield from self._compute(layer, here, pending, work.streams, start)
-            end = self.now_ns
         else:
-            end = start + alone
-        self.now_ns = max(end, cpu_ns)
-        self._book(start - at, sync, alone, start, cpu_ns)
+            self.now_ns = start + alone
+        if reads:  # deferred experts' are waited for at once, too
+            yield from self._until(reads)
+            late = max(max(one.done_ns for one in reads) - max(at + sync, self.cpu.free_ns), 0)
+            cpu_ns = self._on_cpu(layer, work, max(at + sync, *(one.done_ns for one in reads)))
+            ideal_cpu_ns = cpu_ns - late if work.cpu else cpu_ns
+        self.now_ns = max(self.now_ns, cpu_ns)
+        self._book(start - at, sync, alone, start, ideal_cpu_ns)
 
     def _book(self, blocked: int, sync: int, alone: int, start: int, cpu_ns: int) -> None:
-        """Parts of a layer whose experts have ended now."""
+        """Parts of a layer whose experts have ended now. cpu_ns: when the CPU would have with all weights in memory."""
         ideal = start + alone
         exposed = max(cpu_ns - ideal, 0)
         waits = 0 if blocked else min(max(sync - alone, 0), exposed)
@@ -168,6 +178,8 @@ class SimDevice:
     def meet(self, layer: int, at_ns: int) -> None:
         """All devices are there at `at_ns`; their results are joined."""
         self.wait_to(at_ns)
+        self.store.use(self.index, ())
+        self.store.cpu_done(self.index)
         took = self.times.join_ns(layer)
         self._part_ns[_JOIN] += took
         self.now_ns += took
@@ -208,10 +220,7 @@ class SimDevice:
     def fetch(self, key: int, size_bytes: int, urgent: bool) -> None:
         """See Device."""
         self._settle()
-        reason = "demand" if urgent else "prefetch"
-        beyond = max(len(self._leaving) - self.options.staging, 0)  # whose buffers it needs
-        after = self._leaving[:beyond]
-        self._way[key] = self.links.ask(self._load_lane, size_bytes, urgent, reason, key, after[-1:])
+        self.store.load(self.index, key, size_bytes, urgent, "demand" if urgent else "prefetch")
         self._arrived.pop(key, None)
 
     def hurry(self, key: int) -> None:
@@ -223,11 +232,7 @@ class SimDevice:
     def cancel(self, key: int) -> bool:
         """See Device."""
         self._settle()
-        one = self._way.get(key)
-        if one is None or not self.links.cancel(one):
-            return False
-        del self._way[key]
-        return True
+        return self.store.cancel(self.index, key)
 
     def arrived(self) -> list[int]:
         """See Device."""
@@ -240,37 +245,22 @@ class SimDevice:
         """See Device. What has not arrived is not written back."""
         self._settle()
         self._arrived.pop(key, None)
-        one = self._way.pop(key, None)
-        if one is not None:
-            self.links.stop(one)
-        elif write_back:
-            if self.options.on_host:
-                raise ValueError("a device in host memory has nowhere to write back to")
-            back = self.links.ask(self._back_lane, self._size[key], True, "write_back")
-            self._leaving.append(back)
+        self.store.evict(self.index, key, write_back)
 
     def page(self, layer: int, size_bytes: int) -> None:
         """See Device. A layer whose weights are on the device anyhow has no page."""
         self._settle()
         if size_bytes:
-            page = self.links.ask(self._load_lane, size_bytes, False, "page", -1)
-            self._pages.setdefault(layer, []).append(page)
+            self._pages.setdefault(layer, []).append(self.store.page(self.index, size_bytes))
 
     def _settle(self) -> None:
         """Play the links up to the device's clock, and note what has come."""
         links = self.links
         if links.now_ns < self.now_ns:
             links.advance(self.now_ns)
-        ended = links.ended[self.index]
-        if not ended:
-            return
-        for one in ended:
-            if one.key >= 0 and self._way.get(one.key) is one:
-                del self._way[one.key]
-                self._arrived[one.key] = None
-        ended.clear()
-        if self._leaving:
-            self._leaving = [one for one in self._leaving if not one.done]
+        if links.ended[self.index]:
+            for key in self.store.settle(self.index):
+                self._arrived[key] = None
 
     # -- computing ----------------------------------------------------------------------------------------------
     def _on_cpu(self, layer: int, work: LayerWork, ready_ns: int) -> int:
@@ -331,15 +321,29 @@ class SimDevice:
             pending = [one for one in pending if not one[0].done]
             self.now_ns += self.times.gpu_ns(layer, held + [rows for _, rows, _ in came])
             held = []
-            self._streaming -= sum(streamed for _, _, streamed in came)
+            for one, _, streamed in came:
+                if streamed:
+                    self.store.release(self.index, one)
 
     def _stream(self, waiting: list[Work], pending: list[tuple[Transfer, int, bool]]) -> None:
         """Ask for as many of the streamed experts as there are free buffers (`waiting` has the first one last)."""
-        while waiting and self._streaming + len(self._leaving) < self.options.staging:
+        while waiting and self.store.buffers_free(self.index) > 0:
             one = waiting.pop()
             size = one.size_bytes or self._size[one.key]
-            pending.append((self.links.ask(self._load_lane, size, True, "stream"), one.rows, True))
-            self._streaming += 1
+            pending.append((self.store.stream(self.index, one.key, size), one.rows, True))
+
+    def _reads(self, work: LayerWork) -> list[Transfer]:
+        """What brings the CPU's experts into host memory, where they are not there."""
+        wanted = [self.store.need_in_dram(self.index, one.key) for one in (*work.cpu, *work.deferred)]
+        return [one for one in wanted if one is not None]
+
+    def _until(self, transfers: Sequence[Transfer]) -> Waits:
+        """Until all of them have ended."""
+        yield self.now_ns
+        while not all(one.done for one in transfers):
+            yield None
+            self.now_ns = max(self.now_ns, self.links.now_ns)
+        self._settle()
 
     def _wait_page(self, layer: int) -> Waits:
         """Until the layer's weights are there, if they come as a page."""
@@ -350,9 +354,7 @@ class SimDevice:
         yield self.now_ns
         self._settle()
         self.links.hurry(page)
-        while not page.done:
-            yield None
-            self.now_ns = max(self.now_ns, self.links.now_ns)
+        yield from self._until([page])
         self._part_ns[_STALL] += self.now_ns - since
 
     def _play(self, waits: Waits) -> None:

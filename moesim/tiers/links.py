@@ -148,17 +148,17 @@ class Links:
         key: int = -1,
         after: Sequence[Transfer] = (),
     ) -> Transfer:
-        """A transfer from now on. after: those that have to end before it may start. Raises ValueError for one
-        without bytes, or after one that was cancelled."""
-        if size_bytes <= 0 or (after and any(one.cancelled for one in after)):
-            raise ValueError("a transfer needs bytes, and may not wait for one that was cancelled")
+        """A transfer from now on. after: those that have to end, or to be given up, before it may start. Raises
+        ValueError for one without bytes."""
+        if size_bytes <= 0:
+            raise ValueError(f"a transfer needs bytes, got {size_bytes}")
         if lane % 3 == NVME and self.rates.nvme <= 0:
             raise ValueError("the node has no drives")
         number = _NUMBER[reason]
         one = Transfer(lane, size_bytes, urgent, number, key, self.now_ns)
         self._asked_XR[lane][number] += size_bytes
         if after:
-            one.after = [other for other in after if not other.done]
+            one.after = [other for other in after if not other.done and not other.cancelled]
             for other in one.after:
                 other.followers.append(one)
         if not one.after:
@@ -176,10 +176,11 @@ class Links:
             self._queue(one)
 
     def cancel(self, one: Transfer) -> bool:
-        """Give it up where it has not started. Returns whether it has been given up. What it waits for goes on."""
+        """Give it up where it has not started; returns whether it has been. Those that wait for it need not any more;
+        what it waits for goes on."""
         if one.started or one.done or one.cancelled:
             return False
-        self._give_up(one)
+        self._wake(self._give_up(one))
         return True
 
     def stop(self, one: Transfer) -> None:
@@ -189,15 +190,37 @@ class Links:
         if self._lanes[one.lane].current is one:
             one.stopped = True
         else:
-            self._give_up(one)
+            self._wake(self._give_up(one))
 
-    def _give_up(self, one: Transfer) -> None:
+    def _give_up(self, one: Transfer) -> list[_Lane]:
+        """Returns the lanes on which others have waited for it and are queued now."""
         one.cancelled = True
         self._cancelled_XR[one.lane][one.reason] += one.left_bytes
         for other in one.after:
             other.followers.remove(one)
-        for other in list(one.followers):
-            self._give_up(other)
+        one.after.clear()
+        return self._let_follow(one)
+
+    def _let_follow(self, one: Transfer) -> list[_Lane]:
+        woken: list[_Lane] = []
+        for other in one.followers:
+            other.after.remove(one)
+            if not other.after:
+                lane = self._lanes[other.lane]
+                other.turn = self._turn
+                self._turn += 1
+                heapq.heappush(lane.queue, (not other.urgent, other.turn, other))
+                woken.append(lane)
+        one.followers.clear()
+        return woken
+
+    def _wake(self, lanes: Sequence[_Lane]) -> None:
+        """Idle ones of these start what is queued."""
+        for lane in lanes:
+            if lane.current is None:  # a lane can be listed twice
+                self._pick(lane)
+        if lanes:
+            self._share()
 
     # -- time ---------------------------------------------------------------------------------------------------
     def next_ns(self) -> int | None:
@@ -216,7 +239,7 @@ class Links:
         """Play forward until it has ended, and say when. Raises ValueError where it never will."""
         while one.done_ns < 0:
             if one.cancelled or self._next == NEVER:
-                raise ValueError("the transfer was cancelled, or waits for one that was")
+                raise ValueError("the transfer was cancelled")
             self._event()
         return one.done_ns
 
@@ -233,8 +256,7 @@ class Links:
         lane = self._lanes[one.lane]
         heapq.heappush(lane.queue, (not one.urgent, one.turn, one))
         if lane.current is None:
-            self._pick(lane)
-            self._share()
+            self._wake((lane,))
 
     def _pick(self, lane: _Lane) -> None:
         """Start the first of an idle lane's queue, if there is one."""
@@ -292,31 +314,17 @@ class Links:
             self._moved_XR[one.lane][one.reason] += lane.piece
             idle.append(lane)
             if one.left_bytes == 0:
-                idle += self._finish(one)
+                one.done_ns = now
+                self.ended[one.lane // 3].append(one)
+                if one.followers:
+                    idle += self._let_follow(one)
             elif one.stopped:
-                self._give_up(one)
+                idle += self._give_up(one)
             else:  # the same place in the order: it goes on unless a better one waits
                 heapq.heappush(lane.queue, (not one.urgent, one.turn, one))
-        for lane in idle:
-            if lane.current is None:  # a lane can be listed twice
-                self._pick(lane)
-        self._share()
-
-    def _finish(self, one: Transfer) -> list[_Lane]:
-        """It has ended; returns the lanes on which others have waited for it and are queued now."""
-        one.done_ns = self.now_ns
-        woken: list[_Lane] = []
-        self.ended[one.lane // 3].append(one)
-        for other in one.followers:
-            other.after.remove(one)
-            if not other.after:
-                other.turn = self._turn
-                self._turn += 1
-                lane = self._lanes[other.lane]
-                heapq.heappush(lane.queue, (not other.urgent, other.turn, other))
-                woken.append(lane)
-        one.followers.clear()
-        return woken
+        self._wake(idle)
+        if not idle:
+            self._share()
 
     def _share(self) -> None:
         """Rates of the lanes that flow, their ends, and the next event."""
