@@ -1,0 +1,167 @@
+"""The search: kinds, then prefetches and buffers of the best, then longer runs of those that count.
+
+What is chosen by short runs is judged by longer ones on other requests, so that the choice has not seen what is
+claimed. Policies learn from the first part of the routing pool alone (`tiers.fit_share`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from moesim.compare import Comparison, Entry, compare
+from moesim.errors import Infeasible
+from moesim.explain_offload.ask import Ask
+from moesim.explain_offload.candidates import BUFFERS, RESIDENT, Candidate, kinds, prefetches
+from moesim.explain_offload.play import Played, Player
+from moesim.scenario.load import Scenario
+
+__all__ = ["FIGURES", "Answer", "WhatIf", "explain_offload"]
+
+FIGURES = ("output_tok_per_s", "tpot_p50_ms", "ttft_p50_ms")
+_MOST_FINAL = 6
+_NEAR = 0.05
+"""candidates so near to the best short run are run long, too"""
+
+
+@dataclass(frozen=True, slots=True)
+class WhatIf:
+    """The chosen settings under other circumstances. rate: of short runs, as `Answer.chosen_short`; None: no room."""
+
+    label: str
+    rate: float | None
+    hit_rate: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """tried: short runs, the best first, then what cannot run. finals: long runs in the order of `comparison`; chosen:
+    the best of them. resident: all experts on the device. ties: finals that cannot be told from the best. what_if:
+    short runs of the chosen one with more memory, faster links, fewer bits."""
+
+    ask: Ask
+    scenario: Scenario
+    resident: Played
+    tried: tuple[Played, ...]
+    finals: tuple[Played, ...]
+    comparison: Comparison
+    chosen: Played
+    chosen_short: float
+    ties: tuple[str, ...]
+    what_if: tuple[WhatIf, ...]
+    runs: int
+
+    @property
+    def fits(self) -> bool:
+        """All experts are on the device."""
+        return self.chosen.candidate.kind == "none"
+
+
+def explain_offload(ask: Ask, progress: Callable[[str], None] | None = None) -> Answer:
+    """Raises BadInput where the deployment cannot be read, Infeasible where nothing runs."""
+    player = Player(ask, progress)
+    resident = player.play(RESIDENT, ask.short, ask.seed)
+    if resident.summary is not None and (not ask.kinds or "none" in ask.kinds):
+        return _answer(ask, player, resident, [resident], [RESIDENT], resident)
+    tried = _search(ask, player)
+    running = [p for p in tried if p.summary is not None]
+    if not running:
+        reasons = dict.fromkeys(f"{p.candidate.label}: {reason}" for p in tried for reason in p.reasons[:1])
+        raise Infeasible(["No kind of offload runs this model on this device.", *reasons])
+    best = _buffers(ask, player, running[0])
+    return _answer(ask, player, resident, tried, _finalists(ask, running, best), best)
+
+
+def _search(ask: Ask, player: Player) -> list[Played]:
+    """Short runs of every kind asked for, and of the best cache with each prefetch; the best first."""
+    wanted = [c for c in kinds(ask.concurrency) if not ask.kinds or c.kind in ask.kinds]
+    tried = [player.play(c, ask.short, ask.seed) for c in wanted]
+    caches = [p for p in tried if p.candidate.kind == "cached" and p.summary is not None]
+    if caches:
+        cache = max(caches, key=lambda p: p.rate(ask))
+        tried += [player.play(c, ask.short, ask.seed) for c in prefetches(cache.candidate)]
+    return sorted(tried, key=lambda p: -p.rate(ask))
+
+
+def _buffers(ask: Ask, player: Player, best: Played) -> Played:
+    """Spend device memory on buffers where that gains more than experts there would, one kind of buffer after the
+    other."""
+    for words, key, values in BUFFERS:
+        options = [player.play(best.candidate.plus(f"{words} {v}", f"{key}={v}"), ask.short, ask.seed) for v in values]
+        found = max(options, key=lambda p: p.rate(ask))
+        if found.rate(ask) > best.rate(ask) * (1 + ask.worth):
+            best = found
+    return best
+
+
+def _finalists(ask: Ask, running: Sequence[Played], best: Played) -> list[Candidate]:
+    """The best, the best that each engine could run, and what is near the best, with the buffers of the best one."""
+    buffers = tuple(c for c in best.candidate.changes if c.partition("=")[0] in {key for _, key, _ in BUFFERS})
+    out: list[Candidate] = [best.candidate]
+    seen = {best.candidate.engine}
+    for p in running:
+        near = p.rate(ask) >= (1 - _NEAR) * running[0].rate(ask)
+        candidate = p.candidate.plus("", *buffers) if buffers else p.candidate
+        same = {c.changes for c in out}
+        if candidate.changes not in same and (p.candidate.engine not in seen or (near and len(out) < _MOST_FINAL)):
+            out.append(candidate)
+        seen.add(p.candidate.engine)
+    return out
+
+
+def _answer(
+    ask: Ask, player: Player, resident: Played, tried: Sequence[Played], finalists: Sequence[Candidate], best: Played
+) -> Answer:
+    seed = ask.seed + 1
+    finals = [player.play(c, ask.long, seed) for c in finalists]
+    entries = [
+        Entry(p.candidate.label, () if p.observation is None else (p.observation,), p.reasons, p.warnings)
+        for p in finals
+    ]
+    comparison = compare(entries, FIGURES, (seed,))
+    chosen = max(finals, key=lambda p: p.rate(ask))
+    verdicts = comparison.rows[0].verdicts
+    ties = tuple(
+        p.candidate.label
+        for p, v in zip(finals, verdicts, strict=True)
+        if p is not chosen and v is not None and v.mark is not None
+    )
+    scenario = player.base.scenario(chosen.candidate.changes, ask.long, seed)
+    short = player.play(chosen.candidate, ask.short, ask.seed)
+    what_if = () if chosen.candidate.kind == "none" else _what_if(ask, player, chosen.candidate, scenario)
+    return Answer(
+        ask, scenario, resident, tuple(tried), tuple(finals), comparison, chosen, short.rate(ask), ties, what_if,
+        player.runs,
+    )  # fmt: skip
+
+
+def _what_if(ask: Ask, player: Player, chosen: Candidate, scenario: Scenario) -> tuple[WhatIf, ...]:
+    """Circumstances one at a time: what one would buy, or give up."""
+    assert scenario.tiers is not None
+    usable = scenario.tiers.vram
+    if usable is None:
+        usable = scenario.cluster.profile.memory_bytes * scenario.engine.gpu_memory_utilization / 2**30
+    asked: list[tuple[str, tuple[str, ...]]] = [
+        (f"{usable * share:.1f} GiB of device memory", (f"tiers.vram={usable * share:.6g} GiB",))
+        for share in (0.75, 1.25, 1.5)
+    ]
+    node = scenario.cluster.node
+    twice = node.pcie_bytes_per_s * 2 / 1e9
+    asked.append((f"a link to the host of {twice:.0f} GB/s", (f"cluster.pcie_gb_per_s={twice:g}",)))
+    model = scenario.model
+    for dtype in ("fp8_block", "int4"):
+        if model.with_dtypes(expert_dtype=dtype).expert_bytes() < model.expert_bytes():
+            name = scenario.raw["model"] if isinstance(scenario.raw["model"], str) else scenario.raw["model"]["name"]
+            value = f'model={{"name": "{name}", "expert_dtype": "{dtype}"}}'
+            asked.append((f"experts in {dtype} (other results of the model)", (value,)))
+    out = []
+    for label, changes in asked:
+        played = player.play(chosen.plus(label, *changes), ask.short, ask.seed)
+        out.append(WhatIf(label, None if played.summary is None else played.rate(ask), hit_rate(played)))
+    return tuple(out)
+
+
+def hit_rate(played: Played) -> float | None:
+    """Of experts asked for, those on the device; None where nothing was looked up."""
+    found = (played.summary or {}).get("offload")
+    return None if not found else found["hit_rate"]

@@ -1,0 +1,101 @@
+"""From what the command line says to the scenario that all candidates change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moesim.errors import BadInput, Problem
+from moesim.scenario.load import Scenario, load_scenario, scenario_from_dict
+
+__all__ = ["Ask", "Base", "Size"]
+
+_SHORT_OUTPUT = 96
+"""output tokens of a request while candidates are tried"""
+_LONG_TOKENS = 2400
+"""output tokens of the runs that figures are taken from, at least four requests"""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Requests of a run: how many, and their lengths."""
+
+    requests: int
+    prompt: int
+    output: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """device: a device profile, which needs a model, or a scenario file. vram_gib: device memory that may be used,
+    None: what an engine takes of it. trace: recorded routing; None: the scenario's, or the synthetic model's.
+    concurrency: requests served at a time. prompt_tokens, output_tokens: of each. dram_gib: host memory for experts.
+    home: the tier that holds all experts. kinds: offload kinds to try; empty: all that can be run. overrides: changes
+    of the scenario. worth: a change of buffers must gain that much to be made."""
+
+    device: str
+    model: str | None = None
+    vram_gib: float | None = None
+    trace: Path | None = None
+    concurrency: int = 1
+    prompt_tokens: int = 512
+    output_tokens: int = 256
+    dram_gib: float | None = None
+    home: str | None = None
+    kinds: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+    seed: int = 0
+    worth: float = 0.01
+
+    @property
+    def kv_tokens(self) -> int:
+        """Of all requests served at a time, to their last token."""
+        return self.concurrency * (self.prompt_tokens + self.output_tokens)
+
+    @property
+    def short(self) -> Size:
+        """Requests that candidates are tried on: the whole prompt, fewer tokens of output."""
+        return Size(max(self.concurrency, 2), self.prompt_tokens, min(self.output_tokens, _SHORT_OUTPUT))
+
+    @property
+    def long(self) -> Size:
+        """Requests that figures are taken from, of the length asked for."""
+        requests = max(4, self.concurrency, min(24, round(_LONG_TOKENS / self.output_tokens)))
+        return Size(-(-requests // self.concurrency) * self.concurrency, self.prompt_tokens, self.output_tokens)
+
+
+class Base:
+    """Makes scenarios of the deployment. Raises BadInput where it cannot be read."""
+
+    def __init__(self, ask: Ask) -> None:
+        self.ask = ask
+        self._file = Path(ask.device) if ask.device.endswith((".yaml", ".yml")) else None
+        if self._file is None and ask.model is None:
+            raise BadInput(
+                Problem("--device", f"{ask.device} is no scenario file, so --model must be given beside it")
+            )
+
+    def scenario(self, changes: Sequence[str], size: Size, seed: int) -> Scenario:
+        """With `changes` (`key=value`) on top of what was asked."""
+        ask = self.ask
+        own = [
+            'requests={"format": "closed_loop", "concurrency": %d, "num_requests": %d, "prompt_tokens": %d,'
+            ' "output_tokens": %d}' % (ask.concurrency, size.requests, size.prompt, size.output),
+            "routing.fidelity=token",
+            f"tiers.kv_tokens={ask.kv_tokens}",
+            f"engine.max_num_seqs={ask.concurrency}",
+        ]
+        given: dict[str, Any] = {
+            "tiers.vram": None if ask.vram_gib is None else f"{ask.vram_gib} GiB",
+            "tiers.dram": None if ask.dram_gib is None else f"{ask.dram_gib} GiB",
+            "tiers.home": ask.home,
+            "routing.path": None if ask.trace is None else str(ask.trace.resolve()),
+        }
+        own += [f"{key}={value}" for key, value in given.items() if value is not None]
+        if self._file is not None:
+            named = [] if ask.model is None else [f"model={ask.model}"]
+            return load_scenario(self._file, (*named, *own, *changes, *ask.overrides), seed)
+        data: dict[str, Any] = {"name": "explain", "model": ask.model, "cluster": {"device": ask.device}}
+        return scenario_from_dict(data, Path.cwd(), (*own, *changes, *ask.overrides), seed)

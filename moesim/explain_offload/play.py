@@ -1,0 +1,70 @@
+"""Runs candidates, each once for a size and seed, and keeps what comparisons need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from moesim.errors import BadInput
+from moesim.explain_offload.ask import Ask, Base, Size
+from moesim.explain_offload.candidates import Candidate
+from moesim.observe import Observation, observe
+from moesim.simulate import RunResult, simulate
+
+__all__ = ["Played", "Player"]
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """A candidate's run. summary: of the result; None with reasons where it does not fit, or cannot be run."""
+
+    candidate: Candidate
+    summary: dict[str, Any] | None
+    observation: Observation | None
+    reasons: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    scenario_hash: str = ""
+
+    def rate(self, ask: Ask) -> float:
+        """Output tokens a second of requests of the length asked for, from this run's time to the first token and
+        between tokens; 0 where it does not run."""
+        if self.summary is None:
+            return 0.0
+        between = self.summary["tpot_ms"]
+        each_ms = 0.0 if between is None else float(between["mean"])
+        whole_ms = float(self.summary["ttft_ms"]["mean"]) + (ask.output_tokens - 1) * each_ms
+        return ask.concurrency * ask.output_tokens / whole_ms * 1e3
+
+
+class Player:
+    """Remembers what it played."""
+
+    def __init__(self, ask: Ask, progress: Callable[[str], None] | None = None) -> None:
+        self.base = Base(ask)
+        self._told = progress or (lambda _: None)
+        self._known: dict[tuple[tuple[str, ...], Size, int], Played] = {}
+        self.runs = 0
+
+    def play(self, candidate: Candidate, size: Size, seed: int) -> Played:
+        """Simulate it. Raises BadInput where the deployment itself cannot be read."""
+        key = (tuple(sorted(candidate.changes)), size, seed)
+        if key not in self._known:
+            self._told(candidate.label)
+            self.runs += 1
+            self._known[key] = self._play(candidate, size, seed)
+        found = self._known[key]
+        return Played(candidate, found.summary, found.observation, found.reasons, found.warnings, found.scenario_hash)
+
+    def _play(self, candidate: Candidate, size: Size, seed: int) -> Played:
+        scenario = self.base.scenario(candidate.changes, size, seed)
+        try:
+            result = simulate(scenario)
+        except BadInput as error:  # a kind that this deployment cannot have
+            return Played(candidate, None, None, tuple(str(problem) for problem in error.problems))
+        assert isinstance(result, RunResult)
+        if not result.feasible:
+            return Played(candidate, None, None, result.reasons, result.warnings, scenario.hash)
+        return Played(
+            candidate, result.to_json()["summary"], observe(result), (), result.warnings, scenario.hash
+        )  # fmt: skip
