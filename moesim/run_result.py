@@ -15,7 +15,9 @@ from moesim.cost.deployed import (
     Experts,
 )
 from moesim.cost.explain import Explanation
+from moesim.cost.offload_figures import cache_figures
 from moesim.cost.offload_setup import Offload
+from moesim.cost.offloaded import OffloadedPricer
 from moesim.cost.rebalancing import RebalancingPricer
 from moesim.cost.step import StepPricer
 from moesim.cost.tokens import TokenExperts
@@ -147,7 +149,7 @@ class RunResult:
             "memory": self._memory(),
             "drops": self._drops(),
             "routing": self._routing(),
-            "cache": None,
+            "cache": self._cache(),
             "replay": self._replay(),
             "error": {"profile": errors.profile, "bank": errors.bank},
         }
@@ -167,7 +169,7 @@ class RunResult:
 
     def _balance(self) -> dict[str, Any] | None:
         e = self.explanation
-        if e is None or self.experts is None or not e.stats[1]:
+        if e is None or self.experts is None or not e.stats[1] or self.offload is not None:
             return None
         most, mean, ratio, _, _, mean_ns = e.stats[:6]
         return {
@@ -327,8 +329,19 @@ class RunResult:
                 "used": m.fixed + peak,
                 "capacity": m.capacity,
                 "by": {**m.by_use(), "kv_peak": peak},
-            }
+            },
+            **{
+                tier.name: {"used": tier.used, "capacity": tier.capacity, "by": tier.by}
+                for tier in (self.offload.tiers if self.offload is not None else ())
+            },
         }
+
+    def _cache(self) -> dict[str, Any] | None:
+        """What came and went between memories; None where all experts stay on the device."""
+        if self.offload is None or self.outcome is None:
+            return None
+        played = [p for p in self.pricers if isinstance(p, OffloadedPricer)]
+        return cache_figures(self.scenario, self.offload, played, self.outcome.runs)
 
     def _replay(self) -> dict[str, int] | None:
         if self.experts is None or self.experts.replay is None or self.outcome is None:

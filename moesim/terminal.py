@@ -33,6 +33,10 @@ _MEMORY_NAMES = {
     "dense_weights": "weights, all but experts",
     "expert_weights": "expert weights",
     "expert_staging": "experts on the move",
+    "expert_cache": "cache of experts",
+    "expert_buffers": "buffers of streamed experts",
+    "expert_extra": "kept for compressed experts",
+    "experts": "home of all experts",
     "activations": "activations",
     "exchange_buffers": "exchange buffers",
     "runtime": "runtime",
@@ -43,12 +47,16 @@ _MEMORY_NAMES = {
 _GRADES = ("measured", "interpolated", "extrapolated", "assumed")
 _CAUSES: dict[str, tuple[str, tuple[str, ...]]] = {
     "attention": ("attention", ("attention",)),
+    "stall": ("waiting for experts' weights", ("expert_stall",)),
+    "cpu": ("experts on the CPU", ("experts_on_cpu", "cpu_sync")),
     "experts": ("the routed experts", ("experts", "moe")),
     "network": ("moving tokens between ranks", ("dispatch", "combine", "all_", "reduce_scatter")),
     "host": ("the engine's work on the host", ("host",)),
     "rebalance": ("moving experts", ("rebalance",)),
 }
 _MENDS = {
+    "stall": "more room for experts, a faster link or fewer bits a weight would help most",
+    "cpu": "more experts on the device, or a host with more memory bandwidth, would help most",
     "attention": "contexts are long for what the batch does",
     "experts": "more tokens a step would use each expert's weights better",
     "network": "a faster network, a smaller EP group or fewer nodes would help most",
@@ -81,6 +89,7 @@ def summary(report: dict[str, Any], scenario: Scenario, file: IO[str] | None = N
             _training_links(console, found)
         else:
             _balance(console, found)
+            _tiers(console, found)
             _rebalance(console, found)
             _routing(console, found)
             _links(console, found)
@@ -231,6 +240,53 @@ def _balance(console: Console, found: dict[str, Any]) -> None:
         _say(console, line)
 
 
+def _tiers(console: Console, found: dict[str, Any]) -> None:
+    """Only where experts come and go between memories."""
+    cache = found.get("cache")
+    if not cache:
+        return
+    _section(console, "Experts between memories")
+    slots, kinds, asked = cache["slots"], cache["policies"], max(cache["look_ups"], 1)
+    idle = () if slots["cache_per_layer"] else ("eviction",)
+    chosen = ", ".join(f"{key} {kind}" for key, kind in kinds.items() if kind != "none" and key not in idle)
+    stay, room = (_number(slots[key]) if slots[key] else "none" for key in ("fixed_per_layer", "cache_per_layer"))
+    _say(
+        console,
+        f"{chosen}; of {slots['experts_per_layer']:g} experts a layer {stay} stay on the device, {room} have room in "
+        "its cache",
+    )
+    if cache["look_ups"]:
+        names = {"hit": "there", "late": "on their way", "load": "fetched", "stream": "streamed", "cpu": "on the CPU"}
+        parts = [
+            f"{_percent(cache['found'][key] / asked)} {name}" for key, name in names.items() if cache["found"][key]
+        ]
+        text = f"found, of experts looked up: {', '.join(parts)}; hit rate {_percent(cache['hit_rate'])}"
+        _say(console, f"{text}, by rows {_percent(cache['hit_rate_rows'])}")
+        _say(console, f"experts in use, a layer and pass: {_number(cache['experts_per_look_up'])}")
+    for lane, label in (("to_device", "to the device"), ("to_host", "back to the host"), ("nvme", "from NVMe")):
+        moved = cache["bytes"][lane]
+        if moved:
+            why = ", ".join(f"{_size(size)} {reason.replace('_', ' ')}" for reason, size in moved.items())
+            text = f"{label}: {why}; {_size(cache['bytes_per_token'][lane])} a token"
+            _say(console, f"{text}, link busy {_percent(cache['link_busy_share'][lane])} of the time")
+    text = f"waiting for experts' weights: {_number(cache['stall_ms_per_step'])} ms a step"
+    _say(
+        console,
+        f"{text}, {_number(cache['stall_ms_per_token'])} ms a token; one takes {_number(cache['fetch']['ms'])} ms",
+    )
+    ahead = cache["prefetch"]
+    if ahead:
+        text = f"prefetched: {ahead['asked']:,} experts, {ahead['cancelled']:,} given up"
+        _say(console, f"{text}; {_percent(ahead['accuracy'] or 0.0)} of the others were used")
+    bound = cache["bound"]
+    if bound:
+        text = f"bounds on these look-ups: Belady's MIN finds {_percent(bound['min'])}, with bypass"
+        text += f" {_percent(bound['min_bypass'])}"
+        if bound["time_over_bound"] is not None:
+            text += f"; the run takes {_number(bound['time_over_bound'])} times what computing or its transfers need"
+        _say(console, text)
+
+
 def _rebalance(console: Console, found: dict[str, Any]) -> None:
     """Only where experts move."""
     moved = found.get("rebalance")
@@ -288,7 +344,8 @@ def _routing(console: Console, found: dict[str, Any]) -> None:
 
 def _memory(console: Console, found: dict[str, Any]) -> None:
     for tier, use in (found.get("memory") or {}).items():
-        _section(console, f"Memory of a rank, {tier.upper()}")
+        names = {"dram": "Memory of a node for experts, DRAM", "nvme": "Memory of a node for experts, NVMe"}
+        _section(console, names.get(tier, f"Memory of a rank, {tier.upper()}"))
         capacity = use["capacity"]
         table = _table("", ">GiB", "")
         for name, size in use["by"].items():

@@ -11,19 +11,21 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from moesim.arrays import IntArray
 from moesim.cost.bank import CountExperts
 from moesim.cost.experts import MoESums
+from moesim.cost.offloaded import COUNTERS, OffloadDetail, OffloadedPricer
 from moesim.cost.pricer import Key, Run
 from moesim.cost.step import StepPricer
 from moesim.cost.tokens import TokenExperts
 from moesim.program import Stage
 from moesim.routing.capacity import Phase
 from moesim.simulate import RunResult
+from moesim.tiers.records import PARTS
 
 __all__ = ["timeline_events", "write_timeline"]
 
@@ -88,6 +90,9 @@ def _detail(result: RunResult) -> Iterator[dict[str, Any]]:
     assert result.outcome is not None
     assert result.layout is not None
     steps, layout, pricer = result.outcome.steps, result.layout, result.pricers[0]
+    if isinstance(pricer, OffloadedPricer):
+        yield from _offloaded(result)
+        return
     ranks = layout.ranks if layout.meets else layout.tp
     pid = 1_000_000
     for rank in range(ranks):
@@ -98,6 +103,21 @@ def _detail(result: RunResult) -> Iterator[dict[str, Any]]:
     budget = max(1, _DETAILED_EVENTS // per_step)
     for i in np.flatnonzero(steps.run_group == 0)[:budget]:
         yield from _one_step(pid, result, pricer, result.outcome.runs[i], int(steps.run_start_ns[i]), ranks)
+
+
+def _offloaded(result: RunResult) -> Iterator[dict[str, Any]]:
+    """The first steps of group 0 by what they were spent on, all layers together: who waits for what, step by step."""
+    assert result.outcome is not None
+    steps, pid = result.outcome.steps, 1_000_000
+    yield from _name(pid, "parts of the first steps (group 0), all layers together", 1, "device")
+    for i in np.flatnonzero(steps.run_group == 0)[: _DETAILED_EVENTS // len(PARTS)]:
+        detail = cast(OffloadDetail, result.outcome.runs[i].detail)
+        at = int(steps.run_start_ns[i])
+        found = {name: int(n) for name, n in zip(COUNTERS, detail.counters, strict=True) if n}
+        for name, ns in zip(PARTS, detail.part_ns.tolist(), strict=True):
+            if ns:
+                yield _slice(pid, 1, name, at, ns, found if name == "experts" else None)
+            at += ns
 
 
 def _one_step(

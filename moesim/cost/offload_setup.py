@@ -74,6 +74,8 @@ class Offload:
     expert_bytes: int
     cpu: CpuPrices
     learned_from: str
+    ranks_behind: int = 1
+    """devices that each of `ranks` stands for"""
 
     @property
     def plan(self) -> OffloadPlan:
@@ -121,7 +123,8 @@ def offload_of(
     returns = plan.write_back or not int(plan.capacity_G.sum()) or plan.paged
     uses = home_use(scenario.cluster, tiers, total, layout.expert_tp * sum(held), returns, sharers)
     return Offload(
-        tuple(ranks), memory, tuple(uses), rates, fetch, stored_L, base_bytes, cpu, experts.placed_for
+        tuple(ranks), memory, tuple(uses), rates, fetch, stored_L, base_bytes, cpu, experts.placed_for,
+        layout.expert_tp,
     )  # fmt: skip
 
 

@@ -1,0 +1,200 @@
+"""What a run with tiers found: hit rates, bytes, stalls, and how far from the best that any policy could have done."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, cast
+
+import numpy as np
+
+from moesim.arrays import IntArray
+from moesim.cost.offload_setup import Offload, RankPlan
+from moesim.cost.offloaded import COUNTERS, OffloadDetail, OffloadedPricer
+from moesim.cost.pricer import Run
+from moesim.hardware import GRADES
+from moesim.offload.cache import ExpertCache
+from moesim.offload.drive import Event
+from moesim.offload.eviction.belady import Policy as Belady
+from moesim.offload.future import Future
+from moesim.scenario.load import Scenario
+from moesim.tiers.links import LANES, REASONS
+from moesim.tiers.records import PARTS
+
+__all__ = ["cache_figures", "hit_bounds"]
+
+
+def cache_figures(
+    scenario: Scenario, offload: Offload, pricers: list[OffloadedPricer], runs: list[Run]
+) -> dict[str, Any]:
+    """The `cache` part of a result. runs: all steps that ran, of all groups."""
+    details = [cast(OffloadDetail, run.detail) for run in runs]
+    count = dict(zip(COUNTERS, np.sum([d.counters for d in details], axis=0).tolist(), strict=True))
+    moved = np.sum([d.moved for d in details], axis=0)
+    part_ns = np.sum([d.part_ns for d in details], axis=0)
+    busy_ns = np.sum([d.busy_ns for d in details], axis=0) / len(offload.ranks)
+    total_ns = max(sum(int(run.cumulative_ns[-1]) for run in runs), 1)
+    tokens = max(sum(run.key.total_decode + run.key.total_prefill for run in runs), 1)
+    stall_ns = int(part_ns[PARTS.index("stall")])
+    return {
+        "policies": {key: scenario.policies.kinds[key] for key in _FAMILIES if key in scenario.policies.kinds},
+        "learned_from": offload.learned_from or None,
+        "convention": _convention(scenario),
+        **_found(scenario, count),
+        "bytes": _bytes(moved * offload.ranks_behind),
+        "bytes_per_token": {
+            lane: float(moved[number].sum()) * offload.ranks_behind / tokens for number, lane in enumerate(LANES)
+        },
+        "link_busy_share": {lane: float(busy_ns[number]) / total_ns for number, lane in enumerate(LANES)},
+        "stall_ms_per_token": stall_ns / tokens / 1e6,
+        "stall_ms_per_step": stall_ns / max(len(runs), 1) / 1e6,
+        "prefetch": _prefetch(count, moved * offload.ranks_behind),
+        "evictions": count["evictions"],
+        "upgrades": count["upgrades"],
+        "rerouted": count["rerouted"],
+        "fetch": {
+            "ms": float(offload.fetch.ns) / 1e6,
+            "bytes": int(max(rank.context.size_LE.max() for rank in offload.ranks)),
+            "grade": GRADES[int(offload.fetch.grade)],
+        },
+        "slots": _slots(offload),
+        "bound": _bound(scenario, offload, pricers, total_ns - stall_ns, total_ns),
+    }
+
+
+_FAMILIES = ("offload", "eviction", "prefetch", "precision", "rebatching", "rerouting")
+
+
+def _convention(scenario: Scenario) -> str:
+    """In which sense a hit is one."""
+    assert scenario.tiers is not None
+    cold = "is a miss" if scenario.tiers.cold == "miss" else "is a hit"
+    return (
+        "one look-up a pass, layer and expert that any of its tokens takes; a hit is there when it is asked for; a "
+        f"first touch into free room {cold}"
+    )
+
+
+def _found(scenario: Scenario, count: dict[str, int]) -> dict[str, Any]:
+    assert scenario.tiers is not None
+    asked = sum(count[name] for name in ("hits", "late", "loads", "streams", "on_cpu"))
+    rows = sum(count[name] for name in ("hit_rows", "late_rows", "miss_rows", "cpu_rows"))
+    cold = count["cold"] if scenario.tiers.cold == "hit" else 0
+    return {
+        "look_ups": asked,
+        "hit_rate": _share(count["hits"] + cold, asked),
+        "found": {
+            "hit": count["hits"], "late": count["late"], "load": count["loads"], "stream": count["streams"],
+            "cpu": count["on_cpu"],
+        },
+        "cold": count["cold"],
+        "rows": rows,
+        "hit_rate_rows": _share(count["hit_rows"], rows),
+        "cpu_share_rows": _share(count["cpu_rows"], rows),
+        "experts_per_look_up": _share(asked, count["calls"]),
+    }  # fmt: skip
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _bytes(moved_XR: IntArray) -> dict[str, dict[str, int]]:
+    """By link and reason, what there was."""
+    return {
+        lane: {reason: int(moved_XR[x, r]) for r, reason in enumerate(REASONS) if moved_XR[x, r]}
+        for x, lane in enumerate(LANES)
+    }
+
+
+def _prefetch(count: dict[str, int], moved_XR: IntArray) -> dict[str, Any] | None:
+    """None where nothing was asked for ahead. accuracy: of what was not given up."""
+    asked, used, given_up = count["prefetched"], count["prefetched_used"], count["cancelled"]
+    if not asked:
+        return None
+    return {
+        "asked": asked,
+        "used": used,
+        "cancelled": given_up,
+        "accuracy": _share(used, asked - given_up),
+        "wasted_share": _share(asked - given_up - used, asked - given_up),
+        "bytes": int(moved_XR[:, REASONS.index("prefetch")].sum()),
+    }
+
+
+def _slots(offload: Offload) -> dict[str, float]:
+    """Experts on the device of a rank: for good, and places in its cache at the mean size, a layer on average."""
+    rank = offload.ranks[0]
+    layers = rank.context.num_layers
+    size = float(rank.context.size_LE.mean())
+    return {
+        "experts_per_layer": float(rank.context.num_experts),
+        "fixed_per_layer": float(rank.plan.fixed_LE.sum()) / layers,
+        "cache_per_layer": 0.0 if rank.plan.paged else float(rank.plan.capacity_G.sum()) / size / layers,
+    }
+
+
+# ---- bounds
+
+
+def _bound(
+    scenario: Scenario, offload: Offload, pricers: list[OffloadedPricer], compute_ns: int, total_ns: int
+) -> dict[str, Any] | None:
+    """Belady's MIN on the run's own look-ups, with and without bypass, and the time that computing takes or that the
+    transfers take which the best of them needs, whichever is longer. None where no cache was looked up in."""
+    if offload.plan.paged or not any(rank.plan.capacity_G.sum() for rank in offload.ranks):
+        return None
+    hits = np.zeros(2, np.int64)
+    asked = missed = 0
+    transfer_ns = 0.0
+    rates, behind = offload.rates, offload.ranks_behind
+    for pricer in pricers:
+        needed_R = []
+        for one, events in zip(offload.ranks, pricer.events, strict=True):
+            found, needed, number = hit_bounds(one, events)
+            hits, asked = hits + found, asked + number
+            needed_R.append(needed)
+        missed += sum(needed_R) * behind
+        # each rank has a link of its own; all of them share the memory of at most so many domains
+        transfer_ns += max(max(needed_R) / rates.to_device, sum(needed_R) / (rates.host * rates.domains))
+    if not asked:
+        return None
+    best_ns = max(float(compute_ns), transfer_ns)
+    return {
+        "look_ups": asked,
+        "min": float(hits[0]) / asked,
+        "min_bypass": float(hits[1]) / asked,
+        "bytes": missed,
+        "compute_s": compute_ns / 1e9,
+        "transfer_s": transfer_ns / 1e9,
+        "time_over_bound": total_ns / best_ns if best_ns else None,
+    }
+
+
+def hit_bounds(rank: RankPlan, events: list[Event]) -> tuple[IntArray, int, int]:
+    """Hits of MIN and of MIN with bypass [2] on the look-ups of one rank (experts that the CPU computed apart), bytes
+    that the latter misses, and look-ups. Caches start as the plan's did."""
+    calls = [
+        [event.key for event in call if event.kind != "cpu"]
+        for _, call in groupby(events, key=lambda event: (event.step, event.layer))
+    ]
+    context, plan = rank.context, rank.plan
+    size: list[int] = context.size_K.tolist()
+    future = Future(calls, context.num_keys)
+    fixed = np.flatnonzero(plan.fixed_LE.reshape(-1)).tolist()
+    initial = [k for k in np.flatnonzero(plan.initial_LE.reshape(-1)).tolist() if not plan.fixed_LE.reshape(-1)[k]]
+    hits, needed = np.zeros(2, np.int64), 0
+    for number, bypass in enumerate((False, True)):
+        eviction = Belady().start(replace(context, upcoming=future))
+        cache = ExpertCache(context.size_K, context.group_K, plan.capacity_G, eviction, bypass)
+        cache.fix(fixed)
+        cache.place(initial)
+        needed = 0
+        for keys in calls:
+            for one in cache.look_up(keys):
+                if one.kind == "hit":
+                    hits[number] += 1
+                else:
+                    needed += size[one.key]
+            cache.release()
+    return hits, needed, sum(map(len, calls))
