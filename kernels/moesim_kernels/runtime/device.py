@@ -31,8 +31,12 @@ class Backing(Protocol):
     """What a kind of link needs of the machine (`backings`)."""
 
     kind: str
-    remark: str
     torch_device: Any
+
+    @property
+    def remark(self) -> str:
+        """What a reader of the figures should know, or empty."""
+        ...
 
     def buffer(self, size_bytes: int) -> Any:
         """uint8 tensor of so many bytes where experts compute. Raises NoRoom."""
@@ -70,20 +74,32 @@ class Backing(Protocol):
 
 @dataclass(slots=True)
 class StepTimes:
-    """One step, wall ns. own: dense layers, embedding and head. experts: products of experts. stall: waits for
-    transfers. other: deciding, and whatever else. cpu: CPU time of the computing thread."""
+    """One step, wall ns. begin: embedding. own: dense layers. experts: products of experts. join: adding their results
+    up, sorting rows before. sync: hand-overs to the host and back. stall: waits for transfers or the host. end: norm and
+    head. woke: of the stalls, between the end of a transfer and the wait's return. cpu: CPU time of the computing
+    thread. fetches: transfers asked for."""
 
+    tokens: int = 0
     step_ns: int = 0
+    begin_ns: int = 0
     own_ns: int = 0
     experts_ns: int = 0
+    join_ns: int = 0
+    sync_ns: int = 0
     stall_ns: int = 0
+    end_ns: int = 0
+    woke_ns: int = 0
+    waits: int = 0
     cpu_ns: int = 0
+    fetches: int = 0
     arrived_bytes: int = 0
     layer_stall_ns: list[int] = field(default_factory=list)
 
     @property
     def other_ns(self) -> int:
-        return self.step_ns - self.own_ns - self.experts_ns - self.stall_ns
+        """Deciding, asking for transfers, and whatever else."""
+        known = self.begin_ns + self.own_ns + self.experts_ns + self.join_ns + self.sync_ns + self.stall_ns + self.end_ns
+        return self.step_ns - known
 
 
 def num_slots(context: OffloadContext, plan: OffloadPlan) -> int:
@@ -110,7 +126,8 @@ class RealDevice:
         chunk_bytes: int = 0,
         keep_logits: bool = False,
     ) -> None:
-        """Fills the buffers of what the plan has in place, before any clock runs. Raises NoRoom, ReadFailed, BadInput."""
+        """Fills the buffers of what the plan has in place, before any clock runs. Raises NoRoom, ReadFailed, BadInput,
+        Infeasible."""
         if plan.cpu_LE.any() and backing.host_weights(0) is None:
             raise BadInput(
                 f"policies.offload: experts on the CPU need their weights in host memory, but the link {backing.kind} "
@@ -134,6 +151,10 @@ class RealDevice:
         self._late: tuple[Future[Any], Any] | None = None
         self._times = StepTimes()
         self.steps: list[StepTimes] = []
+        self.products: list[tuple[int, int]] = []
+        """(rows, ns) of every expert's product"""
+        self.host_products: list[tuple[int, int]] = []
+        """the same of those on the host"""
         self.digest = 0
         self.logits: list[Any] | None = [] if keep_logits else None
         self._fill()
@@ -149,7 +170,7 @@ class RealDevice:
     # -- what the Driver asks -----------------------------------------------------------------------------------
     def begin(self, step: StepRoutes) -> None:
         """See Device."""
-        self._times = StepTimes()
+        self._times = StepTimes(len(step.expert_TLK))
         self._logged = len(self.link.log)
         self._cpu = time.thread_time_ns()
         self._start = time.perf_counter_ns()
@@ -157,7 +178,7 @@ class RealDevice:
         if self.context.semantics.completion == "logical":
             self._arrived.clear()  # nobody asks
         self.decoder.begin(step)
-        self._times.own_ns += time.perf_counter_ns() - self._start
+        self._times.begin_ns = time.perf_counter_ns() - self._start
 
     def own(self, layer: int, tokens: int) -> None:
         """See Device. The host reads the router's choice, as an engine does that looks experts up there."""
@@ -172,7 +193,7 @@ class RealDevice:
                 "the mini-runtime carries experts as they are stored; copies of fewer bits are simulated only"
             )
         self._slot[key] = slot = self._take()
-        self.link.ask(Transfer(key, slot, self.sizes.slot_bytes, urgent))
+        self._ask(Transfer(key, slot, self.sizes.slot_bytes, urgent))
 
     def hurry(self, key: int) -> None:
         """See Device."""
@@ -216,13 +237,15 @@ class RealDevice:
         for key in range(base, base + self.context.num_experts):
             if not fixed_K[key]:
                 self._slot[key] = slot = self._take()
-                self.link.ask(Transfer(key, slot, self.sizes.slot_bytes, urgent=False))
+                self._ask(Transfer(key, slot, self.sizes.slot_bytes, urgent=False))
 
     def experts(self, layer: int, work: LayerWork) -> None:
         """See Device."""
         assert work.ids_TK is not None
         before = self._times.stall_ns
+        start = time.perf_counter_ns()
         task = self._layer(layer, work.ids_TK)
+        self._times.join_ns += time.perf_counter_ns() - start
         host = self._on_host(work.cpu, task)
         later = self._on_host(work.deferred, task)
         waiting = [w.key for w in (*work.here, *work.coming) if self.link.pending(w.key)]
@@ -247,11 +270,15 @@ class RealDevice:
         self.backing.synchronize()
         now = time.perf_counter_ns()
         times = self._times
-        times.own_ns += now - start
+        times.end_ns = now - start
         times.step_ns, times.cpu_ns = now - self._start, time.thread_time_ns() - self._cpu
         times.arrived_bytes = sum(t.size_bytes for t in self.link.log[self._logged :])
         self.steps.append(times)
         self._keep(logit_TV)
+
+    def _ask(self, transfer: Transfer) -> None:
+        self._times.fetches += 1
+        self.link.ask(transfer)
 
     # -- buffers ------------------------------------------------------------------------------------------------
     def _take(self) -> int:
@@ -280,10 +307,12 @@ class RealDevice:
     def _wait(self) -> None:
         """Until some transfer has ended."""
         start = time.perf_counter_ns()
-        try:
-            self._note(self.link.wait_any())
-        finally:
-            self._times.stall_ns += time.perf_counter_ns() - start
+        came = self.link.wait_any()
+        now = time.perf_counter_ns()
+        self._times.stall_ns += now - start
+        self._times.woke_ns += max(0, now - max(came[-1].end_ns, start))
+        self._times.waits += 1
+        self._note(came)
 
     def _drop_page(self, layer: int) -> None:
         base, fixed_K = layer * self.context.num_experts, self.plan.fixed_LE.reshape(-1)
@@ -331,7 +360,7 @@ class RealDevice:
         while streams and staged < self.context.staging:
             slot = self._take()
             key = streams.pop().key
-            self.link.ask(Transfer(key, slot, self.sizes.slot_bytes, True, self.context.num_keys + key))
+            self._ask(Transfer(key, slot, self.sizes.slot_bytes, True, self.context.num_keys + key))
             staged += 1
         return staged
 
@@ -341,31 +370,38 @@ class RealDevice:
         out_NH = expert_out(self.decoder.normed_TH[task.token_R[begin:end]], *self.memory.weights[slot])
         task.out[task.row_R[begin:end]] = out_NH
         self.backing.computing(slot)
-        self._times.experts_ns += time.perf_counter_ns() - start
+        took = time.perf_counter_ns() - start
+        self.products.append((end - begin, took))
+        self._times.experts_ns += took
 
     def _on_host(self, work: list[Work], task: _Layer) -> Future[Any] | None:
         """Experts that the host computes, beside the rest: a thread with their weights in host memory."""
         if not work:
             return None
+        start = time.perf_counter_ns()
         torch = self.decoder.torch
         choices = [self._choices(task, one) for one in work]
         x_TH = self.decoder.normed_TH.to("cpu")
         weights = [self.backing.host_weights(one.key) for one in work]
         if any(w is None for w in weights):
             raise BadInput(
-                f"policies.offload computes experts on the CPU, but the link {self.backing.kind} has their weights on a "
-                "disk, which computes nothing. Use --link memory or cuda"
+                f"policies.offload computes experts on the CPU, but the link {self.backing.kind} has their weights on "
+                "a disk, which computes nothing. Use --link memory or cuda"
             )
 
         def run() -> Any:
             out = torch.zeros((task.ids_TK.size, self.sizes.hidden), dtype=x_TH.dtype)
             for rows, pair in zip(choices, weights, strict=True):
                 assert pair is not None
+                begin = time.perf_counter_ns()
                 tokens = torch.from_numpy(rows // task.ids_TK.shape[1])
                 out[torch.from_numpy(rows)] = expert_out(x_TH[tokens], *pair)
+                self.host_products.append((len(rows), time.perf_counter_ns() - begin))
             return out
 
-        return self._host.submit(run)
+        future = self._host.submit(run)
+        self._times.sync_ns += time.perf_counter_ns() - start
+        return future
 
     def _choices(self, task: _Layer, one: Work) -> AnyArray:
         """An expert may be shared between now and one layer later: the first rows that nobody has taken yet."""
@@ -381,8 +417,11 @@ class RealDevice:
         out = task.out
         if host is not None:
             start = time.perf_counter_ns()
-            out = out + host.result().to(out.device)
+            found = host.result()
             self._times.stall_ns += time.perf_counter_ns() - start
+            start = time.perf_counter_ns()
+            out = out + found.to(out.device)
+            self._times.sync_ns += time.perf_counter_ns() - start
         start = time.perf_counter_ns()
         tokens, top_k = task.ids_TK.shape
         weight = self._step.weight_TLK
@@ -393,7 +432,7 @@ class RealDevice:
             mixed = mixed + self._late_result(tokens, top_k)
         self._late = None if later is None else (later, weight_TK)
         decoder.x_TH = decoder.x_TH + mixed
-        self._times.experts_ns += time.perf_counter_ns() - start
+        self._times.join_ns += time.perf_counter_ns() - start
 
     def _late_result(self, tokens: int, top_k: int) -> Any:
         """What the layer before left to the host."""
@@ -458,9 +497,9 @@ class RealDevice:
 
 @dataclass(slots=True)
 class _Layer:
-    """A layer whose experts are being computed. out: [T * K, H], a row a choice. order_R: numbers of the choices, expert
-    after expert, begin_E where each expert's begin; row_R, token_R: the same on the device, and the tokens they are
-    of. taken: choices given to the host, by key."""
+    """A layer whose experts are being computed. out: [T * K, H], a row a choice. order_R: numbers of the choices,
+    expert after expert, begin_E where each expert's begin; row_R, token_R: the same on the device, and the tokens they
+    are of. taken: choices given to the host, by key."""
 
     layer: int
     ids_TK: AnyArray

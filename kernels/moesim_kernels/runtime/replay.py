@@ -68,8 +68,8 @@ def make_replay(
     source: RoutingSource, sizes: ModelSizes, batch: int, steps: int, first: int = 0, prompt: int = 0
 ) -> Replay:
     """`steps` steps of `batch` lanes. A lane that has ended its sequence takes the next one, beginning with number
-    `first`; `prompt` first tokens of each are one step of their own. Raises BadInput where the sequences run out, or one
-    is longer than the model's context."""
+    `first`; `prompt` first tokens of each are one step of their own. Raises BadInput where the sequences run out, or
+    one is longer than the model's context."""
     feed = _Feed(source, sizes, first, prompt)
     lanes: list[_Lane] = [feed.next() for _ in range(batch)]
     out: list[StepRoutes] = []

@@ -148,6 +148,12 @@ class RealRun:
     remark: str
     transfers: list[tuple[int, int, int, int, bool]] = field(default_factory=list)
     """(bytes, asked, start, end in ns, urgent) of each"""
+    products: list[tuple[int, int]] = field(default_factory=list)
+    """(rows, ns) of each expert's product"""
+    host_products: list[tuple[int, int]] = field(default_factory=list)
+    products: list[tuple[int, int]] = field(default_factory=list)
+    """(rows, ns) of each expert's product"""
+    host_products: list[tuple[int, int]] = field(default_factory=list)
     logits: list[Any] | None = None
     seconds: float = 0.0
 
@@ -194,9 +200,17 @@ def run_real(
     log = [(t.size_bytes, t.asked_ns, t.start_ns, t.end_ns, t.urgent) for t in device.link.log]
     assert driver.events is not None
     return RealRun(
-        driver, device.steps, driver.events, device.digest, backing.remark, log, device.logits,
-        time.perf_counter() - start,
-    )  # fmt: skip
+        driver=driver,
+        steps=device.steps,
+        events=driver.events,
+        digest=device.digest,
+        remark=backing.remark,
+        transfers=log,
+        products=device.products,
+        host_products=device.host_products,
+        logits=device.logits,
+        seconds=time.perf_counter() - start,
+    )
 
 
 def _forget(decoder: Decoder, replay: Replay, number: int) -> None:

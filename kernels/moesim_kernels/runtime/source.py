@@ -15,7 +15,7 @@ from moesim_kernels.runtime.errors import NoRoom, ReadFailed
 from moesim_kernels.runtime.sizes import ALIGN
 from moesim_kernels.runtime.weights import WeightFile
 
-__all__ = ["DiskSource", "MemorySource", "Source", "free_bytes", "open_source", "page_buffer"]
+__all__ = ["DiskSource", "MemorySource", "Source", "free_bytes", "page_buffer"]
 
 _LEFT_SHARE = 0.01  # of a file that may stay in memory after the advice to drop it
 

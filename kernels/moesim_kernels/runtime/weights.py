@@ -134,7 +134,8 @@ def _packed(values: Any, sizes: ModelSizes) -> bytes:
     if sizes.dtype == "float32":
         return single.tobytes()
     bits = single.view("<u4")
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
+    rounded: bytes = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
+    return rounded
 
 
 def write_weights(path: Path, sizes: ModelSizes, seed: int, told: Callable[[int, int], None] | None = None) -> None:
@@ -204,7 +205,7 @@ def _put(file: Any, offset: int, data: bytes) -> None:
 
 
 def open_weights(path: Path) -> WeightFile:
-    """The facts of a file, each compared with what its sizes imply. Raises BadInput; takes no memory but the index's."""
+    """The facts of a file, each compared with what its sizes imply. Raises BadInput; only the index takes memory."""
     try:
         with path.open("rb") as file:
             facts = os.fstat(file.fileno())
