@@ -68,8 +68,8 @@ class Play:
             self.touches.setdefault(self.group(key), []).append(key)
             self.entered[key] = -1
         out, evictions = [], 0
-        for self.now, (self.step, call) in enumerate(self.calls):
-            self.call = call
+        for now, (step, call) in enumerate(self.calls):
+            self.now, self.step, self.call = now, step, call
             for key in call:
                 self.touches.setdefault(self.group(key), []).append(key)
             kinds = {key: "hit" for key in call if key in self.there.get(self.group(key), [])}

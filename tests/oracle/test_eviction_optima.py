@@ -182,7 +182,5 @@ def test_a_hand_worked_case():
 def test_cold_touches_are_hits_only_where_the_semantics_say_so():
     ids = np.array([0, 1, 2, 0])[:, None, None]
     lru = load_policy("eviction", "lru")
-    rates = [
-        replay(chunks(ids), lru, 4, 2, semantics=CacheSemantics(cold=cold)).hit_rate for cold in ("miss", "hit")
-    ]
+    rates = [replay(chunks(ids), lru, 4, 2, semantics=CacheSemantics(cold=cold)).hit_rate for cold in ("miss", "hit")]
     assert rates == [0.0, 0.5]  # 0 and 1 come into free room; 2 is a first touch, too, but evicts
