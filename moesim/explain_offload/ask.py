@@ -73,9 +73,7 @@ class Base:
         self.ask = ask
         self._file = Path(ask.device) if ask.device.endswith((".yaml", ".yml")) else None
         if self._file is None and ask.model is None:
-            raise BadInput(
-                Problem("--device", f"{ask.device} is no scenario file, so --model must be given beside it")
-            )
+            raise BadInput(Problem("--device", f"{ask.device} is no scenario file, so --model must be given beside it"))
 
     def scenario(self, changes: Sequence[str], size: Size, seed: int) -> Scenario:
         """With `changes` (`key=value`) on top of what was asked."""

@@ -55,7 +55,11 @@ def evictions() -> list[Candidate]:
     for eviction in ("lru", "lfu", "lfru"):
         for pooled in (False, True):
             where = "one cache for all layers" if pooled else "a cache a layer"
-            changes = ("policies.offload=cached", f"policies.eviction={eviction}", f"tiers.pooled={str(pooled).lower()}")
+            changes = (
+                "policies.offload=cached",
+                f"policies.eviction={eviction}",
+                f"tiers.pooled={str(pooled).lower()}",
+            )
             out.append(Candidate(CACHE, "cached", f"{where}, {eviction}", changes))
     return out
 
