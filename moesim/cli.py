@@ -23,6 +23,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from moesim import __version__
 from moesim.cli_common import PluginOption, SetOption, load_plugins, show_notes
+from moesim.cli_offload import offload
 from moesim.cli_placement import explain, place
 from moesim.errors import BadInput, Infeasible, MoesimError, Problem
 
@@ -239,6 +240,7 @@ def compare(
         raise typer.Exit(Infeasible.exit_code)
 
 
+explain.command()(offload)
 app.add_typer(explain, name="explain")
 app.command()(place)
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moesim.compare import Comparison, Entry, compare
-from moesim.errors import Infeasible
+from moesim.errors import BadInput, Infeasible, Problem
 from moesim.explain_offload.ask import Ask
 from moesim.explain_offload.candidates import BUFFERS, RESIDENT, Candidate, kinds, prefetches
 from moesim.explain_offload.play import Played, Player
+from moesim.policy import did_you_mean, policy_kinds
 from moesim.scenario.load import Scenario
 
 __all__ = ["FIGURES", "Answer", "WhatIf", "explain_offload"]
@@ -57,8 +58,12 @@ class Answer:
         return self.chosen.candidate.kind == "none"
 
 
-def explain_offload(ask: Ask, progress: Callable[[str], None] | None = None) -> Answer:
+def explain_offload(ask: Ask, progress: Callable[[float], None] | None = None) -> Answer:
     """Raises BadInput where the deployment cannot be read, Infeasible where nothing runs."""
+    unknown = [kind for kind in ask.kinds if kind not in policy_kinds("offload")]
+    if unknown:
+        told = did_you_mean(unknown[0], policy_kinds("offload"))
+        raise BadInput(Problem("--kind", f"unknown kind of offload {unknown[0]!r}.{told}"))
     player = Player(ask, progress)
     resident = player.play(RESIDENT, ask.short, ask.seed)
     if resident.summary is not None and (not ask.kinds or "none" in ask.kinds):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moesim.errors import BadInput, Problem
-from moesim.scenario.load import Scenario, load_scenario, scenario_from_dict
+from moesim.scenario.files import find_named
+from moesim.scenario.load import Scenario, load_profile, load_scenario, scenario_from_dict
 
 __all__ = ["Ask", "Base", "Size"]
 
-_SHORT_OUTPUT = 96
+_SHORT_OUTPUT = 64
 """output tokens of a request while candidates are tried"""
 _LONG_TOKENS = 2400
 """output tokens of the runs that figures are taken from, at least four requests"""
@@ -78,22 +80,46 @@ class Base:
     def scenario(self, changes: Sequence[str], size: Size, seed: int) -> Scenario:
         """With `changes` (`key=value`) on top of what was asked."""
         ask = self.ask
-        own = [
-            'requests={"format": "closed_loop", "concurrency": %d, "num_requests": %d, "prompt_tokens": %d,'
-            ' "output_tokens": %d}' % (ask.concurrency, size.requests, size.prompt, size.output),
-            "routing.fidelity=token",
-            f"tiers.kv_tokens={ask.kv_tokens}",
-            f"engine.max_num_seqs={ask.concurrency}",
-        ]
+        requests = {
+            "format": "closed_loop", "concurrency": ask.concurrency, "num_requests": size.requests,
+            "prompt_tokens": size.prompt, "output_tokens": size.output,
+        }  # fmt: skip
         given: dict[str, Any] = {
-            "tiers.vram": None if ask.vram_gib is None else f"{ask.vram_gib} GiB",
-            "tiers.dram": None if ask.dram_gib is None else f"{ask.dram_gib} GiB",
-            "tiers.home": ask.home,
-            "routing.path": None if ask.trace is None else str(ask.trace.resolve()),
+            "requests": json.dumps(requests),
+            "routing.fidelity": "token",
+            "engine.max_num_seqs": ask.concurrency,
+            "routing.path": None if ask.trace is None else ask.trace.resolve(),
+            **(self._whole() if "policies.offload=none" in changes else self._tiers()),
         }
-        own += [f"{key}={value}" for key, value in given.items() if value is not None]
+        own = [f"{key}={value}" for key, value in given.items() if value is not None]
         if self._file is not None:
             named = [] if ask.model is None else [f"model={ask.model}"]
             return load_scenario(self._file, (*named, *own, *changes, *ask.overrides), seed)
         data: dict[str, Any] = {"name": "explain", "model": ask.model, "cluster": {"device": ask.device}}
         return scenario_from_dict(data, Path.cwd(), (*own, *changes, *ask.overrides), seed)
+
+    def _tiers(self) -> dict[str, Any]:
+        ask = self.ask
+        return {
+            "tiers.kv_tokens": ask.kv_tokens,
+            "tiers.vram": None if ask.vram_gib is None else f"{ask.vram_gib} GiB",
+            "tiers.dram": None if ask.dram_gib is None else f"{ask.dram_gib} GiB",
+            "tiers.home": ask.home,
+        }
+
+    def _whole(self) -> dict[str, Any]:
+        """No tiers: the device holds all, in the same memory."""
+        ask = self.ask
+        if ask.vram_gib is None:
+            return {"tiers": "null"}
+        if self._file is None:
+            memory = load_profile(find_named(ask.device, "hw_profiles", Path.cwd(), "--device", "device")).memory_bytes
+        else:
+            named = () if ask.model is None else (f"model={ask.model}",)
+            changes = (*named, "tiers=null", "policies.offload=none", *ask.overrides)
+            memory = load_scenario(self._file, changes).cluster.profile.memory_bytes
+        if ask.vram_gib * 2**30 > memory:
+            raise BadInput(
+                Problem("--vram", f"{ask.vram_gib:g} GiB is more than {ask.device} has: {memory / 2**30:g} GiB")
+            )
+        return {"tiers": "null", "engine.gpu_memory_utilization": f"{ask.vram_gib * 2**30 / memory:.9f}"}

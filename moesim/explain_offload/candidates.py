@@ -67,12 +67,11 @@ def evictions() -> list[Candidate]:
 def prefetches(cache: Candidate) -> list[Candidate]:
     """A cache with each prefetch that learns from recorded routing. A gate that looks ahead, or a trained predictor,
     needs a recall that no trace holds, so they are not tried."""
-    out = [
+    return [
         cache.plus(f"prefetch by {kind}, {ahead} ahead", f'policies.prefetch={{"kind": "{kind}", "ahead": {ahead}}}')
         for kind, depths in (("markov", (1, 2, 4)), ("previous_token", (1, 2)), ("trace_matching", (2,)))
         for ahead in depths
     ]
-    return out
 
 
 BUFFERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (

@@ -14,6 +14,8 @@ from moesim.simulate import RunResult, simulate
 
 __all__ = ["Played", "Player"]
 
+_USUAL_RUNS = 48
+
 
 @dataclass(frozen=True, slots=True)
 class Played:
@@ -40,7 +42,8 @@ class Played:
 class Player:
     """Remembers what it played."""
 
-    def __init__(self, ask: Ask, progress: Callable[[str], None] | None = None) -> None:
+    def __init__(self, ask: Ask, progress: Callable[[float], None] | None = None) -> None:
+        """progress: is told the share that is done, by the number of runs that a search usually takes."""
         self.base = Base(ask)
         self._told = progress or (lambda _: None)
         self._known: dict[tuple[tuple[str, ...], Size, int], Played] = {}
@@ -50,9 +53,9 @@ class Player:
         """Simulate it. Raises BadInput where the deployment itself cannot be read."""
         key = (tuple(sorted(candidate.changes)), size, seed)
         if key not in self._known:
-            self._told(candidate.label)
-            self.runs += 1
             self._known[key] = self._play(candidate, size, seed)
+            self.runs += 1
+            self._told(min(self.runs / _USUAL_RUNS, 1.0))
         found = self._known[key]
         return Played(candidate, found.summary, found.observation, found.reasons, found.warnings, found.scenario_hash)
 

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from heapq import heapify, heappop, heappush
 from typing import Any
 
-from moesim.arrays import IntArray
+import numpy as np
+
+from moesim.arrays import AnyArray, IntArray
 from moesim.offload import StepRoutes
 
-__all__ = ["HeapEviction", "RankedEviction", "Recency"]
+__all__ = ["ArrayEviction", "HeapEviction", "RankedEviction", "Recency"]
 
 
 class RankedEviction:
@@ -108,28 +110,69 @@ class HeapEviction(RankedEviction):
         return found
 
 
-class Recency:
-    """When keys were last touched, as a running number: every use is a touch, and so is entering without having been
-    asked for in this call (prefetched, or there at the start). Touches are never equal, so they break every tie."""
+class ArrayEviction(RankedEviction):
+    """A RankedEviction whose ranks are arrays over keys, for ranks that change with every call."""
 
-    def __init__(self, num_keys: int) -> None:
-        self.last = [0] * num_keys
+    def __init__(self, group_K: IntArray) -> None:
+        super().__init__(group_K)
+        self._keys_G = [np.flatnonzero(group_K == group) for group in range(len(self._members))]
+        self._there_K = np.zeros(len(group_K), bool)
+
+    def ranks(self, key_M: IntArray, now: int) -> tuple[AnyArray, ...]:
+        """Worth of keys, the most significant part first, each part an array [M]; of equals the lower key leaves."""
+        raise NotImplementedError
+
+    def rank(self, key: int, now: int) -> tuple[float, ...]:
+        """See RankedEviction."""
+        return tuple(part.item() for part in self.ranks(np.array([key]), now))
+
+    def members(self, group: int) -> IntArray:
+        """Keys of a group that are in the cache, ascending."""
+        keys = self._keys_G[group]
+        there: IntArray = keys[self._there_K[keys]]
+        return there
+
+    def loaded(self, key: int, now: int, prefetched: bool) -> None:
+        """See Eviction."""
+        self._there_K[key] = True
+
+    def evicted(self, key: int) -> None:
+        """See Eviction."""
+        self._there_K[key] = False
+
+    def victim(self, group: int, incoming: int, now: int, evictable: Callable[[int], bool]) -> int | None:
+        """See Eviction."""
+        key_M = self.members(group)
+        order_M = np.lexsort((key_M, *reversed(self.ranks(key_M, now))))
+        return next((key for key in key_M[order_M].tolist() if evictable(key)), None)
+
+
+class Recency:
+    """When keys were last touched, as a running number of their group: every use is a touch, and so is entering without
+    having been asked for in this call (prefetched, or there at the start). Touches of a group are never equal, so they
+    break every tie."""
+
+    def __init__(self, group_K: IntArray) -> None:
+        self._group: list[int] = group_K.tolist()
+        self.last_K = [0] * len(self._group)
         """number of the last touch of each key; 0: never"""
-        self._call = [-2] * num_keys
-        self._clock = 0
+        self.clock_G = [0] * (max(self._group, default=0) + 1)
+        """touches of each group so far"""
+        self._call_K = [-2] * len(self._group)
 
     def used(self, key: int, now: int) -> None:
         """A look-up asked for `key`."""
-        self._call[key] = now
+        self._call_K[key] = now
         self._touch(key)
 
     def loaded(self, key: int, now: int, prefetched: bool) -> bool:
         """`key` has entered. Returns whether it did because this call asked for it."""
-        missed = not prefetched and self._call[key] == now
+        missed = not prefetched and self._call_K[key] == now
         if not missed:
             self._touch(key)
         return missed
 
     def _touch(self, key: int) -> None:
-        self._clock += 1
-        self.last[key] = self._clock
+        group = self._group[key]
+        self.clock_G[group] += 1
+        self.last_K[key] = self.clock_G[group]

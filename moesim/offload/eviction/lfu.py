@@ -31,11 +31,11 @@ class _Lfu(HeapEviction):
         super().__init__(context.group_K)
         self._forget = forget
         self._count = [0] * context.num_keys
-        self._recency = Recency(context.num_keys)
+        self._recency = Recency(context.group_K)
 
     def rank(self, key: int, now: int) -> tuple[int, int]:
         """Uses, then the last touch."""
-        return self._count[key], self._recency.last[key]
+        return self._count[key], self._recency.last_K[key]
 
     def used(self, key: int, now: int) -> None:
         """See Eviction."""

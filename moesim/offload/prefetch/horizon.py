@@ -53,6 +53,11 @@ class Policy(Spec):
             raise ValueError(f"parameters of {self.inner}: {at}: {first['msg']}") from error
         return self
 
+    @property
+    def oracle(self) -> bool:
+        """See Limited: as the inner policy."""
+        return bool(self.named().oracle)
+
     def named(self) -> Any:
         """The inner policy."""
         return import_module(f"moesim.offload.prefetch.{self.inner}").Policy.model_validate(self.parameters)

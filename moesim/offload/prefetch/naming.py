@@ -31,6 +31,9 @@ class Limited(Spec):
     told what the cache holds.
     """
 
+    oracle: ClassVar[bool] = False
+    """names what it could not know by looking at routes to come, through its stated accuracy alone"""
+
     limit: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     limit_bytes: Annotated[int, Field(ge=1, le=1 << 50)] | None = None
 

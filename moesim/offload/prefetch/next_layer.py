@@ -7,7 +7,7 @@ distance, the other names by popularity. Nothing is known of the first layer, wh
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -29,6 +29,8 @@ class Policy(Limited):
     takes. wrong: how the wrong ones are drawn: a stale gate errs towards experts that are often near the top, so by
     popularity.
     """
+
+    oracle: ClassVar[bool] = True
 
     recall: _Shares = (0.85, 0.81, 0.775, 0.735)
     ahead: Annotated[int, Field(ge=1, le=512)] = 1

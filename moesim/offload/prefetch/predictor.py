@@ -28,6 +28,8 @@ class Policy(Limited):
     wrong: how the wrong ones are drawn: by popularity as a trained network errs, or uniformly.
     """
 
+    oracle: ClassVar[bool] = True
+
     accuracy: Annotated[float, Field(ge=0, le=1)] = 0.847
     ahead: Annotated[int, Field(ge=1, le=512)] | None = 1
     before_step: bool = False

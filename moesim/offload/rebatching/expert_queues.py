@@ -40,8 +40,8 @@ class Policy(Spec):
 
 def queue_of(step: StepRoutes, num_experts: int) -> IntArray:
     """The queue [T] of each token: the expert that it uses most, the lowest of equals; num_experts: it uses none."""
-    tokens = len(step.expert_TLK)
-    ids = np.minimum(np.asarray(step.expert_TLK, np.int64), num_experts).reshape(tokens, -1)
+    tokens, layers, choices = step.expert_TLK.shape
+    ids = np.minimum(np.asarray(step.expert_TLK, np.int64), num_experts).reshape(tokens, layers * choices)
     count_TE = np.zeros((tokens, num_experts + 1), np.int64)
     np.add.at(count_TE, (np.arange(tokens)[:, None], ids), 1)
     most_T = np.argmax(count_TE[:, :num_experts], axis=1)

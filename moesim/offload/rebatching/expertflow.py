@@ -79,7 +79,7 @@ def route_vectors(step: StepRoutes, num_experts: int, accuracy: float, seed: int
         if accuracy < 1:
             ids = draw_named(step, layer, accuracy, choices, uniform_E, seed, "rebatching/expertflow")
         np.put_along_axis(out[:, layer], ids, True, axis=1)
-    return out[:, :, :num_experts].reshape(tokens, -1)
+    return out[:, :, :num_experts].reshape(tokens, layers * num_experts)
 
 
 def active(route_TX: BoolArray) -> int:
