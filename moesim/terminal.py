@@ -269,11 +269,10 @@ def _tiers(console: Console, found: dict[str, Any]) -> None:
             why = ", ".join(f"{_size(size)} {reason.replace('_', ' ')}" for reason, size in moved.items())
             text = f"{label}: {why}; {_size(cache['bytes_per_token'][lane])} a token"
             _say(console, f"{text}, link busy {_percent(cache['link_busy_share'][lane])} of the time")
-    text = f"waiting for experts' weights: {_number(cache['stall_ms_per_step'])} ms a step"
-    _say(
-        console,
-        f"{text}, {_number(cache['stall_ms_per_token'])} ms a token; one takes {_number(cache['fetch']['ms'])} ms",
-    )
+    if cache["stall_ms_per_step"]:
+        text = f"waiting for experts' weights: {_number(cache['stall_ms_per_step'])} ms a step, "
+        text += f"{_number(cache['stall_ms_per_token'])} ms a token; an expert's way takes "
+        _say(console, f"{text}{_number(cache['fetch']['ms'])} ms")
     ahead = cache["prefetch"]
     if ahead:
         text = f"prefetched: {ahead['asked']:,} experts, {ahead['cancelled']:,} given up"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import groupby
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +12,7 @@ from moesim.cost.offload_setup import Offload, RankPlan
 from moesim.cost.offloaded import COUNTERS, OffloadDetail, OffloadedPricer
 from moesim.cost.pricer import Run
 from moesim.hardware import GRADES
+from moesim.offload import fast
 from moesim.offload.cache import ExpertCache
 from moesim.offload.drive import Event
 from moesim.offload.eviction.belady import Policy as Belady
@@ -173,28 +173,61 @@ def _bound(
 
 def hit_bounds(rank: RankPlan, events: list[Event]) -> tuple[IntArray, int, int]:
     """Hits of MIN and of MIN with bypass [2] on the look-ups of one rank (experts that the CPU computed apart), bytes
-    that the latter misses, and look-ups. Caches start as the plan's did."""
-    calls = [
-        [event.key for event in call if event.kind != "cpu"]
-        for _, call in groupby(events, key=lambda event: (event.step, event.layer))
-    ]
+    that the latter misses, and look-ups. Caches start as the plan's did, and keep what a call found until it is over.
+    """
+    asked = [event for event in events if event.kind != "cpu"]
+    key_N = np.array([event.key for event in asked], np.int64)
+    place = np.array([(event.step, event.layer) for event in asked], np.int64).reshape(-1, 2)
+    new_N = np.ones(len(asked), bool)
+    new_N[1:] = (place[1:] != place[:-1]).any(axis=1)
+    call_N = np.cumsum(new_N) - 1
+    size_K = rank.context.size_K
+    if len(np.unique(size_K)) > 1:
+        return _replayed(rank, key_N, call_N)
+    fixed_N = rank.plan.fixed_LE.reshape(-1)[key_N]
+    group_N = rank.context.group_K[key_N]
+    hits = np.full(2, int(fixed_N.sum()), np.int64)
+    for group, capacity in enumerate(rank.plan.capacity_G.tolist()):
+        mine = (group_N == group) & ~fixed_N
+        look_ups, before = _look_ups(rank, group, key_N[mine], call_N[mine])
+        for number, bypass in enumerate((False, True)):
+            found = fast.found(look_ups, capacity // int(size_K[0]), "opt", bypass=bypass)
+            hits[number] += int(found[before:].sum())
+    return hits, (len(asked) - int(hits[1])) * int(size_K[0]), len(asked)
+
+
+def _look_ups(rank: RankPlan, group: int, key_N: IntArray, call_N: IntArray) -> tuple[fast.LookUps, int]:
+    """Those of one group, after one call for each expert that is in its cache at the start; how many these are."""
+    context, plan = rank.context, rank.plan
+    there = (plan.initial_LE & ~plan.fixed_LE).reshape(-1) & (context.group_K == group)
+    start = np.flatnonzero(there)
+    first = 0 if context.semantics.pooled else group * context.num_experts
+    ids = np.concatenate([start, key_N]) - first
+    call = np.concatenate([np.arange(len(start)), call_N + len(start)])
+    begins = np.flatnonzero(np.diff(call, prepend=-1))
+    call_C = np.append(begins, len(ids)).astype(np.int64)
+    experts = context.num_keys if context.semantics.pooled else context.num_experts
+    return fast.LookUps(ids.astype(np.uint16), call_C, np.array([0, len(begins)], np.int64), experts), len(start)
+
+
+def _replayed(rank: RankPlan, key_N: IntArray, call_N: IntArray) -> tuple[IntArray, int, int]:
+    """The same for experts of several sizes, look-up by look-up (where MIN is no bound in the strict sense)."""
     context, plan = rank.context, rank.plan
     size: list[int] = context.size_K.tolist()
+    ends = np.flatnonzero(np.diff(call_N, append=-1)) + 1
+    calls = [part.tolist() for part in np.split(key_N, ends[:-1])] if len(key_N) else []
     future = Future(calls, context.num_keys)
-    fixed = np.flatnonzero(plan.fixed_LE.reshape(-1)).tolist()
-    initial = [k for k in np.flatnonzero(plan.initial_LE.reshape(-1)).tolist() if not plan.fixed_LE.reshape(-1)[k]]
+    fixed_K = plan.fixed_LE.reshape(-1)
     hits, needed = np.zeros(2, np.int64), 0
     for number, bypass in enumerate((False, True)):
         eviction = Belady().start(replace(context, upcoming=future))
         cache = ExpertCache(context.size_K, context.group_K, plan.capacity_G, eviction, bypass)
-        cache.fix(fixed)
-        cache.place(initial)
+        cache.fix(np.flatnonzero(fixed_K).tolist())
+        cache.place(np.flatnonzero(plan.initial_LE.reshape(-1) & ~fixed_K).tolist())
         needed = 0
         for keys in calls:
             for one in cache.look_up(keys):
-                if one.kind == "hit":
-                    hits[number] += 1
-                else:
-                    needed += size[one.key]
+                hits[number] += one.kind == "hit"
+                needed += 0 if one.kind == "hit" else size[one.key]
             cache.release()
-    return hits, needed, sum(map(len, calls))
+    return hits, needed, len(key_N)

@@ -38,6 +38,7 @@ from moesim.tiers.device import Cpu, DeviceOptions, SimDevice
 from moesim.tiers.group import DeviceGroup, rates_of_one
 from moesim.tiers.links import Links
 from moesim.tiers.memory import Budget, TierUse, budget_of, home_use, require, with_plans
+from moesim.tiers.store import Home, TierStore
 from moesim.tiers_spec import TiersSpec
 from moesim.workload.pool import RoutingSource
 from moesim.workload.requests import RequestStream
@@ -76,6 +77,8 @@ class Offload:
     learned_from: str
     ranks_behind: int = 1
     """devices that each of `ranks` stands for"""
+    dram_bytes: int = 0
+    """host memory for experts of one replica, of each of `ranks_behind` alike"""
 
     @property
     def plan(self) -> OffloadPlan:
@@ -119,12 +122,10 @@ def offload_of(
         if fewer < one.bits_LE.max()
     )
     total = layout.expert_tp * sum(int(size_LE.sum()) for size_LE in stored) + copies
-    plan = ranks[0].plan
-    returns = plan.write_back or not int(plan.capacity_G.sum()) or plan.paged
-    uses = home_use(scenario.cluster, tiers, total, layout.expert_tp * sum(held), returns, sharers)
+    uses = home_use(scenario.cluster, tiers, total, layout.expert_tp * sum(held), sharers)
     return Offload(
         tuple(ranks), memory, tuple(uses), rates, fetch, stored_L, base_bytes, cpu, experts.placed_for,
-        layout.expert_tp,
+        layout.expert_tp, uses[0].capacity // sharers // layout.expert_tp,
     )  # fmt: skip
 
 
@@ -154,9 +155,8 @@ def _budget(scenario: Scenario, layout: Layout, tiers: TiersSpec, slot_bytes: in
 
 
 def _held_bytes(rank: RankPlan) -> int:
-    """Bytes of experts that are on the device at the start and leave nothing at home where that holds no copies."""
-    there = rank.plan.fixed_LE | rank.plan.initial_LE
-    return int(rank.context.size_LE[there & (rank.plan.fixed_LE | rank.plan.write_back)].sum())
+    """Bytes of experts that are on the device at the start."""
+    return int(rank.context.size_LE[rank.plan.fixed_LE | rank.plan.initial_LE].sum())
 
 
 # ---- what policies are told
@@ -301,6 +301,8 @@ def offloaded_pricer(
     links = Links(offload.rates, len(offload.ranks))
     cpu = Cpu()
     options = DeviceOptions(staging=tiers.staging)
+    home = Home(tiers.home, offload.dram_bytes, tiers.host_copies)
+    store = TierStore(links, [one.context.size_K for one in offload.ranks], home, tiers.staging)
     ranks = []
     for number, one in enumerate(offload.ranks):
         context = one.context
@@ -308,7 +310,7 @@ def offloaded_pricer(
             model, dense, full, window, experts.prices, ops, offload.cpu, round(tiers.cpu.sync_us * 1e3),
             offload.stored_L,
         )  # fmt: skip
-        device = SimDevice(times, links, context.size_K, number, options, cpu)
+        device = SimDevice(times, links, context.size_K, number, options, cpu, store)
         cache = ExpertCache(
             context.size_K, context.group_K, one.plan.capacity_G, policies.eviction.start(context),
             tiers.miss == "bypass",
@@ -318,12 +320,25 @@ def offloaded_pricer(
             compressed=one.compressed, precision=policies.precision, keep_events=True,
             reroute=policies.rerouting.start(context, gone_LE(one.compressed)),
         )  # fmt: skip
+        store.place(number, cache.resident())
         ranks.append(Rank(driver, device, times, one.local_LE))
+    store.start(_warm(ranks))
     replay = experts.replay
     window_tokens = max(model.window_of_layer, default=0)
     return OffloadedPricer(
         dense, full, window, ranks, _player(ranks), experts.source, replay, policies.rebatching, window_tokens
     )  # fmt: skip
+
+
+def _warm(ranks: Sequence[Rank]) -> list[tuple[int, int]]:
+    """(rank, expert) in the order in which host memory's cache takes them: those that are not on a device, by
+    popularity."""
+    order: list[tuple[float, int, int]] = []
+    for number, rank in enumerate(ranks):
+        there = set(rank.driver.cache.resident())
+        popularity = rank.driver.context.popularity_LE.reshape(-1).tolist()
+        order += [(-share, number, key) for key, share in enumerate(popularity) if key not in there]
+    return [(number, key) for _, number, key in sorted(order)]
 
 
 def _player(ranks: Sequence[Rank]) -> Callable[[Sequence[StepRoutes]], None]:

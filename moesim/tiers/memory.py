@@ -145,15 +145,10 @@ def with_plans(
     return replace(memory, kv_units=max(0, units))
 
 
-def home_use(
-    cluster: Cluster, tiers: TiersSpec, stored_bytes: int, device_bytes: int, returns: bool, replicas: int
-) -> list[TierUse]:
+def home_use(cluster: Cluster, tiers: TiersSpec, stored_bytes: int, device_bytes: int, replicas: int) -> list[TierUse]:
     """Tiers of one node. stored_bytes: all experts of one replica as stored, copies for misses included. device_bytes:
-    of them on its devices, which need no copy where tiers.host_copies is off. returns: what leaves a device travels
-    back, or nothing leaves. replicas: on a node.
-
-    Raises Infeasible where they do not fit, or where experts would be lost: without host copies what leaves the device
-    has to travel back."""
+    of them on its devices when it starts, which need no copy where tiers.host_copies is off (what leaves a device then
+    travels back). replicas: on a node. Raises Infeasible where they do not fit."""
     node = cluster.node
     dram = node.host_memory_bytes if tiers.dram is None else int(tiers.dram * _GIB)
     if tiers.home == "nvme":
@@ -163,13 +158,6 @@ def home_use(
         return [TierUse("dram", dram, {"expert_cache": min(dram, stored_bytes * replicas)}), nvme]
     kept = stored_bytes if tiers.host_copies else stored_bytes - device_bytes
     host = TierUse("dram", dram, {"experts": kept * replicas})
-    if not tiers.host_copies and not returns:
-        raise Infeasible(
-            [
-                "Without host copies an expert that leaves the device must travel back, and this policy writes nothing "
-                "back. Set tiers.host_copies to true, or use a policy whose experts stay or are written back."
-            ]
-        )
     if host.used > host.capacity:
         mends = ["Set tiers.home to nvme (host memory is then a cache), or model.expert_dtype to a narrower format."]
         if tiers.dram is not None and host.used <= node.host_memory_bytes:

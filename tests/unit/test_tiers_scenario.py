@@ -177,22 +177,20 @@ def test_homes_of_experts(tmp_path: Path) -> None:
     s = tiered(tmp_path, kv_tokens=16)
     assert s.tiers is not None
     stored = 3 * 64 * EXPERT
-    host = home_use(s.cluster, s.tiers, stored, 10 * EXPERT, False, 2)
+    host = home_use(s.cluster, s.tiers, stored, 10 * EXPERT, 2)
     assert [(t.name, t.used) for t in host] == [("dram", 2 * stored)]
     alone = s.tiers.model_copy(update={"host_copies": False})
-    assert home_use(s.cluster, alone, stored, 10 * EXPERT, True, 1)[0].used == stored - 10 * EXPERT
-    with pytest.raises(Infeasible, match="must travel back"):
-        home_use(s.cluster, alone, stored, 10 * EXPERT, False, 1)
+    assert home_use(s.cluster, alone, stored, 10 * EXPERT, 1)[0].used == stored - 10 * EXPERT
     small = s.tiers.model_copy(update={"dram": (stored - 1) / GIB})
     with pytest.raises(Infeasible, match=r"1 are missing. Set tiers.dram"):
-        home_use(s.cluster, small, stored, 0, True, 1)
+        home_use(s.cluster, small, stored, 0, 1)
     drives = small.model_copy(update={"home": "nvme"})
-    cache, nvme = home_use(s.cluster, drives, stored, 0, True, 1)
+    cache, nvme = home_use(s.cluster, drives, stored, 0, 1)
     assert (cache.used, nvme.used) == (stored - 1, stored)
     tight = dataclasses.replace(s.cluster, profile=dataclasses.replace(
         s.cluster.profile, node=dataclasses.replace(s.cluster.node, nvme_bytes=stored - 1)))  # fmt: skip
     with pytest.raises(Infeasible, match="NVMe"):
-        home_use(tight, drives, stored, 0, True, 1)
+        home_use(tight, drives, stored, 0, 1)
 
 
 def test_the_tiny_model_is_what_the_figures_above_say(tmp_path: Path) -> None:
