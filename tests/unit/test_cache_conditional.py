@@ -142,6 +142,32 @@ def test_parameters_are_checked(value):
         load_policy("rerouting", {"kind": "cache_conditional"} | value)
 
 
+@pytest.mark.parametrize("kind", [k for k in policy_kinds("rerouting") if k != "none"])
+@pytest.mark.parametrize("seed", range(5))
+def test_routes_are_k_distinct_experts_that_exist(kind, seed):
+    rng = np.random.default_rng(seed)
+    experts, tokens = int(rng.integers(4, 20)), 50
+    gone = np.zeros((1, experts), bool)
+    gone[0, rng.permutation(experts)[: experts - 3]] = True
+    score = rng.normal(0, 2, (tokens, 1, experts))
+    for gone_LE in (None, gone):
+        policy, step = load_policy("rerouting", kind), routes(score)
+        there = rng.random(experts) < 0.5
+        states = [policy.start(context(experts=experts), gone_LE) for _ in range(2)]
+        ids, gate = states[0].routes(step, 0, there)
+        again, _ = states[1].routes(step, 0, there)
+        assert (ids == again).all()
+        assert ids.min() >= 0
+        assert ids.max() < experts
+        assert (ids[:, 0] != ids[:, 1]).all()
+        np.testing.assert_allclose(gate.sum(axis=1), 1)
+        assert gone_LE is None or not gone[0, ids].any()
+        if kind == "cache_conditional":  # nothing is preferred where nothing, or everything, is there
+            for everywhere in (np.zeros(experts, bool), np.ones(experts, bool)):
+                fresh = policy.start(context(experts=experts)).routes(step, 0, everywhere)[0]
+                assert (fresh == step.expert_TLK[:, 0]).all()
+
+
 # ---- in the driver
 
 
