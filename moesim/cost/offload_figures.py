@@ -100,11 +100,8 @@ def _share(part: float, whole: float) -> float | None:
 
 
 def _bytes(moved_XR: IntArray) -> dict[str, dict[str, int]]:
-    """By link and reason, what there was."""
-    return {
-        lane: {reason: int(moved_XR[x, r]) for r, reason in enumerate(REASONS) if moved_XR[x, r]}
-        for x, lane in enumerate(LANES)
-    }
+    """By link and reason."""
+    return {lane: {reason: int(moved_XR[x, r]) for r, reason in enumerate(REASONS)} for x, lane in enumerate(LANES)}
 
 
 def _prefetch(count: dict[str, int], moved_XR: IntArray) -> dict[str, Any] | None:
