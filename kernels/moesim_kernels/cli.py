@@ -1,8 +1,10 @@
-"""The verbs `calibrate` and `profile`, found by moesim's command line through the entry-point group moesim.commands."""
+"""The verbs `calibrate`, `profile` and `runtime`, found by moesim's command line through the entry-point group
+moesim.commands."""
 
 from __future__ import annotations
 
 from moesim_kernels.calibrate.command import calibrate
 from moesim_kernels.profiles.command import profile
+from moesim_kernels.runtime.command import runtime
 
-__all__ = ["calibrate", "profile"]
+__all__ = ["calibrate", "profile", "runtime"]

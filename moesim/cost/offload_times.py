@@ -24,6 +24,9 @@ from moesim.tiers_spec import CpuSpec
 
 __all__ = ["CpuPrices", "OffloadTimes", "Pass"]
 
+_FEW = 16
+"""experts of a product that is remembered by its rows"""
+
 
 class Pass(NamedTuple):
     """One pass of some of a step's tokens through the layers. tokens: after padding. decoding, context,
@@ -116,6 +119,8 @@ class OffloadTimes:
         self._host = _sum([p for p in blocks["first"] if p.operator == "host"], len(dense.total_N))
         self._own: dict[int, list[int]] = {}
         self._known: dict[tuple[float, float, float, int], int] = {}
+        self._few: dict[tuple[float, ...], int] = {}
+        """products over few experts, by what decides them: asked for again and again while experts arrive"""
         self._now = Pass(0, 0, 0, 0, 0)
         self._others_L: Sequence[int] = ()
         self._full_ns = self._window_ns = 0
@@ -154,9 +159,18 @@ class OffloadTimes:
 
     def gpu_ns(self, layer: int, rows: Sequence[int]) -> int:
         """See LayerTimes. A grouped product over a part of a layer's experts, as `ExpertPrices` prices all of them."""
-        work = float(self._ops.moe_work(np.array(rows), self._shape.dtype).sum())
         others = self._others_L[layer] if self._others_L else 0
-        key = (float(sum(rows)), len(rows) * self._stored[layer], work, others)
+        few = (self._stored[layer], others, *sorted(rows)) if len(rows) <= _FEW else None
+        found = self._few.get(few) if few is not None else None
+        if found is None:
+            found = self._product_ns(rows, self._stored[layer], others)
+            if few is not None:
+                self._few[few] = found
+        return found
+
+    def _product_ns(self, rows: Sequence[int], stored: float, others: int) -> int:
+        work = float(self._ops.moe_work(np.array(rows), self._shape.dtype).sum())
+        key = (float(sum(rows)), len(rows) * stored, work, others)
         found = self._known.get(key)
         if found is None:
             priced = self._ops.moe(*key, self._shape)

@@ -20,7 +20,7 @@ from moesim.scenario.load import Scenario
 __all__ = ["FIGURES", "Answer", "WhatIf", "explain_offload"]
 
 FIGURES = ("output_tok_per_s", "tpot_p50_ms", "ttft_p50_ms")
-_MOST_FINAL = 6
+_MOST_FINAL = 5
 _NEAR = 0.05
 """candidates so near to the best short run are run long, too"""
 
@@ -148,7 +148,7 @@ def _what_if(ask: Ask, player: Player, chosen: Candidate, scenario: Scenario) ->
         usable = scenario.cluster.profile.memory_bytes * scenario.engine.gpu_memory_utilization / 2**30
     asked: list[tuple[str, tuple[str, ...]]] = [
         (f"{usable * share:.1f} GiB of device memory", (f"tiers.vram={usable * share:.6g} GiB",))
-        for share in (0.75, 1.25, 1.5)
+        for share in (0.75, 1.5)
     ]
     node = scenario.cluster.node
     twice = node.pcie_bytes_per_s * 2 / 1e9

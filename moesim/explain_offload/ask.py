@@ -14,7 +14,7 @@ from moesim.scenario.load import Scenario, load_profile, load_scenario, scenario
 
 __all__ = ["Ask", "Base", "Size"]
 
-_SHORT_OUTPUT = 64
+_SHORT_OUTPUT = 48
 """output tokens of a request while candidates are tried"""
 _LONG_TOKENS = 2400
 """output tokens of the runs that figures are taken from, at least four requests"""

@@ -52,15 +52,10 @@ def kinds(concurrency: int) -> list[Candidate]:
 def evictions() -> list[Candidate]:
     """Caches of experts that fetch what they miss."""
     out = []
-    for eviction in ("lru", "lfu", "lfru"):
-        for pooled in (False, True):
-            where = "one cache for all layers" if pooled else "a cache a layer"
-            changes = (
-                "policies.offload=cached",
-                f"policies.eviction={eviction}",
-                f"tiers.pooled={str(pooled).lower()}",
-            )
-            out.append(Candidate(CACHE, "cached", f"{where}, {eviction}", changes))
+    for eviction, pooled in (("lru", False), ("lfu", False), ("lfru", False), ("lfu", True)):
+        where = "one cache for all layers" if pooled else "a cache a layer"
+        changes = ("policies.offload=cached", f"policies.eviction={eviction}", f"tiers.pooled={str(pooled).lower()}")
+        out.append(Candidate(CACHE, "cached", f"{where}, {eviction}", changes))
     return out
 
 
@@ -69,13 +64,13 @@ def prefetches(cache: Candidate) -> list[Candidate]:
     needs a recall that no trace holds, so they are not tried."""
     return [
         cache.plus(f"prefetch by {kind}, {ahead} ahead", f'policies.prefetch={{"kind": "{kind}", "ahead": {ahead}}}')
-        for kind, depths in (("markov", (1, 2, 4)), ("previous_token", (1, 2)), ("trace_matching", (2,)))
+        for kind, depths in (("markov", (1, 2)), ("previous_token", (1,)), ("trace_matching", (2,)))
         for ahead in depths
     ]
 
 
 BUFFERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("prompts in chunks of", "engine.max_num_batched_tokens", ("256", "512", "1024", "2048", "4096", "8192")),
-    ("staging buffers", "tiers.staging", ("1", "2", "4", "8")),
+    ("prompts in chunks of", "engine.max_num_batched_tokens", ("512", "2048", "8192")),
+    ("staging buffers", "tiers.staging", ("1", "4")),
 )
 """What device memory may be spent on besides experts: words, key of the scenario, values to try."""

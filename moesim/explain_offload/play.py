@@ -14,7 +14,7 @@ from moesim.simulate import RunResult, simulate
 
 __all__ = ["Played", "Player"]
 
-_USUAL_RUNS = 48
+_USUAL_RUNS = 32
 
 
 @dataclass(frozen=True, slots=True)

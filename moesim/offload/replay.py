@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -33,9 +34,20 @@ from moesim.offload import (
 )
 from moesim.offload.cache import ExpertCache
 from moesim.offload.drive import Event
-from moesim.offload.future import Future
+from moesim.offload.future import NEVER, Future
 
-__all__ = ["Call", "Granularity", "Replayed", "calls_of", "chunks", "context_of", "future_of", "replay", "side_by_side"]
+__all__ = [
+    "Call",
+    "Granularity",
+    "Replayed",
+    "calls_of",
+    "chunks",
+    "context_of",
+    "future_of",
+    "most_hits",
+    "replay",
+    "side_by_side",
+]
 
 Granularity = Literal["each", "layer", "token", "batch"]
 
@@ -235,3 +247,48 @@ def _look_up(
         if events is not None:
             events.append(Event(step, key // num_experts, key, kind))
     cache.release()
+
+
+# ---- the bound
+
+
+def most_hits(
+    steps: Sequence[StepRoutes],
+    num_experts: int,
+    capacity: int,
+    *,
+    granularity: Granularity = "batch",
+    pooled: bool = False,
+    future: Future | None = None,
+) -> int:
+    """The most hits that any cache can have that starts empty and holds `capacity` experts of one size between calls
+    (of all groups together; where slots are not pooled each layer has an equal part), whatever a miss does.
+
+    To find a key at its next use is to hold it from one use to the next, so the bound is the most intervals of which no
+    more than the capacity overlap: wherever more do, those that end last are dropped. A single-key call makes it MIN
+    with bypass (`belady` under `semantics.miss: bypass`); where a call asks for several, that policy may fall short of
+    it, since what a call has found cannot give way before the call is over.
+    """
+    layers = steps[0].expert_TLK.shape[1] if steps else 0
+    future = future or future_of(steps, num_experts, granularity)
+    groups = 1 if pooled else layers
+    slots = capacity // max(groups, 1)
+    held: list[dict[int, int]] = [{} for _ in range(groups)]
+    """by group: keys and their next uses"""
+    latest: list[list[tuple[int, int]]] = [[] for _ in range(groups)]
+    hits = number = 0
+    for step in steps:
+        for call in calls_of(step, num_experts, granularity):
+            for key in call.keys:
+                group = 0 if pooled else key // num_experts
+                hits += held[group].pop(key, None) is not None
+                if (after := future.next_call(key, number)) != NEVER:
+                    held[group][key] = after
+                    heappush(latest[group], (-after, key))
+            for group in {0 if pooled else key // num_experts for key in call.keys}:
+                while len(held[group]) > slots:
+                    after, key = heappop(latest[group])
+                    if held[group].get(key) == -after:
+                        del held[group][key]
+            number += 1
+    return hits

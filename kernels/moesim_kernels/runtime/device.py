@@ -75,8 +75,8 @@ class Backing(Protocol):
 @dataclass(slots=True)
 class StepTimes:
     """One step, wall ns. begin: embedding. own: dense layers. experts: products of experts. join: adding their results
-    up, sorting rows before. sync: hand-overs to the host and back. stall: waits for transfers or the host. end: norm and
-    head. woke: of the stalls, between the end of a transfer and the wait's return. cpu: CPU time of the computing
+    up, sorting rows before. sync: hand-overs to the host and back. stall: waits for transfers or the host. end: norm
+    and head. woke: of the stalls, between the end of a transfer and the wait's return. cpu: CPU time of the computing
     thread. fetches: transfers asked for."""
 
     tokens: int = 0
@@ -98,7 +98,9 @@ class StepTimes:
     @property
     def other_ns(self) -> int:
         """Deciding, asking for transfers, and whatever else."""
-        known = self.begin_ns + self.own_ns + self.experts_ns + self.join_ns + self.sync_ns + self.stall_ns + self.end_ns
+        known = (
+            self.begin_ns + self.own_ns + self.experts_ns + self.join_ns + self.sync_ns + self.stall_ns + self.end_ns
+        )
         return self.step_ns - known
 
 
@@ -109,6 +111,8 @@ def num_slots(context: OffloadContext, plan: OffloadPlan) -> int:
         raise Infeasible(
             ["the mini-runtime's buffers are of one size; experts of several precisions are simulated only"]
         )
+    if plan.paged and plan.look_ahead >= context.num_layers:
+        raise BadInput(f"pages may be {context.num_layers - 1} layers ahead at most here, not {plan.look_ahead}")
     pages = (plan.look_ahead + 1) * context.num_experts if plan.paged else 0
     cached = sum(int(capacity) // size for capacity in plan.capacity_G)
     return cached + int(plan.fixed_LE.sum()) + context.staging + pages + 1

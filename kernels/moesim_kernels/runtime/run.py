@@ -151,9 +151,6 @@ class RealRun:
     products: list[tuple[int, int]] = field(default_factory=list)
     """(rows, ns) of each expert's product"""
     host_products: list[tuple[int, int]] = field(default_factory=list)
-    products: list[tuple[int, int]] = field(default_factory=list)
-    """(rows, ns) of each expert's product"""
-    host_products: list[tuple[int, int]] = field(default_factory=list)
     logits: list[Any] | None = None
     seconds: float = 0.0
 

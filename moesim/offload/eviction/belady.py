@@ -16,11 +16,12 @@ class Policy(Spec):
     """No parameters. L. A. Belady, IBM Systems Journal 5(2), 1966, for experts of one size.
 
     Where a miss must evict it has the most hits that any choice of victims gives. Where a miss may bypass the cache
-    (`semantics.miss: bypass`) an expert is kept only if its next use comes before a resident one's, and this MIN with
-    bypass is the most hits that any cache of the size can have, as long as calls ask for one key. With more keys a
-    call it is the best that follows the cache's rules (what a call found stays until the call is over; misses get room
-    in the order of their next use). Of equal next uses the lower key leaves, and the one that is there stays. Experts
-    of several sizes make the optimum a knapsack problem: then this is a policy like others, not a bound.
+    (`semantics.miss: bypass`) an expert is kept only if its next use comes before a resident one's; as long as calls
+    ask for one key, this MIN with bypass is the most hits that any cache of the size can have. With more keys a call it
+    follows the cache's rules (what a call found stays until the call is over; misses get room in the order of their
+    next use) and may fall a little short of that most, which is `replay.most_hits`. Of equal next uses the lower key
+    leaves, and the one that is there stays. Experts of several sizes make the optimum a knapsack problem: then this is
+    a policy like others, not a bound.
     """
 
     knows_future: ClassVar[bool] = True
