@@ -93,7 +93,7 @@ def _serve(
         *scenario.warnings,
         *stream.warnings,
         *(routing_warnings(experts) if experts is not None else ()),
-        *(offload_warnings(scenario, offload) if offload is not None else ()),
+        *(offload_warnings(scenario, offload, experts, seed) if offload is not None and experts is not None else ()),
     )
     kv = _kv_shape(scenario, layout, memory)
     shared = _tables(scenario, layout, ops, kv)
@@ -101,7 +101,7 @@ def _serve(
     pricers = _pricers(scenario, layout, experts, shared, seed, groups)
     if offload is not None:
         assert experts is not None
-        pricers = [offloaded_pricer(scenario, offload, experts, ops, shared) for _ in range(groups)]
+        pricers = [offloaded_pricer(scenario, offload, experts, ops, shared, seed) for _ in range(groups)]
     result.pricers, result.groups = pricers, groups
     result.ready_ns = load_weights_ns(
         scenario.engine.weights_from, scenario.cluster, layout, memory, scenario.parallel.replicas

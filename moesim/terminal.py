@@ -264,7 +264,7 @@ def _tiers(console: Console, found: dict[str, Any]) -> None:
         _say(console, f"{text}, by rows {_percent(cache['hit_rate_rows'])}")
         _say(console, f"experts in use, a layer and pass: {_number(cache['experts_per_look_up'])}")
     for lane, label in (("to_device", "to the device"), ("to_host", "back to the host"), ("nvme", "from NVMe")):
-        moved = cache["bytes"][lane]
+        moved = {reason: size for reason, size in cache["bytes"][lane].items() if size}
         if moved:
             why = ", ".join(f"{_size(size)} {reason.replace('_', ' ')}" for reason, size in moved.items())
             text = f"{label}: {why}; {_size(cache['bytes_per_token'][lane])} a token"

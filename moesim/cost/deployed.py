@@ -311,6 +311,6 @@ def routing_warnings(experts: Experts) -> tuple[str, ...]:
         out.append(f"routing: {told}; use routing.fidelity token to follow them")
     if experts.fitted:
         out.append("placement: fitted on the same routing that it is judged on, so its balance is a best case")
-    if experts.placed_for:
+    if experts.placed_for and experts.context is not None and experts.context.num_ranks > 1:
         out.append(f"placement: made for {experts.placed_for}, and judged on {source.source} without it")
     return tuple(out)

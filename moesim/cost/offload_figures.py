@@ -100,11 +100,8 @@ def _share(part: float, whole: float) -> float | None:
 
 
 def _bytes(moved_XR: IntArray) -> dict[str, dict[str, int]]:
-    """By link and reason, what there was."""
-    return {
-        lane: {reason: int(moved_XR[x, r]) for r, reason in enumerate(REASONS) if moved_XR[x, r]}
-        for x, lane in enumerate(LANES)
-    }
+    """By link and reason."""
+    return {lane: {reason: int(moved_XR[x, r]) for r, reason in enumerate(REASONS)} for x, lane in enumerate(LANES)}
 
 
 def _prefetch(count: dict[str, int], moved_XR: IntArray) -> dict[str, Any] | None:
@@ -182,8 +179,11 @@ def hit_bounds(rank: RankPlan, events: list[Event]) -> tuple[IntArray, int, int]
     new_N[1:] = (place[1:] != place[:-1]).any(axis=1)
     call_N = np.cumsum(new_N) - 1
     size_K = rank.context.size_K
-    if len(np.unique(size_K)) > 1:
+    used = np.unique(np.concatenate([key_N, np.flatnonzero((rank.plan.initial_LE & ~rank.plan.fixed_LE).reshape(-1))]))
+    sizes = np.unique(size_K[used])  # experts without weights of their own are never asked for
+    if len(sizes) > 1:
         return _replayed(rank, key_N, call_N)
+    size = int(sizes[0]) if len(sizes) else 1
     fixed_N = rank.plan.fixed_LE.reshape(-1)[key_N]
     group_N = rank.context.group_K[key_N]
     hits = np.full(2, int(fixed_N.sum()), np.int64)
@@ -191,9 +191,9 @@ def hit_bounds(rank: RankPlan, events: list[Event]) -> tuple[IntArray, int, int]
         mine = (group_N == group) & ~fixed_N
         look_ups, before = _look_ups(rank, group, key_N[mine], call_N[mine])
         for number, bypass in enumerate((False, True)):
-            found = fast.found(look_ups, capacity // int(size_K[0]), "opt", bypass=bypass)
+            found = fast.found(look_ups, capacity // size, "opt", bypass=bypass)
             hits[number] += int(found[before:].sum())
-    return hits, (len(asked) - int(hits[1])) * int(size_K[0]), len(asked)
+    return hits, (len(asked) - int(hits[1])) * size, len(asked)
 
 
 def _look_ups(rank: RankPlan, group: int, key_N: IntArray, call_N: IntArray) -> tuple[fast.LookUps, int]:

@@ -42,6 +42,7 @@ from moesim.tiers.store import Home, TierStore
 from moesim.tiers_spec import TiersSpec
 from moesim.workload.pool import RoutingSource
 from moesim.workload.requests import RequestStream
+from moesim.workload.scores import ScoreModel, score_model
 
 __all__ = ["Offload", "RankPlan", "offload_of", "offload_warnings", "offloaded_pricer"]
 
@@ -129,13 +130,15 @@ def offload_of(
     )  # fmt: skip
 
 
-def offload_warnings(scenario: Scenario, offload: Offload) -> tuple[str, ...]:
+def offload_warnings(scenario: Scenario, offload: Offload, experts: Experts, seed: int) -> tuple[str, ...]:
     """What policies were fitted on, and what of the tiers is not followed."""
     out = []
     if offload.learned_from:
         out.append(f"tiers: policies learned from {offload.learned_from}, and serve the others")
     else:
         out.append("tiers: policies know nothing of the traffic (tiers.fit_share is 0)")
+    if (scores := _scores(scenario, experts, seed)) is not None and scores.assumed:
+        out.append(f"rerouting: {scores.assumed}")
     quality = offload.ranks[0].compressed.quality
     if quality:
         out.append(f"precision: {quality}")
@@ -291,7 +294,7 @@ def _rates(
 
 
 def offloaded_pricer(
-    scenario: Scenario, offload: Offload, experts: Experts, ops: Operators, shared: Tables
+    scenario: Scenario, offload: Offload, experts: Experts, ops: Operators, shared: Tables, seed: int
 ) -> OffloadedPricer:
     """A fresh state of one group."""
     model, tiers, policies = scenario.model, scenario.tiers, scenario.policies
@@ -326,8 +329,19 @@ def offloaded_pricer(
     replay = experts.replay
     window_tokens = max(model.window_of_layer, default=0)
     return OffloadedPricer(
-        dense, full, window, ranks, _player(ranks), experts.source, replay, policies.rebatching, window_tokens
+        dense, full, window, ranks, _player(ranks), experts.source, replay, policies.rebatching, window_tokens,
+        _scores(scenario, experts, seed),
     )  # fmt: skip
+
+
+def _scores(scenario: Scenario, experts: Experts, seed: int) -> ScoreModel | None:
+    """Scores of all experts for what is served, where routing looks at the cache."""
+    if scenario.policies.kinds.get("rerouting", "none") == "none":
+        return None
+    model, spec = scenario.model, scenario.routing.scores
+    if spec.model == "generator":
+        spec = spec.model_copy(update={"model": "gumbel"})
+    return score_model(experts.source, spec, seed, model.norm_topk_prob, model.scoring)
 
 
 def _warm(ranks: Sequence[Rank]) -> list[tuple[int, int]]:

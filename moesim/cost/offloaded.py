@@ -29,6 +29,7 @@ from moesim.tiers.links import LANES, REASONS
 from moesim.tiers.records import PARTS
 from moesim.workload.pool import RoutingSource
 from moesim.workload.replay import Replay
+from moesim.workload.scores import ScoreModel
 
 __all__ = ["COUNTERS", "OffloadDetail", "OffloadedPricer", "Rank"]
 
@@ -83,14 +84,17 @@ class OffloadedPricer(StepPricer):
         replay: Replay,
         rebatching: RebatchingPolicy,
         window_tokens: int = 0,
+        scores: ScoreModel | None = None,
     ) -> None:
-        """play: runs one pass on all ranks, each with its own routes. window_tokens: of attention with a window."""
+        """play: runs one pass on all ranks, each with its own routes. window_tokens: of attention with a window.
+        scores: of all experts, where routing looks at the cache."""
         super().__init__(dense, full, window, NoExperts())
         self.ranks = list(ranks)
         self.passes = 0
         self._play, self._source, self._replay = play, source, replay
         self._rebatching = rebatching
         self._window_tokens = window_tokens
+        self._scores = scores
         self._seen = np.zeros((len(self.ranks), len(COUNTERS)), np.int64)
 
     @property
@@ -149,7 +153,10 @@ class OffloadedPricer(StepPricer):
         source = self._source
         rows = self._replay.rows(request_N, position_N)
         weight = None if source.weight_TLK is None else np.asarray(source.weight_TLK[rows], np.float64)
-        score = None if source.score_TLE is None else np.asarray(source.score_TLE[rows], np.float64)
+        score = None
+        if self._scores is not None:
+            each = [self._scores.scores(rows, layer) for layer in range(source.num_layers)]
+            score = np.stack(each, axis=1).astype(np.float64)
         self.passes += 1
         return StepRoutes(self.passes - 1, source.expert_TLK[rows], request_N, weight, prompt, score)
 

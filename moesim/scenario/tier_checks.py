@@ -16,7 +16,7 @@ __all__ = ["TIER_POLICIES", "tier_checks"]
 _Where = Callable[[YamlPath], str]
 
 TIER_POLICIES = {
-    "eviction": "lru", "prefetch": "none", "precision": "none", "rebatching": "none"
+    "eviction": "lru", "prefetch": "none", "precision": "none", "rebatching": "none", "rerouting": "none"
 }  # fmt: skip
 """Keys of `policies` that decide something only where there are tiers, and what is written where there are none."""
 
@@ -45,6 +45,7 @@ def tier_checks(
     problems += _model(where, model)
     if policies is not None:
         problems += _policies(where, policies)
+        problems += _apart(where, policies.kinds, spec.parallel)
     return problems
 
 
@@ -183,3 +184,18 @@ def _policies(where: _Where, policies: Any) -> list[Problem]:
             "the result of every run holds its distance to this bound",
         )
     return problems
+
+
+def _apart(where: _Where, kinds: Mapping[str, str], parallel: Any) -> list[Problem]:
+    """What looks at all experts of a layer cannot be asked by ranks that hold some of them each."""
+    if parallel.ep == 1:
+        return []
+    return [
+        Problem(
+            where(("policies", key)),
+            f"policies.{key} {kinds[key]} looks at all experts of a layer, and with ep={parallel.ep} each rank holds "
+            f"some. Set parallel.ep to 1 (experts split over all ranks), or policies.{key} to none",
+        )
+        for key in ("precision", "rerouting")
+        if kinds.get(key, "none") != "none"
+    ]

@@ -14,6 +14,9 @@ from moesim.simulate import simulate
 from tests.build import scenario, tiny_model, training_scenario
 
 PAGE = Path(__file__).parents[2] / "docs" / "result-schema.md"
+CLOSED = {
+    "format": "closed_loop", "concurrency": 2, "num_requests": 4, "prompt_tokens": 8, "output_tokens": 8
+}  # fmt: skip
 FIGURES = ("mean", "p50", "p90", "p95", "p99")
 
 
@@ -77,6 +80,19 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
             "model": model,
             "parallel": {"dp": 4, "ep": 4},
             "policies": {"dispatch": {"kind": "llep", "threshold": 1.0, "min_tokens": 1}},
+        },
+        "tiers": {
+            "model": model,
+            "parallel": {"tp": 2, "ep": 2},
+            "requests": CLOSED,
+            "tiers": {"experts": 0.005, "home": "nvme"},
+            "policies": {"offload": "cached", "prefetch": "next_layer"},
+        },
+        "tiers_cpu": {
+            "model": model,
+            "requests": CLOSED,
+            "tiers": {"experts": 0.01, "cpu": {"gb_per_s": 1}},
+            "policies": {"offload": "ktransformers", "precision": "mole"},
         },
         "does_not_fit": {"model": model, "engine": {"runtime_memory_gib": 100}},
     }
