@@ -22,6 +22,7 @@ class _Host:
     """What links into ordinary memory share: buffers are page-aligned and every page is present."""
 
     kind = ""
+    saves = True
 
     def __init__(self, file: WeightFile, source: DiskSource | MemorySource) -> None:
         import torch
@@ -69,13 +70,14 @@ class DiskBacking(_Host):
     """RAM <- NVMe: direct reads of the model's file into the buffers."""
 
     kind = "disk"
+    saves = False
 
     def __init__(self, file: WeightFile, check: str = "first") -> None:
         super().__init__(file, DiskSource(file, check))
 
     def save(self, slot: int) -> None:
         """See Backing."""
-        raise BadInput("policies.offload: evicted experts have nowhere to travel back to; their file is read only")
+        raise NotImplementedError("the file is read only (`saves`)")
 
     def host_weights(self, key: int) -> tuple[Any, Any] | None:
         """See Backing."""
@@ -120,6 +122,7 @@ class CudaBacking:
     """
 
     kind = "cuda"
+    saves = True
 
     def __init__(self, file: WeightFile, check: str = "first", index: int = 0) -> None:
         import torch
