@@ -30,6 +30,7 @@ import numpy as np
 from moesim_kernels.bench.machine import facts
 from moesim_kernels.bench.pool import Device
 from moesim_kernels.bench.pressure import cpu_pressure
+from moesim_kernels.runtime.backings import make_home
 from moesim_kernels.runtime.compare import Case, Comparison, Measured, calibrate, first_difference, measure, predict
 from moesim_kernels.runtime.predict import run_simulated
 from moesim_kernels.runtime.replay import make_replay, sample, synthetic_routes
@@ -47,7 +48,7 @@ SIZES = {
     "disk": ModelSizes(max_context=128),
     "memory": ModelSizes(max_context=128),
     "cuda": ModelSizes(
-        layers=16, hidden=2048, inner=1408, experts=64, top_k=6, heads=16, kv_heads=16, head_dim=128, max_context=128,
+        layers=8, hidden=2048, inner=1408, experts=64, top_k=6, heads=16, kv_heads=16, head_dim=128, max_context=128,
         dtype="bfloat16",
     ),
 }  # fmt: skip
@@ -130,13 +131,14 @@ def campaign(link: str, folder: Path, steps: int, rounds: int, raced_runs: int) 
     before = make_replay(other, sizes, BATCH, steps)
     cases = cases_of(sizes, POLICIES, CACHES)
     say("calibrating")
-    found = calibrate(file, before, CALIBRATED_AT, link, cases[0].settings)
+    home = make_home(link, file)
+    found = calibrate(file, before, CALIBRATED_AT, link, cases[0].settings, home=home)
     say("predicting")
     measured = predict(found, file, cases, replay, before, link, fit)
-    remark = measure(file, measured, replay, rounds, link, fit, say)
+    remark = measure(file, measured, replay, rounds, link, fit, say, home=home)
     raced = [one for one in measured if one.case.settings.prefetch != "none"]
     extra = [Measured(one.case, one.prediction, one.decide_ns) for one in raced]
-    measure(file, extra, replay, max(0, raced_runs - rounds), link, fit, say, seed=1)
+    measure(file, extra, replay, max(0, raced_runs - rounds), link, fit, say, 1, home)
     for one, more in zip(raced, extra, strict=True):
         one.hit_rate_R += more.hit_rate_R  # step times stay those of the rounds in which all cases ran
     return Comparison(found, measured, remark), file
@@ -198,6 +200,8 @@ def page(report: dict[str, Any]) -> str:
         f"{sum(row['events'] for row in events):,} events | 0 | {verdict(not different)} |",
         f"| demand runs of part 2 whose events are the simulator's | {demand_same} of {demand_runs} | all | "
         f"{verdict(demand_same == demand_runs)} |",
+        f"| different outputs (bits of all logits) among {times['runs']} runs | {len(times['digests'])} | 1 | "
+        f"{verdict(len(times['digests']) == 1)} |",
         f"| step time, median of the cases' errors | {times['median_error']:.1%} (worst {worst:.1%}) | <= "
         f"{most_error:.0%} | {verdict(times['median_error'] <= most_error)} |",
         f"| the same of means over steps | {times['median_mean_error']:.1%} | | |",

@@ -13,7 +13,7 @@ from moesim_kernels.runtime.slots import Memory
 from moesim_kernels.runtime.source import DiskSource, MemorySource, page_buffer
 from moesim_kernels.runtime.weights import WeightFile
 
-__all__ = ["KINDS", "CudaBacking", "DiskBacking", "MemoryBacking", "make_backing"]
+__all__ = ["KINDS", "CudaBacking", "DiskBacking", "MemoryBacking", "make_backing", "make_home"]
 
 KINDS = ("disk", "memory", "cuda")
 
@@ -63,7 +63,6 @@ class _Host:
     def close(self) -> None:
         """See Backing."""
         self._view.release()
-        self.source.close()
 
 
 class DiskBacking(_Host):
@@ -74,6 +73,11 @@ class DiskBacking(_Host):
 
     def __init__(self, file: WeightFile, check: str = "first") -> None:
         super().__init__(file, DiskSource(file, check))
+
+    def close(self) -> None:
+        """See Backing."""
+        super().close()
+        self.source.close()
 
     def save(self, slot: int) -> None:
         """See Backing."""
@@ -89,12 +93,11 @@ class MemoryBacking(_Host):
 
     kind = "memory"
 
-    def __init__(self, file: WeightFile, check: str = "first") -> None:
-        source = MemorySource(file, check)
+    def __init__(self, file: WeightFile, check: str = "first", home: MemorySource | None = None) -> None:
+        """home: where all experts are; None: they are read in now."""
+        source = MemorySource(file, check) if home is None else home
         super().__init__(file, source)
-        import torch
-
-        self._home = Memory(file.sizes, torch.frombuffer(source.buffer, dtype=torch.uint8))
+        self._home = Memory(file.sizes, source.tensor)
         self._scratch = np.empty(self._slot_bytes, np.uint8)
 
     def save(self, slot: int) -> None:
@@ -106,11 +109,6 @@ class MemoryBacking(_Host):
         """See Backing."""
         weights: tuple[Any, Any] = self._home.weights[key]
         return weights
-
-    def close(self) -> None:
-        """See Backing."""
-        self._home.weights.clear()
-        super().close()
 
 
 class CudaBacking:
@@ -124,24 +122,17 @@ class CudaBacking:
     kind = "cuda"
     saves = True
 
-    def __init__(self, file: WeightFile, check: str = "first", index: int = 0) -> None:
+    def __init__(
+        self, file: WeightFile, check: str = "first", home: MemorySource | None = None, index: int = 0
+    ) -> None:
+        """home: where all experts are, page-locked; None: they are read in now."""
         import torch
 
         if not torch.cuda.is_available():
             raise BadInput("--link cuda needs a CUDA device and torch sees none; --link memory runs here")
         self._torch, self._slot_bytes = torch, file.sizes.slot_bytes
         self.torch_device = torch.device("cuda", index)
-        self._pinned: Any = None
-
-        def pin(size_bytes: int) -> Any:
-            try:
-                self._pinned = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError as error:
-                first = str(error).splitlines()[0]
-                raise NoRoom(f"{size_bytes:,} bytes of page-locked memory: {first}; raise ulimit -l") from None
-            return self._pinned.numpy()
-
-        self._source = MemorySource(file, check, pin)
+        self._pinned = (MemorySource(file, check, pinned=True) if home is None else home).tensor
         self.remark = ""
         self._home = Memory(file.sizes, self._pinned)
         self._copies = torch.cuda.Stream(self.torch_device)
@@ -202,14 +193,19 @@ class CudaBacking:
     def close(self) -> None:
         """See Backing."""
         self._torch.cuda.synchronize(self.torch_device)
-        self._home.weights.clear()
-        self._source.close()
 
 
-def make_backing(kind: str, file: WeightFile, check: str = "first") -> DiskBacking | MemoryBacking | CudaBacking:
-    """By name. Raises BadInput, NoRoom, ReadFailed."""
-    makers: dict[str, Any] = {"disk": DiskBacking, "memory": MemoryBacking, "cuda": CudaBacking}
-    if kind not in makers:
+def make_home(kind: str, file: WeightFile, check: str = "first") -> MemorySource | None:
+    """What several runs over one link may share: all experts in host memory; None where they stay on disk."""
+    return None if kind == "disk" else MemorySource(file, check, pinned=kind == "cuda")
+
+
+def make_backing(
+    kind: str, file: WeightFile, check: str = "first", home: MemorySource | None = None
+) -> DiskBacking | MemoryBacking | CudaBacking:
+    """By name. home: of `make_home`, None: its own. Raises BadInput, NoRoom, ReadFailed."""
+    if kind not in KINDS:
         raise BadInput(f"a link is {', '.join(KINDS)}, not {kind!r:.40}")
-    made: DiskBacking | MemoryBacking | CudaBacking = makers[kind](file, check)
-    return made
+    if kind == "disk":
+        return DiskBacking(file, check)
+    return CudaBacking(file, check, home) if kind == "cuda" else MemoryBacking(file, check, home)

@@ -15,9 +15,11 @@ import numpy as np
 
 from moesim.rng import generator
 from moesim_kernels.bench.pressure import cpu_pressure
+from moesim_kernels.runtime.backings import make_home
 from moesim_kernels.runtime.predict import Calibrated, Prediction, calibrated, deciding_ns, run_simulated
 from moesim_kernels.runtime.replay import Replay
 from moesim_kernels.runtime.run import RealRun, Settings, run_real
+from moesim_kernels.runtime.source import MemorySource
 from moesim_kernels.runtime.weights import WeightFile
 
 __all__ = [
@@ -144,6 +146,8 @@ class Comparison:
             "median_spread": round(self.median_spread, 4),
             "tau_b": round(self.tau, 4),
             "tau_b_of_halves": None if np.isnan(self.noise_tau) else round(self.noise_tau, 4),
+            "runs": sum(len(one.step_ns_R) for one in self.cases),
+            "digests": sorted(f"{digest:08x}" for digest in set().union(*(one.digests for one in self.cases))),
             "remark": self.remark,
             "cases": [one.to_json() for one in self.cases],
         }
@@ -177,6 +181,7 @@ def calibrate(
     kind: str = "disk",
     like: Settings | None = None,
     repeats: int = 2,
+    home: MemorySource | None = None,
 ) -> Calibrated:
     """Run `replay` under LRU without prefetch at these shares of all experts' bytes, and keep what the parts took. The
     first run of all is thrown away: it warms the machine up."""
@@ -186,8 +191,8 @@ def calibrate(
         Settings(int(whole * share), staging=like.staging, chunk_bytes=like.chunk_bytes, seed=like.seed)
         for share in shares
     ]
-    run_real(file, sets[0], replay, kind, check="never")
-    runs = [run_real(file, one, replay, kind, check="never") for _ in range(repeats) for one in sets]
+    run_real(file, sets[0], replay, kind, check="never", home=home)
+    runs = [run_real(file, one, replay, kind, check="never", home=home) for _ in range(repeats) for one in sets]
     return calibrated(runs, file.sizes)
 
 
@@ -214,6 +219,7 @@ def measure(
     fit: Any = None,
     told: Told | None = None,
     seed: int = 0,
+    home: MemorySource | None = None,
 ) -> str:
     """Run every case once a round, each round in a fresh order, and note what was found. Returns the link's remark."""
     remark = ""
@@ -222,7 +228,7 @@ def measure(
         for at in order:
             if told is not None:
                 told(f"round {number + 1} of {rounds}: {cases[at].case.name}")
-            run = run_real(file, cases[at].case.settings, replay, kind, fit, check="never")
+            run = run_real(file, cases[at].case.settings, replay, kind, fit, check="never", home=home)
             _note(cases[at], run)
             remark = run.remark
     return remark
@@ -243,9 +249,10 @@ def compare(
     """Calibrate on `other` at `shares`, predict all cases, then measure them in `rounds` rounds."""
     if told is not None:
         told("calibrating, predicting")
-    found = calibrate(file, other, shares, kind, cases[0].settings)
+    home = make_home(kind, file)
+    found = calibrate(file, other, shares, kind, cases[0].settings, home=home)
     measured = predict(found, file, cases, replay, other, kind, fit)
-    remark = measure(file, measured, replay, rounds, kind, fit, told, seed)
+    remark = measure(file, measured, replay, rounds, kind, fit, told, seed, home)
     return Comparison(found, measured, remark)
 
 
