@@ -5,6 +5,7 @@
 #   make cpu-profile  measure this CPU again, then thirty fresh points of the layer (six quiet minutes)
 #   make routing-lm   train the small MoE model under each balancing method, record its routing (an hour of one core)
 #   make claims     what papers state beside what this version does, both pages anew (some five minutes)
+#   make offload-real  the mini-runtime against the simulator, reads from this disk (six quiet minutes, 400 MB)
 #   make check      style, types, import order   make lint        repair what ruff can repair
 #   make bench      the asv benchmarks of this checkout
 #   make clean      remove the environment and every cache (results/ stays)
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 PYTEST_ARGS ?= -n auto
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-gpu cpu-profile routing-lm claims check lint bench clean
+.PHONY: help demo test test-slow test-gpu cpu-profile routing-lm claims offload-real check lint bench clean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -61,6 +62,9 @@ routing-lm: $(VENV)/.stamp-dev
 claims: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/routing/claims.py
 	$(BIN)/python benchmarks/placement/claims.py
+
+offload-real: $(VENV)/.stamp-dev
+	$(BIN)/python benchmarks/offload/real_against_simulated.py --link disk
 
 check: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from moesim.scenario.load import Scenario
 
 __all__ = ["FIGURES", "Answer", "WhatIf", "explain_offload"]
 
-FIGURES = ("output_tok_per_s", "tpot_p50_ms", "ttft_p50_ms")
+FIGURES = ("output_tok_per_s", "tpot_mean_ms", "ttft_mean_ms")
 _MOST_FINAL = 5
 _NEAR = 0.05
 """candidates so near to the best short run are run long, too"""

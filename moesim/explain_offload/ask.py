@@ -16,8 +16,9 @@ __all__ = ["Ask", "Base", "Size"]
 
 _SHORT_OUTPUT = 48
 """output tokens of a request while candidates are tried"""
-_LONG_TOKENS = 2400
-"""output tokens of the runs that figures are taken from, at least four requests"""
+_LONG_OUTPUT = 64
+_LONG_REQUESTS = 8
+"""of the runs that figures are taken from"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,9 @@ class Ask:
 
     @property
     def long(self) -> Size:
-        """Requests that figures are taken from, of the length asked for."""
-        requests = max(4, self.concurrency, min(24, round(_LONG_TOKENS / self.output_tokens)))
-        return Size(-(-requests // self.concurrency) * self.concurrency, self.prompt_tokens, self.output_tokens)
+        """Requests that figures are taken from: more of them, as many at a time."""
+        requests = -(-_LONG_REQUESTS // self.concurrency) * self.concurrency
+        return Size(requests, self.prompt_tokens, min(self.output_tokens, _LONG_OUTPUT))
 
 
 class Base:

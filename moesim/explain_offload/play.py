@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,13 +31,35 @@ class Played:
 
     def rate(self, ask: Ask) -> float:
         """Output tokens a second of requests of the length asked for, from this run's time to the first token and
-        between tokens; 0 where it does not run."""
-        if self.summary is None:
+        between tokens (its outputs may be shorter); 0 where it does not run."""
+        return self._rate(ask, lambda name: None if self.summary is None else self._mean(name))
+
+    def rate90(self, ask: Ask) -> tuple[float, float] | None:
+        """Interval of `rate`: both times at their ends at once, because what they share, the profile's error, is the
+        most of it; None where a run is too short to say."""
+        ends = []
+        for side in (1, 0):
+
+            def end(name: str, side: int = side) -> float | None:
+                held = None if self.observation is None else self.observation.figures[name].interval90
+                return None if held is None else held[side]
+
+            rate = self._rate(ask, end)
+            if rate <= 0 or not math.isfinite(rate):
+                return None
+            ends.append(rate)
+        return ends[0], ends[1]
+
+    def _mean(self, name: str) -> float | None:
+        seen = None if self.observation is None else self.observation.figures.get(name)
+        return None if seen is None else seen.value
+
+    @staticmethod
+    def _rate(ask: Ask, figure: Callable[[str], float | None]) -> float:
+        first, between = figure("ttft_mean_ms"), figure("tpot_mean_ms")
+        if first is None or between is None:
             return 0.0
-        between = self.summary["tpot_ms"]
-        each_ms = 0.0 if between is None else float(between["mean"])
-        whole_ms = float(self.summary["ttft_ms"]["mean"]) + (ask.output_tokens - 1) * each_ms
-        return ask.concurrency * ask.output_tokens / whole_ms * 1e3
+        return ask.concurrency * ask.output_tokens / (first + (ask.output_tokens - 1) * between) * 1e3
 
 
 class Player:

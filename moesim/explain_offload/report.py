@@ -30,6 +30,7 @@ def to_json(answer: Answer) -> dict[str, Any]:
         finals.append(
             {
                 **_candidate(answer, played),
+                "expected_tok_per_s": _expected(answer, played),
                 **{
                     name: None if v is None else {"value": v.value, "interval90": _interval(v.interval90)}
                     for name, v in found.items()
@@ -96,6 +97,12 @@ def _candidate(answer: Answer, played: Played) -> dict[str, Any]:
     }
 
 
+def _expected(answer: Answer, played: Played) -> dict[str, Any] | None:
+    if played.summary is None:
+        return None
+    return {"value": played.rate(answer.ask), "interval90": _interval(played.rate90(answer.ask))}
+
+
 def _interval(interval: tuple[float, float] | None) -> list[float] | None:
     return None if interval is None or not all(map(math.isfinite, interval)) else list(interval)
 
@@ -157,7 +164,7 @@ def render(report: dict[str, Any], width: int = 100) -> str:
     """The report as text."""
     d, chosen, memory = report["deployment"], report["chosen"], report["memory"]
     head = "everything fits: no offload" if report["fits"] else f"offload: {chosen['label']}"
-    rate, first, between = (chosen[name] for name in ("output_tok_per_s", "ttft_p50_ms", "tpot_p50_ms"))
+    rate, first, between = (chosen[name] for name in ("expected_tok_per_s", "ttft_mean_ms", "tpot_mean_ms"))
     lines = [
         f"{d['model']} ({d['expert_dtype']} experts) on {d['profile']}"
         f"{' (datasheet, assumed)' if d['profile_kind'] == 'assumed' else ''}, {memory['usable_bytes'] / _GIB:.1f} GiB:"
@@ -177,10 +184,10 @@ def render(report: dict[str, Any], width: int = 100) -> str:
             lines.append(f"  {name.replace('_', ' '):<20} {size / _GIB:8.2f} GiB")
     lines += ["", f"run long on other requests ({len(report['finals'])}):"]
     lines += [
-        f"  {_number(f['output_tok_per_s']):>8} tok/s{_span(f['output_tok_per_s']):<18} {_hits(f)}"
+        f"  {_number(f['expected_tok_per_s']):>8} tok/s{_span(f['expected_tok_per_s']):<18} {_hits(f)}"
         f"{'=' if f['ties_with_best'] else ' '} {f['label']} ({f['engine']})"
         for f in sorted(report["finals"], key=lambda f: -(f["estimate_tok_per_s"] or 0.0))
-        if f["output_tok_per_s"] is not None
+        if f["expected_tok_per_s"] is not None
     ]
     lines += ["  (=: cannot be told from the best)"] if any(f["ties_with_best"] for f in report["finals"]) else []
     lines += ["", f"tried ({report['runs']} short and long runs):"]

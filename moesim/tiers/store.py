@@ -72,6 +72,8 @@ class _Rooms:
         self.streams: list[tuple[int, Transfer]] = []
         self.leaving: list[_Leaving] = []
         self.victims: deque[_Victim] = deque()
+        self.kept: dict[int, Transfer | None] = {}
+        """loaded again before they found a place in host memory, so their bytes have never left; what brought them"""
         self.promises: deque[tuple[Transfer | None, int]] = deque()
         """(load, bytes) of host memory that loads leave when they end, and nobody has been sent to; None: free now"""
         self.bounced: list[tuple[Transfer, Transfer]] = []
@@ -193,7 +195,7 @@ class TierStore:
         for victim in rooms.victims:
             if victim.key == key:
                 return victim.way is not None and not victim.way.done
-        way = rooms.way.get(key)
+        way = rooms.kept[key] if key in rooms.kept else rooms.way.get(key)
         return key not in rooms.rooms or (way is not None and not way.done)
 
     def device_bytes(self, device: int) -> int:
@@ -214,10 +216,11 @@ class TierStore:
         ended = self.links.ended[device]
         if not ended:
             return []
-        way, out = self._devices[device].way, []
+        rooms, out = self._devices[device], []
         for one in ended:
-            if way.get(one.key) is one:
-                del way[one.key]
+            if rooms.way.get(one.key) is one:
+                del rooms.way[one.key]
+                rooms.kept.pop(one.key, None)
                 out.append(one.key)
         ended.clear()
         if out and self._cached and not self.home.copies:
@@ -233,7 +236,8 @@ class TierStore:
         if self._swaps:
             if size_bytes != rooms.size[key]:
                 raise Infeasible(["Without host copies an expert cannot be fetched in fewer bits: the rest were lost."])
-            rooms.promises.append((one, size_bytes))
+            if key not in rooms.kept:
+                rooms.promises.append((one, size_bytes))
             self._send_back(device, rooms)
         return one
 
@@ -283,9 +287,10 @@ class TierStore:
             raise ValueError(f"expert {key} has no room on device {device}, or computes")
         way = rooms.way.get(key)
         way = None if way is None or way.done else way
+        before = rooms.kept.get(key, way)
         self._free_room(rooms, key)
         if self._swaps:
-            rooms.victims.append(_Victim(key, way))
+            rooms.victims.append(_Victim(key, before))
             self._send_back(device, rooms)
         elif way is not None:
             if not self._drop(device, way) and all(one is not way for _, one in rooms.bounced):
@@ -326,6 +331,7 @@ class TierStore:
 
     def _free_room(self, rooms: _Rooms, key: int) -> None:
         rooms.way.pop(key, None)
+        rooms.kept.pop(key, None)
         if key in rooms.rooms:
             del rooms.rooms[key]
             rooms.used -= rooms.size[key]
@@ -338,7 +344,9 @@ class TierStore:
         if not self._swaps:
             beyond = len(rooms.leaving) - self.staging
             return [rooms.leaving[beyond - 1].back] if beyond > 0 else []
-        rooms.victims = deque(one for one in rooms.victims if one.key != key)  # it is wanted in another copy
+        for victim in [one for one in rooms.victims if one.key == key]:
+            rooms.victims.remove(victim)
+            rooms.kept[key] = victim.way
         wait = [one.back for one in rooms.leaving if one.key == key]
         beyond = len(rooms.leaving) - self.staging + 1
         if rooms.victims and beyond > 0:
@@ -451,7 +459,7 @@ class TierStore:
                 places = [self.device_state(number, key), self.dram_state(number, key)]
                 assert all(place in STATES for place in places)
                 if self.home.tier == "dram" and not self.on_host:  # somebody has it
-                    held = places[0] in ("present", "in use") or places[1] != "absent"
+                    held = key in rooms.kept or places[0] in ("present", "in use") or places[1] != "absent"
                     assert held or self.staging_state(number, key) != "absent"
         self._dram._check()
         assert self.home.dram_bytes is None or self.dram_bytes() <= self.home.dram_bytes

@@ -313,6 +313,20 @@ def test_belady_does_not_overlook_the_next_call_when_an_expert_is_prefetched():
     assert cache.prefetch(2, arrived=True) == (0,)
 
 
+@pytest.mark.parametrize("kind", ["belady", "look_ahead"])
+def test_a_use_that_did_not_happen_is_not_waited_for(kind):
+    # expert 1 was to be asked for by call 1 and never again, but that call asks for nothing
+    future = Future([[0], [1], [2], [0]], 3)
+    context = context_of(chunks(np.zeros((1, 1, 1), int)), 3, 2, future=future)
+    eviction = load_policy("eviction", kind).start(context)
+    cache = ExpertCache(context.size_K, context.group_K, np.array([2]), eviction)
+    cache.place([0, 1])
+    for keys in ([0], [], [2]):
+        found = cache.look_up(keys)
+        cache.release()
+    assert found[0].evicted == (1,)
+
+
 def test_a_key_asked_for_twice_in_a_call_is_refused():
     steps = chunks(np.zeros((1, 1, 1), int))
     context = context_of(steps, 3, 2)

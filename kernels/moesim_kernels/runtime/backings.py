@@ -13,7 +13,7 @@ from moesim_kernels.runtime.slots import Memory
 from moesim_kernels.runtime.source import DiskSource, MemorySource, page_buffer
 from moesim_kernels.runtime.weights import WeightFile
 
-__all__ = ["KINDS", "CudaBacking", "DiskBacking", "MemoryBacking", "make_backing"]
+__all__ = ["KINDS", "CudaBacking", "DiskBacking", "MemoryBacking", "make_backing", "make_home"]
 
 KINDS = ("disk", "memory", "cuda")
 
@@ -22,6 +22,7 @@ class _Host:
     """What links into ordinary memory share: buffers are page-aligned and every page is present."""
 
     kind = ""
+    saves = True
 
     def __init__(self, file: WeightFile, source: DiskSource | MemorySource) -> None:
         import torch
@@ -62,20 +63,25 @@ class _Host:
     def close(self) -> None:
         """See Backing."""
         self._view.release()
-        self.source.close()
 
 
 class DiskBacking(_Host):
     """RAM <- NVMe: direct reads of the model's file into the buffers."""
 
     kind = "disk"
+    saves = False
 
     def __init__(self, file: WeightFile, check: str = "first") -> None:
         super().__init__(file, DiskSource(file, check))
 
+    def close(self) -> None:
+        """See Backing."""
+        super().close()
+        self.source.close()
+
     def save(self, slot: int) -> None:
         """See Backing."""
-        raise BadInput("policies.offload: evicted experts have nowhere to travel back to; their file is read only")
+        raise NotImplementedError("the file is read only (`saves`)")
 
     def host_weights(self, key: int) -> tuple[Any, Any] | None:
         """See Backing."""
@@ -87,12 +93,11 @@ class MemoryBacking(_Host):
 
     kind = "memory"
 
-    def __init__(self, file: WeightFile, check: str = "first") -> None:
-        source = MemorySource(file, check)
+    def __init__(self, file: WeightFile, check: str = "first", home: MemorySource | None = None) -> None:
+        """home: where all experts are; None: they are read in now."""
+        source = MemorySource(file, check) if home is None else home
         super().__init__(file, source)
-        import torch
-
-        self._home = Memory(file.sizes, torch.frombuffer(source.buffer, dtype=torch.uint8))
+        self._home = Memory(file.sizes, source.tensor)
         self._scratch = np.empty(self._slot_bytes, np.uint8)
 
     def save(self, slot: int) -> None:
@@ -105,11 +110,6 @@ class MemoryBacking(_Host):
         weights: tuple[Any, Any] = self._home.weights[key]
         return weights
 
-    def close(self) -> None:
-        """See Backing."""
-        self._home.weights.clear()
-        super().close()
-
 
 class CudaBacking:
     """HBM <- page-locked host memory: copies on a stream of their own.
@@ -120,25 +120,19 @@ class CudaBacking:
     """
 
     kind = "cuda"
+    saves = True
 
-    def __init__(self, file: WeightFile, check: str = "first", index: int = 0) -> None:
+    def __init__(
+        self, file: WeightFile, check: str = "first", home: MemorySource | None = None, index: int = 0
+    ) -> None:
+        """home: where all experts are, page-locked; None: they are read in now."""
         import torch
 
         if not torch.cuda.is_available():
             raise BadInput("--link cuda needs a CUDA device and torch sees none; --link memory runs here")
         self._torch, self._slot_bytes = torch, file.sizes.slot_bytes
         self.torch_device = torch.device("cuda", index)
-        self._pinned: Any = None
-
-        def pin(size_bytes: int) -> Any:
-            try:
-                self._pinned = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError as error:
-                first = str(error).splitlines()[0]
-                raise NoRoom(f"{size_bytes:,} bytes of page-locked memory: {first}; raise ulimit -l") from None
-            return self._pinned.numpy()
-
-        self._source = MemorySource(file, check, pin)
+        self._pinned = (MemorySource(file, check, pinned=True) if home is None else home).tensor
         self.remark = ""
         self._home = Memory(file.sizes, self._pinned)
         self._copies = torch.cuda.Stream(self.torch_device)
@@ -199,14 +193,19 @@ class CudaBacking:
     def close(self) -> None:
         """See Backing."""
         self._torch.cuda.synchronize(self.torch_device)
-        self._home.weights.clear()
-        self._source.close()
 
 
-def make_backing(kind: str, file: WeightFile, check: str = "first") -> DiskBacking | MemoryBacking | CudaBacking:
-    """By name. Raises BadInput, NoRoom, ReadFailed."""
-    makers: dict[str, Any] = {"disk": DiskBacking, "memory": MemoryBacking, "cuda": CudaBacking}
-    if kind not in makers:
+def make_home(kind: str, file: WeightFile, check: str = "first") -> MemorySource | None:
+    """What several runs over one link may share: all experts in host memory; None where they stay on disk."""
+    return None if kind == "disk" else MemorySource(file, check, pinned=kind == "cuda")
+
+
+def make_backing(
+    kind: str, file: WeightFile, check: str = "first", home: MemorySource | None = None
+) -> DiskBacking | MemoryBacking | CudaBacking:
+    """By name. home: of `make_home`, None: its own. Raises BadInput, NoRoom, ReadFailed."""
+    if kind not in KINDS:
         raise BadInput(f"a link is {', '.join(KINDS)}, not {kind!r:.40}")
-    made: DiskBacking | MemoryBacking | CudaBacking = makers[kind](file, check)
-    return made
+    if kind == "disk":
+        return DiskBacking(file, check)
+    return CudaBacking(file, check, home) if kind == "cuda" else MemoryBacking(file, check, home)

@@ -47,7 +47,7 @@ _Batch = Annotated[int, typer.Option(help="Sequences that run together.", min=1,
 _Steps = Annotated[int, typer.Option(help="Steps to run.", min=1, max=1_000_000, metavar="N")]
 _Prompt = Annotated[int, typer.Option(help="First tokens of a sequence that are one step.", min=0, metavar="N")]
 _Learn = Annotated[
-    int, typer.Option("--learn", help="First sequences, which policies learn from and nobody replays.", min=0)
+    int, typer.Option("--learn", help="First sequences, which policies learn from and nobody replays.", min=0, max=4096)
 ]
 _Seed = Annotated[int, typer.Option(help="Seed of routes and policies.", min=0, metavar="N")]
 _Threads = Annotated[int, typer.Option(help="CPU threads of the products.", min=1, max=1024, metavar="N")]

@@ -15,12 +15,17 @@ import numpy as np
 
 from moesim.rng import generator
 from moesim_kernels.bench.pressure import cpu_pressure
+from moesim_kernels.runtime.backings import make_home
 from moesim_kernels.runtime.predict import Calibrated, Prediction, calibrated, deciding_ns, run_simulated
 from moesim_kernels.runtime.replay import Replay
 from moesim_kernels.runtime.run import RealRun, Settings, run_real
+from moesim_kernels.runtime.source import MemorySource
 from moesim_kernels.runtime.weights import WeightFile
 
-__all__ = ["Case", "Comparison", "Measured", "calibrate", "compare", "first_difference", "rank_agreement"]
+__all__ = [
+    "Case", "Comparison", "Measured", "calibrate", "compare", "first_difference", "hit_rate", "measure", "predict",
+    "rank_agreement",
+]  # fmt: skip
 
 Told = Callable[[str], None]
 
@@ -38,9 +43,7 @@ class Measured:
     """A case: what was predicted, then what was measured round by round (R)."""
 
     case: Case
-    predicted_ns: float
-    predicted_mean_ns: float
-    predicted_hit_rate: float
+    prediction: Prediction
     decide_ns: float
     step_ns_R: list[float] = field(default_factory=list)
     mean_ns_R: list[float] = field(default_factory=list)
@@ -52,6 +55,18 @@ class Measured:
     """CPU time of the computing thread over the time in which it did not wait for transfers: under 1 others ran"""
     psi_R: list[float | None] = field(default_factory=list)
     digests: set[int] = field(default_factory=set)
+
+    @property
+    def predicted_ns(self) -> float:
+        return float(np.median(self.prediction.step_ns_S))
+
+    @property
+    def predicted_mean_ns(self) -> float:
+        return float(self.prediction.step_ns_S.mean())
+
+    @property
+    def predicted_hit_rate(self) -> float:
+        return hit_rate(self.prediction.driver)
 
     @property
     def measured_ns(self) -> float:
@@ -131,6 +146,8 @@ class Comparison:
             "median_spread": round(self.median_spread, 4),
             "tau_b": round(self.tau, 4),
             "tau_b_of_halves": None if np.isnan(self.noise_tau) else round(self.noise_tau, 4),
+            "runs": sum(len(one.step_ns_R) for one in self.cases),
+            "digests": sorted(f"{digest:08x}" for digest in set().union(*(one.digests for one in self.cases))),
             "remark": self.remark,
             "cases": [one.to_json() for one in self.cases],
         }
@@ -164,6 +181,7 @@ def calibrate(
     kind: str = "disk",
     like: Settings | None = None,
     repeats: int = 2,
+    home: MemorySource | None = None,
 ) -> Calibrated:
     """Run `replay` under LRU without prefetch at these shares of all experts' bytes, and keep what the parts took. The
     first run of all is thrown away: it warms the machine up."""
@@ -173,8 +191,8 @@ def calibrate(
         Settings(int(whole * share), staging=like.staging, chunk_bytes=like.chunk_bytes, seed=like.seed)
         for share in shares
     ]
-    run_real(file, sets[0], replay, kind, check="never")
-    runs = [run_real(file, one, replay, kind, check="never") for _ in range(repeats) for one in sets]
+    run_real(file, sets[0], replay, kind, check="never", home=home)
+    runs = [run_real(file, one, replay, kind, check="never", home=home) for _ in range(repeats) for one in sets]
     return calibrated(runs, file.sizes)
 
 
@@ -188,9 +206,32 @@ def predict(
         more = max(0.0, deciding_ns(case.settings, file.sizes, other, kind, fit) - base)
         decide = found.decide + more
         one = run_simulated(found, case.settings, file.sizes, replay, kind, fit, decide)
-        median, mean = float(np.median(one.step_ns_S)), float(one.step_ns_S.mean())
-        out.append(Measured(case, median, mean, hit_rate(one.driver), decide))
+        out.append(Measured(case, one, decide))
     return out
+
+
+def measure(
+    file: WeightFile,
+    cases: Sequence[Measured],
+    replay: Replay,
+    rounds: int,
+    kind: str = "disk",
+    fit: Any = None,
+    told: Told | None = None,
+    seed: int = 0,
+    home: MemorySource | None = None,
+) -> str:
+    """Run every case once a round, each round in a fresh order, and note what was found. Returns the link's remark."""
+    remark = ""
+    for number in range(rounds):
+        order = generator(seed, "runtime/rounds", number).permutation(len(cases)).tolist()
+        for at in order:
+            if told is not None:
+                told(f"round {number + 1} of {rounds}: {cases[at].case.name}")
+            run = run_real(file, cases[at].case.settings, replay, kind, fit, check="never", home=home)
+            _note(cases[at], run)
+            remark = run.remark
+    return remark
 
 
 def compare(
@@ -206,24 +247,16 @@ def compare(
     seed: int = 0,
 ) -> Comparison:
     """Calibrate on `other` at `shares`, predict all cases, then measure them in `rounds` rounds."""
-    say = told if told is not None else (lambda text: None)
-    say("calibrating")
-    found = calibrate(file, other, shares, kind, cases[0].settings)
-    say("predicting")
+    if told is not None:
+        told("calibrating, predicting")
+    home = make_home(kind, file)
+    found = calibrate(file, other, shares, kind, cases[0].settings, home=home)
     measured = predict(found, file, cases, replay, other, kind, fit)
-    remark = ""
-    for number in range(rounds):
-        order = generator(seed, "runtime/rounds", number).permutation(len(cases)).tolist()
-        for at in order:
-            say(f"round {number + 1} of {rounds}: {cases[at].name}")
-            run = run_real(file, cases[at].settings, replay, kind, fit, check="never")
-            simulated = run_simulated(found, cases[at].settings, file.sizes, replay, kind, fit, measured[at].decide_ns)
-            _note(measured[at], run, not first_difference(run, simulated))
-            remark = run.remark
+    remark = measure(file, measured, replay, rounds, kind, fit, told, seed, home)
     return Comparison(found, measured, remark)
 
 
-def _note(one: Measured, run: RealRun, same: bool) -> None:
+def _note(one: Measured, run: RealRun) -> None:
     steps = run.steps
     step_ns = np.array([s.step_ns for s in steps], np.float64)
     stall_ns = np.array([s.stall_ns for s in steps], np.float64)
@@ -231,7 +264,7 @@ def _note(one: Measured, run: RealRun, same: bool) -> None:
     one.mean_ns_R.append(float(step_ns.mean()))
     one.stall_ns_R.append(float(np.median(stall_ns)))
     one.hit_rate_R.append(hit_rate(run.driver))
-    one.same_events_R.append(same)
+    one.same_events_R.append(not first_difference(run, one.prediction))
     one.bytes_R.append(int(sum(s.arrived_bytes for s in steps) / len(steps)))
     one.running_R.append(float(sum(s.cpu_ns for s in steps) / max(1.0, (step_ns - stall_ns).sum())))
     one.psi_R.append(cpu_pressure())

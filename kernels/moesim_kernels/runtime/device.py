@@ -31,6 +31,8 @@ class Backing(Protocol):
     """What a kind of link needs of the machine (`backings`)."""
 
     kind: str
+    saves: bool
+    """evicted experts can travel back"""
     torch_device: Any
 
     @property
@@ -137,6 +139,8 @@ class RealDevice:
                 f"policies.offload: experts on the CPU need their weights in host memory, but the link {backing.kind} "
                 "has them on a disk, which computes nothing. Use --link memory or cuda"
             )
+        if plan.write_back and not backing.saves:
+            raise BadInput("policies.offload: evicted experts have nowhere to travel back to; their file is read only")
         self.decoder, self.backing, self.context, self.plan = decoder, backing, context, plan
         self.sizes = decoder.sizes
         self.slots = Slots(num_slots(context, plan))
@@ -178,6 +182,7 @@ class RealDevice:
         self._logged = len(self.link.log)
         self._cpu = time.thread_time_ns()
         self._start = time.perf_counter_ns()
+        self.link.look()
         self._step = step
         if self.context.semantics.completion == "logical":
             self._arrived.clear()  # nobody asks
@@ -187,6 +192,7 @@ class RealDevice:
     def own(self, layer: int, tokens: int) -> None:
         """See Device. The host reads the router's choice, as an engine does that looks experts up there."""
         start = time.perf_counter_ns()
+        self.link.look()
         self.decoder.own(layer).tolist()
         self._times.own_ns += time.perf_counter_ns() - start
 

@@ -76,9 +76,9 @@ class Link:
 
     # -- what the computing thread does -------------------------------------------------------------------------
     def ask(self, transfer: Transfer) -> None:
-        """Queue a transfer behind those of its urgency."""
+        """Queue a transfer behind those of its urgency. Never raises what the link met: who asks is between two states,
+        `look` and the waits tell it."""
         with self._lock:
-            self._raise()
             transfer.asked_ns = time.perf_counter_ns()
             (self._urgent if transfer.urgent else self._later)[transfer.number] = transfer
             self._pending[transfer.number] = transfer
@@ -122,6 +122,11 @@ class Link:
         """It was asked for, and nobody has taken note of its end."""
         return key in self._pending
 
+    def look(self) -> None:
+        """Raises what the thread met, if anything."""
+        with self._lock:
+            self._raise()
+
     def arrived(self) -> list[Transfer]:
         """Transfers that have ended since the last call, in that order."""
         with self._lock:
@@ -141,9 +146,8 @@ class Link:
     def freed(self, wait: bool = False) -> list[int]:
         """Slots of void transfers that have ended; wait: until there is one."""
         with self._lock:
-            while wait and not self._freed:
-                self._raise()
-                if self._running is None or not self._running.void:
+            while wait and not self._freed and self._running is not None and self._running.void:
+                if not self._thread.is_alive():
                     break
                 self._news.wait(_LOOK_S)
             out, self._freed = self._freed, []
@@ -167,6 +171,7 @@ class Link:
     def restart(self) -> None:
         """A new thread after an error or a death; what was queued is carried, what was running is carried anew."""
         self.close()
+        self._back()
         with self._lock:
             self._closing, self._error = False, None
         self._thread = self._started()
@@ -205,9 +210,13 @@ class Link:
                 self._news.notify_all()
 
     def _fail(self, error: BaseException) -> None:
-        """Nobody's bytes are lost: what was running is first in its queue again, from its first byte."""
+        """Nobody's bytes are lost."""
+        self._error = error
+        self._back()
+
+    def _back(self) -> None:
+        """What was running when the thread ended is first in its queue, from its first byte."""
         with self._lock:
-            self._error = error
             running, self._running = self._running, None
             if running is None:
                 return

@@ -54,10 +54,8 @@ def run_table(report: dict[str, Any]) -> str:
     whole = report["model"]["sizes"]["layers"] * report["model"]["sizes"]["experts"] * report["model"]["slot_bytes"]
     share = s["capacity_bytes"] / whole
     kinds = f"{_kind(s['eviction'])}, prefetch {_kind(s['prefetch'])}, {_kind(s['offload'])}, {s['completion']}"
-    found = (
-        f"{c['hits']} here, {c['late']} late, {c['loads']} loaded, {c['streams']} streamed"
+    found = f"{c['hits']} here, {c['late']} late, {c['loads']} loaded, {c['streams']} streamed"
     found += f", {c['on_cpu']} on the host"
-    )
     asked = f"{c['look_ups']} in {report['steps']} steps of {report['tokens']} tokens, {report['hit_rate']:.1%} hit"
     rows = [
         ("cache", f"{s['capacity_bytes']:,} bytes, {share:.0%} of the experts; link {report['link']}"),

@@ -6,7 +6,7 @@ import ctypes
 import mmap
 import os
 import weakref
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -148,10 +148,13 @@ class DiskSource:
 
 
 class MemorySource:
-    """All experts in host memory, where they are copied from, checked once. `view(key)`: an expert's bytes there."""
+    """All experts in host memory, where they are copied from, checked once; several runs may share one. `view(key)`: an
+    expert's bytes there; `tensor`: all of them, uint8."""
 
-    def __init__(self, file: WeightFile, check: str = "first", pin: Any = None) -> None:
-        """pin: makes a page-locked buffer of so many bytes (CUDA); None: ordinary memory."""
+    def __init__(self, file: WeightFile, check: str = "first", pinned: bool = False) -> None:
+        """pinned: page-locked, for a CUDA device. Raises NoRoom, ReadFailed, BadInput."""
+        import torch
+
         self.file, self.remark = file, ""
         sizes = file.sizes
         self._slot_bytes = sizes.slot_bytes
@@ -159,8 +162,15 @@ class MemorySource:
         free = free_bytes()
         if free is not None and total > free:
             raise NoRoom(f"experts in host memory need {total:,} bytes, {free:,} are free; keep them on disk instead")
-        self.buffer: Any = page_buffer(total, "experts in host memory") if pin is None else pin(total)
-        self._view = memoryview(self.buffer)
+        if pinned:
+            try:
+                self.tensor = torch.empty(total, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:
+                first = str(error).splitlines()[0]
+                raise NoRoom(f"{total:,} bytes of page-locked memory: {first}; raise ulimit -l") from None
+        else:
+            self.tensor = torch.frombuffer(page_buffer(total, "experts in host memory"), dtype=torch.uint8)
+        self._view = memoryview(self.tensor.numpy())
         disk = DiskSource(file, check="never" if check == "never" else "first")
         try:
             for key in range(sizes.num_keys):
@@ -183,5 +193,4 @@ class MemorySource:
         """Nothing to compare: the copy here was."""
 
     def close(self) -> None:
-        """See Source."""
-        self._view.release()
+        """See Source. The memory goes with the last who uses it."""

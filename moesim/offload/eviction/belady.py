@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from heapq import heappop, heappush
 from typing import ClassVar
 
 from moesim.errors import BadInput
 from moesim.offload import OffloadContext, Upcoming
+from moesim.offload.future import NEVER
 from moesim.offload.ranked import HeapEviction
 from moesim.spec import Spec
 
@@ -40,15 +43,29 @@ class _Belady(HeapEviction):
     def __init__(self, context: OffloadContext, upcoming: Upcoming) -> None:
         super().__init__(context.group_K)
         self._upcoming = upcoming
+        self._due: list[tuple[int, int]] = []
+        """when members were to be used, and who, the soonest first"""
 
     def rank(self, key: int, now: int) -> int:
         """The sooner it is used the more it is worth. What is told stays true until the next use."""
-        return -self._upcoming.next_call(key, now)
+        after = self._upcoming.next_call(key, now)
+        if after != NEVER:
+            heappush(self._due, (after, key))
+        return -after
 
     def used(self, key: int, now: int) -> None:
         """See Eviction."""
         self.rerank(key, now)
 
+    def victim(self, group: int, incoming: int, now: int, evictable: Callable[[int], bool]) -> int | None:
+        """See Eviction. Whose call has passed without asking for it (a router that looks at the cache took another,
+        or it was pruned) is ranked anew."""
+        while self._due and self._due[0][0] <= now:
+            after, key = heappop(self._due)
+            if self._worth.get(key) == -after:
+                self.rerank(key, now)
+        return super().victim(group, incoming, now, evictable)
+
     def keeps(self, incoming: int, victim: int, now: int) -> bool:
         """See Eviction."""
-        return self.rank(incoming, now) > self.rank(victim, now)
+        return self._upcoming.next_call(incoming, now) < self._upcoming.next_call(victim, now)

@@ -52,6 +52,8 @@ class _LookAhead(ArrayEviction):
 
     def ranks(self, key_M: IntArray, now: int) -> tuple[AnyArray, ...]:
         """The sooner within the window, the more it is worth, then the last touch."""
+        for key in key_M[self._next_K[key_M] <= now].tolist():  # its call has passed without asking for it
+            self._next_K[key] = self._upcoming.next_call(key, now)
         next_M = self._next_K[key_M]
         return np.where(next_M > now + self._window, -NEVER, -next_M), self._last_K[key_M]
 

@@ -14,7 +14,7 @@ __all__ = ["allocate"]
 
 def allocate(cost_EB: FloatArray, width_B: Sequence[int], budget: int, present: Sequence[int] = ()) -> IntArray:
     """Width of each expert, int64 [E]: min sum_e cost[e, b_e] with sum_e b_e <= budget and each width of `present`
-    given to at least one expert (MC-MoE's program: arXiv 2410.06270, section 3.2; `precision_solver.py`).
+    given to at least one expert (MC-MoE's program: arXiv 2410.06270; `precision_solver.py`).
 
     One budget row and small integers: a multiple-choice knapsack, solved by dynamic programming over (experts so far,
     bits spent, widths of `present` used), O(E * budget * 2^|present| * B). Of equal costs, the earlier width in

@@ -14,7 +14,7 @@ def likeness(context: OffloadContext, layer: int) -> FloatArray | None:
     """Cosine likeness of a layer's experts [E, E] by their profiles: how often an expert's tokens take each expert of
     the same layer (itself apart), of the one before and of the next. None where there is no sample.
 
-    MC-SMoE compares the router's logits over tokens (arXiv 2310.01334, section 3.2); where a sample has none, profiles
+    MC-SMoE compares the router's logits over tokens (arXiv 2310.01334); where a sample has none, profiles
     stand for them (ours)."""
     if context.fit is None or not len(context.fit.expert_TLK):
         return None

@@ -1,6 +1,6 @@
 """EdgeMoE's bit widths: each expert in 8, 4 or 2 bits, by how much the model's accuracy minds.
 
-Yi et al., "EdgeMoE" (arXiv 2308.14352, section 3.2): experts are sorted by the accuracy that is lost when they alone
+Yi et al., "EdgeMoE" (arXiv 2308.14352): experts are sorted by the accuracy that is lost when they alone
 are rounded, and the least sensitive are lowered, one after the other, while the whole model's loss stays small. A
 reconstruction: the exact search is not public, and a simulator has no accuracy to measure, so the search here ends at a
 size. Ours: an expert's loss at b bits is its sensitivity times 4^-b (the mean square error of uniform rounding falls to

@@ -25,7 +25,7 @@ from moesim.offload.precision.base import Precision, own_map
 __all__ = ["Policy"]
 
 Share = Annotated[float, Field(ge=0, le=1)]
-QUALITY = "less than 1 % accuracy lost (arXiv 2411.01433, introduction)"
+QUALITY = "less than 1 % accuracy lost (arXiv 2411.01433)"
 
 
 class Policy(Precision):

@@ -72,7 +72,7 @@ class Policy(Precision):
         error_LEB = self._error(layers, experts)
         width_LE = np.zeros((layers, experts))
         for layer in range(layers):
-            # arXiv 2410.06270, eq. 4: f^alpha * w^beta * eps^gamma
+            # arXiv 2410.06270: f^alpha * w^beta * eps^gamma
             significance_E = _shares(frequency_LE[layer]) ** self.alpha * _shares(weight_LE[layer]) ** self.beta
             cost_EB = significance_E[:, None] * error_LEB[layer] ** self.gamma
             budget = int(self.average * experts + 1e-9)

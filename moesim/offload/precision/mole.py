@@ -2,7 +2,7 @@
 
 Liu et al., "Mixture of Latent Experts" (arXiv 2503.23100, later MoLAE): W_e = A_e B with B [m, d] for a group of
 experts and A_e [n, m] an expert's own, d the hidden and n the intermediate size. Parameters over the original's:
-m/d + m/(N n) for a group of N experts (their section 4). All three matrices of an expert are factored alike (ours: the
+m/d + m/(N n) for a group of N experts. All three matrices of an expert are factored alike (ours: the
 paper leaves some whole where their spectrum says so). A_e is what is cached and fetched; B stays on the device.
 What is lost: accuracy where the experts' matrices share no row space; the paper reports comparable results after
 training (quoted, not computed).
@@ -40,7 +40,7 @@ class Policy(Precision):
         hidden, inner = context.expert_shape
         group = min(self.group or context.num_experts, context.num_experts)
         latent = round(self.latent * hidden)
-        # arXiv 2503.23100, section 4: m/d of an expert's own, m/(N n) of what N experts share
+        # arXiv 2503.23100: m/d of an expert's own, m/(N n) of what N experts share
         own, shared = latent / hidden, latent / (group * inner)
         if latent < 1 or own + shared >= 1:
             raise BadInput(

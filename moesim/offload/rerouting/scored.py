@@ -42,7 +42,7 @@ class ScoredReroute:
     def routes(self, step: StepRoutes, layer: int, resident_E: BoolArray) -> tuple[IntArray, FloatArray | None]:
         """See Reroute. The new choices' gates are softmax of their scores over the K taken, scaled so that the token's
         gates add up to what they did: the router's own weights under softmax gates that add up to 1 (ranks alone are
-        changed: arXiv 2412.00099, section 3), the same shape under others."""
+        changed: arXiv 2412.00099), the same shape under others."""
         assert step.score_TLE is not None
         score_TE = np.array(step.score_TLE[:, layer], np.float64)
         if self.gone_LE is not None:
