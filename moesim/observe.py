@@ -66,6 +66,7 @@ def _figures() -> dict[str, Figure]:
         Figure(
             "hbm_used_bytes", "HBM at peak, GiB", "bytes", ("memory", "hbm", "used"), False, True, True, 0.1 * 2**30
         ),
+        Figure("hit_rate", "experts found there", "share", ("cache", "hit_rate"), True, True, True, 5e-4),
         Figure("dropped_share", "dropped share", "", ("drops", "share"), False, True, False, 5e-4),
         Figure("nvlink_bytes", "by NVLink, GiB", "bytes", ("links", "nvlink", "bytes")),
         Figure("nic_bytes", "by NIC, GiB", "bytes", ("links", "nic", "bytes")),
@@ -90,6 +91,7 @@ DEFAULT_FIGURES = (
     "tpot_p99_ms",
     "max_over_mean_load",
     "hbm_used_bytes",
+    "hit_rate",
     "dropped_share",
     "step_mean_ms",
     "tok_per_s",

@@ -47,7 +47,8 @@ class TiersSpec(Spec):
     kv_tokens: KV cache to keep room for when experts get the rest; with `experts` given KV gets the rest.
     home: the tier that holds every expert. dram: host memory of the node for experts, None: all the node has; with home
     `nvme` it is a cache (least recently used) in front of it. host_copies: experts on the device have a copy in host
-    memory, too (as most systems do), else only what is not on the device needs room there. staging: buffers on the
+    memory, too (as most systems do), else only what is not on the device has room there: a load is a swap (with home
+    `nvme`: it leaves host memory's cache). staging: buffers on the
     device, of one expert each, that streamed experts pass through. pinned: host memory is page-locked; else a transfer
     passes through a bounce buffer and gets half the link's rate. chunk: transfers are cut into pieces of so many bytes,
     between which an urgent one may go first; None: a transfer that has started ends. numa_domains: host memory comes in
@@ -78,6 +79,4 @@ class TiersSpec(Spec):
     def _one_of_them(self) -> TiersSpec:
         if self.experts != "rest" and self.kv_tokens is not None:
             raise ValueError("experts and kv_tokens are both given; one of them gets what the other leaves, remove one")
-        if self.home == "nvme" and not self.host_copies:
-            raise ValueError("host_copies false is about host memory as the experts' home, and home is nvme; remove it")
         return self

@@ -97,6 +97,9 @@ def require(
     elif not asked and free >= per_block:
         tokens = free // per_block * engine.block_size
         reasons.append(f"Largest tiers.kv_tokens that fits, with no expert on the device: {tokens:,}.")
+    if memory.usable + short <= memory.capacity:
+        least = -(-(memory.usable + short) * 1000 // _GIB) / 1000
+        reasons.append(f"Smallest tiers.vram that fits: {least:.3f} GiB.")
     for dtype in ("fp8_block", "int4"):
         lighter = (
             model.with_dtypes(weight_dtype=dtype, expert_dtype=dtype)

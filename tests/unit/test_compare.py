@@ -364,7 +364,8 @@ def test_bad_input_of_all_files_and_values_is_said_at_once(run: Run, tmp_path: P
     assert lines[0].startswith("error: --vary parallel.ep=3: parallel.ep must divide")
     assert [line for line in lines if "plcement" in line] == [
         "error: --vary policies.plcement: policies.plcement: unknown key 'plcement'. Did you mean 'placement'? "
-        "Known: balancer, batching, dispatch, offload, placement, routing."
+        "Known: balancer, batching, dispatch, eviction, offload, placement, precision, prefetch, rebatching, "
+        "rerouting, routing."
     ]
     assert any(line.startswith("error: t.yaml:2:1: seeed") for line in lines)
     assert any(line.startswith("error: none.yaml: no such file") for line in lines)

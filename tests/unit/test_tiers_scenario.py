@@ -64,7 +64,6 @@ def test_a_profile_of_a_cpu_enters_by_its_content() -> None:
         (["tiers=null"], "nothing says how much there is of each"),
         (["tiers={}"], "Give kv_tokens"),
         (["tiers={kv_tokens: 16, experts: 1 GiB}"], "one of them gets what the other leaves"),
-        (["tiers={experts: 1 GiB, home: nvme, host_copies: false}"], "home is nvme"),
         (["tiers.vram=25 GiB"], "25 GiB > 24 GiB of rtx_4090"),
         (["tiers.dram=1 TiB"], "1024 GiB > 128 GiB"),
         (["tiers.cpu.cores=17"], "17 > 16"),
