@@ -37,7 +37,7 @@ class WhatIf:
 @dataclass(frozen=True, slots=True)
 class Answer:
     """tried: short runs, the best first, then what cannot run. finals: long runs in the order of `comparison`; chosen:
-    the best of them. resident: all experts on the device. ties: finals that cannot be told from the best. what_if:
+    the best of them that an engine can run. resident: all experts on the device. ties: other finals that are the best, or cannot be told from it. what_if:
     short runs of the chosen one with more memory, faster links, fewer bits."""
 
     ask: Ask
@@ -73,7 +73,7 @@ def explain_offload(ask: Ask, progress: Callable[[float], None] | None = None) -
     if not running:
         reasons = dict.fromkeys(f"{p.candidate.label}: {reason}" for p in tried for reason in p.reasons[:1])
         raise Infeasible(["No kind of offload runs this model on this device.", *reasons])
-    best = _buffers(ask, player, running[0])
+    best = _buffers(ask, player, _runnable(ask, running)[0])
     return _answer(ask, player, resident, tried, _finalists(ask, running, best), best)
 
 
@@ -86,6 +86,12 @@ def _search(ask: Ask, player: Player) -> list[Played]:
         cache = max(caches, key=lambda p: p.rate(ask))
         tried += [player.play(c, ask.short, ask.seed) for c in prefetches(cache.candidate)]
     return sorted(tried, key=lambda p: -p.rate(ask))
+
+
+def _runnable(ask: Ask, played: Sequence[Played]) -> list[Played]:
+    """Those that an engine can run, or that were asked for; all where there is none."""
+    found = [p for p in played if p.summary is not None and (p.candidate.engine or p.candidate.kind in ask.kinds)]
+    return found or list(played)
 
 
 def _buffers(ask: Ask, player: Player, best: Played) -> Played:
@@ -124,13 +130,10 @@ def _answer(
         for p in finals
     ]
     comparison = compare(entries, FIGURES, (seed,))
-    chosen = max(finals, key=lambda p: p.rate(ask))
+    chosen = max(_runnable(ask, finals), key=lambda p: p.rate(ask))
     verdicts = comparison.rows[0].verdicts
-    ties = tuple(
-        p.candidate.label
-        for p, v in zip(finals, verdicts, strict=True)
-        if p is not chosen and v is not None and v.mark is not None
-    )
+    marked = [v is not None and v.mark is not None for v in verdicts]
+    ties = tuple(p.candidate.label for p, mark in zip(finals, marked, strict=True) if mark and p is not chosen)
     scenario = player.base.scenario(chosen.candidate.changes, ask.long, seed)
     short = player.play(chosen.candidate, ask.short, ask.seed)
     what_if = () if chosen.candidate.kind == "none" else _what_if(ask, player, chosen.candidate, scenario)
@@ -168,5 +171,5 @@ def _what_if(ask: Ask, player: Player, chosen: Candidate, scenario: Scenario) ->
 
 def hit_rate(played: Played) -> float | None:
     """Of experts asked for, those on the device; None where nothing was looked up."""
-    found = (played.summary or {}).get("offload")
+    found = (played.summary or {}).get("cache")
     return None if not found else found["hit_rate"]

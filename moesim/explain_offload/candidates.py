@@ -9,7 +9,7 @@ __all__ = ["BUFFERS", "Candidate", "evictions", "kinds", "prefetches"]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """engine: who could run it. kind: of offload. changes: of the scenario, `key=value`."""
+    """engine: who could run it; "": no engine that we know of. kind: of offload. changes: of the scenario, `key=value`."""
 
     engine: str
     kind: str
@@ -40,7 +40,7 @@ def kinds(concurrency: int) -> list[Candidate]:
     out += [
         Candidate("Fiddler", "fiddler", "popular experts on the device, misses fetched or on the CPU",
                   ("policies.offload=fiddler",)),
-        Candidate("none yet", "expert_split", "popular experts on the device, misses where the layer ends first",
+        Candidate("", "expert_split", "popular experts on the device, misses where the layer ends first",
                   ("policies.offload=expert_split",)),
         *evictions(),
     ]  # fmt: skip

@@ -13,10 +13,11 @@ __all__ = ["device_experts", "engine_flags"]
 
 
 def device_experts(scenario: Scenario, summary: dict[str, Any]) -> int:
-    """Experts that device memory holds: fixed ones and room of the cache."""
-    by = summary["memory"]["hbm"]["by"]
-    size = int(scenario.model.expert_bytes()) // max(scenario.parallel.tp // scenario.parallel.ep, 1)
-    return int((by.get("expert_weights", 0) + by.get("expert_cache", 0)) // max(size, 1))
+    """Experts of all layers that a rank has room for: fixed ones and the cache's."""
+    if summary["cache"] is None:
+        return scenario.model.num_experts * scenario.model.num_moe_layers
+    slots = summary["cache"]["slots"]
+    return round((slots["fixed_per_layer"] + slots["cache_per_layer"]) * scenario.model.num_moe_layers)
 
 
 def engine_flags(answer: Answer) -> dict[str, str]:
@@ -26,7 +27,7 @@ def engine_flags(answer: Answer) -> dict[str, str]:
         return {}
     out: dict[str, str] = {}
     for played in answer.finals:
-        if played.summary is None or played.candidate.engine in out:
+        if played.summary is None or not played.candidate.engine or played.candidate.engine in out:
             continue
         told = _FLAGS.get(played.candidate.kind)
         if told is not None:

@@ -48,14 +48,14 @@ def to_json(answer: Answer) -> dict[str, Any]:
         "memory": {
             "usable_bytes": _usable(answer),
             "by": summary["memory"]["hbm"]["by"],
-            "experts_bytes": int(model.expert_bytes()) * model.num_experts * model.expert_sets_held,
+            "experts_bytes": int(model.expert_bytes()) * model.num_experts * model.num_moe_layers,
             "expert_bytes": int(model.expert_bytes()),
             "experts_on_device": device_experts(scenario, summary),
-            "experts": model.num_experts * model.expert_sets_held,
+            "experts": model.num_experts * model.num_moe_layers,
             "kv_tokens_needed": ask.kv_tokens,
         },
         "time_share": summary["time_share"],
-        "offload": summary.get("offload"),
+        "cache": summary["cache"],
         "finals": finals,
         "tried": [_candidate(answer, played) for played in answer.tried],
         "what_if": [
@@ -116,7 +116,7 @@ def _usable(answer: Answer) -> int:
 
 _BOUNDS = {
     "expert_stall": "the link to the host",
-    "cpu_experts": "experts on the CPU",
+    "experts_on_cpu": "experts on the CPU",
     "cpu_sync": "handing work to the CPU and back",
     "experts": "experts on the device",
 }
@@ -136,12 +136,12 @@ def _why(answer: Answer) -> str:
     model, chosen = answer.scenario.model, answer.chosen
     assert chosen.summary is not None
     held = device_experts(answer.scenario, chosen.summary)
-    total = model.num_experts * model.expert_sets_held
+    total = model.num_experts * model.num_moe_layers
     size = int(model.expert_bytes()) * total / _GIB
     if answer.fits:
         return f"All {total:,} experts ({size:.1f} GiB) fit beside the KV cache and buffers."
     share = chosen.summary["time_share"]
-    told = ", ".join(f"{_PART.get(name, name)} {part:.0%}" for name, part in list(share.items())[:3])
+    told = ", ".join(f"{_PART.get(name, name.replace('_', ' '))} {part:.0%}" for name, part in list(share.items())[:3])
     found = hit_rate(chosen)
     hits = "" if found is None else f" {found:.0%} of the experts that layers ask for are there."
     return (
@@ -151,7 +151,7 @@ def _why(answer: Answer) -> str:
 
 _PART = {
     "expert_stall": "waiting for weights",
-    "cpu_experts": "experts on the CPU",
+    "experts_on_cpu": "experts on the CPU",
     "cpu_sync": "handing over to the CPU",
     "experts": "experts on the device",
 }
@@ -175,7 +175,7 @@ def render(report: dict[str, Any], width: int = 100) -> str:
         f"  {_number(rate)} output tokens/s{_span(rate)}; first token after {_number(first)} ms, then"
         f" {_number(between)} ms a token",
         *textwrap.wrap(report["why"], width, initial_indent="  ", subsequent_indent="  "),
-        f"  bound by: {report['bound_by']}",
+        *_bounds(report),
         "",
         "memory of the device",
     ]
@@ -185,7 +185,7 @@ def render(report: dict[str, Any], width: int = 100) -> str:
     lines += ["", f"run long on other requests ({len(report['finals'])}):"]
     lines += [
         f"  {_number(f['expected_tok_per_s']):>8} tok/s{_span(f['expected_tok_per_s']):<18} {_hits(f)}"
-        f"{'=' if f['ties_with_best'] else ' '} {f['label']} ({f['engine']})"
+        f"{'=' if f['ties_with_best'] else ' '} {f['label']}{_engine(f)}"
         for f in sorted(report["finals"], key=lambda f: -(f["estimate_tok_per_s"] or 0.0))
         if f["expected_tok_per_s"] is not None
     ]
@@ -193,10 +193,10 @@ def render(report: dict[str, Any], width: int = 100) -> str:
     lines += ["", f"tried ({report['runs']} short and long runs):"]
     for t in report["tried"][:_SHOWN]:
         if t["feasible"]:
-            lines.append(f"  {t['estimate_tok_per_s']:8.2f} tok/s  {_hits(t)} {t['label']} ({t['engine']})")
+            lines.append(f"  {t['estimate_tok_per_s']:8.2f} tok/s  {_hits(t)} {t['label']}{_engine(t)}")
     for t in [t for t in report["tried"] if not t["feasible"]]:
         lines += textwrap.wrap(f"- {t['label']}: {t['reasons'][0]}", width, initial_indent="  ",
-                               subsequent_indent="    ")[:3]  # fmt: skip
+                               subsequent_indent="    ")  # fmt: skip
     if report["what_if"]:
         lines += ["", "with the same settings:"]
     for w in report["what_if"]:
@@ -206,6 +206,23 @@ def render(report: dict[str, Any], width: int = 100) -> str:
         lines += ["", "engine flags:"]
         lines += [f"  {engine}: {flags}" for engine, flags in report["flags"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _bounds(report: dict[str, Any]) -> list[str]:
+    """What limits it, and how far off the bounds it is."""
+    lines = [f"  bound by: {report['bound_by']}"]
+    bound = (report["cache"] or {}).get("bound")
+    if bound is not None:
+        lines.append(
+            f"  no eviction could hit more than {bound['min_bypass']:.0%} of these look-ups (Belady, MIN with bypass);"
+            f" steps take {bound['time_over_bound']:.2f} times what computing or moving that takes"
+        )
+    better = [f for f in report["finals"] if not f["engine"] and f["expected_tok_per_s"] is not None]
+    for f in better:
+        gain = f["expected_tok_per_s"]["value"] / report["chosen"]["expected_tok_per_s"]["value"] - 1
+        if gain > 0:
+            lines.append(f"  no engine does it yet: {f['label']}, {gain:+.0%}")
+    return lines
 
 
 def _number(figure: dict[str, Any] | None) -> str:
@@ -220,6 +237,10 @@ def _span(figure: dict[str, Any] | None) -> str:
         return ""
     low, high = figure["interval90"]
     return f" ({low:.3g} to {high:.3g})"
+
+
+def _engine(candidate: dict[str, Any]) -> str:
+    return f" ({candidate['engine'] or 'no engine yet'})"
 
 
 def _hits(candidate: dict[str, Any]) -> str:
