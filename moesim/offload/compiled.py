@@ -18,7 +18,18 @@ from typing import Any
 import numba
 import numpy as np
 
-__all__ = ["bare", "calls", "lfu_each", "lru_each", "lru_hist", "next_use", "opt_each", "opt_hist", "ranked_hist"]
+__all__ = [
+    "bare",
+    "bound_hist",
+    "calls",
+    "lfu_each",
+    "lru_each",
+    "lru_hist",
+    "next_use",
+    "opt_each",
+    "opt_hist",
+    "ranked_hist",
+]
 
 NEVER32 = np.int32(2147483647)
 LAST64 = np.int64(9223372036854775807)
@@ -373,6 +384,35 @@ def opt_hist(
                     depth += 1
                 elif alone:
                     out_E[i] += weight_N[n] if weighted else 1
+
+
+@_compiled
+def bound_hist(id_N: Any, call_C: Any, cut_W: Any, next_N: Any, weight_N: Any, experts: Any, out_E: Any) -> None:
+    """As `opt_hist` with bypass, but a call's experts that are there get their new next look-ups before any other
+    enters, so a cache keeps the best of what it has and what the call brings."""
+    weighted = len(weight_N) > 0
+    stack = np.empty(experts + 1, np.int32)
+    for w in range(len(cut_W) - 1):
+        depth = 0
+        for c in range(cut_W[w], cut_W[w + 1]):
+            first, last = call_C[c], call_C[c + 1]
+            for i in range(depth):
+                n = stack[i]
+                if n < last:
+                    out_E[i] += weight_N[n] if weighted else 1
+                    stack[i] = next_N[n]
+            for n in range(first, last):
+                mine = next_N[n]
+                stack[depth] = mine
+                i = 0
+                carry = mine
+                while stack[i] != mine:
+                    here = stack[i]
+                    stack[i] = min(here, carry)
+                    carry = max(here, carry)
+                    i += 1
+                stack[i] = carry
+                depth += i == depth
 
 
 @_compiled

@@ -8,7 +8,7 @@ missed expert streamed past the cache or not, the cache emptied every 512 tokens
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
 import numpy as np
@@ -91,17 +91,19 @@ def look_ups_of(expert_TLK: AnyArray, num_experts: int, convention: Convention =
 def _tokens(expert_TLK: AnyArray, num_experts: int, convention: Convention, window: int) -> list[LookUps]:
     """Calls within a token."""
     tokens, layers, top_k = expert_TLK.shape
-    width = {"each": 1, "layer": top_k, "token": layers * top_k if convention.pooled else top_k}[convention.look_up]
+    wide = layers * top_k
+    width = {"each": 1, "layer": top_k, "token": wide if convention.pooled else top_k}[convention.look_up]
     real_TLK = (expert_TLK >= 0) & (expert_TLK < num_experts)
     if convention.pooled:
-        key_GTX = (expert_TLK.astype(np.int32) + num_experts * np.arange(layers)[:, None]).reshape(1, tokens, -1)
-        real_GTX = real_TLK.reshape(1, tokens, -1)
+        key_GTX = (expert_TLK.astype(np.int32) + num_experts * np.arange(layers)[:, None]).reshape(1, tokens, wide)
+        real_GTX = real_TLK.reshape(1, tokens, wide)
     else:
         key_GTX, real_GTX = expert_TLK.transpose(1, 0, 2), real_TLK.transpose(1, 0, 2)
     every = bool(real_TLK.all())
     out = []
     for key_TX, real_TX in zip(key_GTX, real_GTX, strict=True):
-        key_CX, real_CX = key_TX.reshape(-1, width), None if every else real_TX.reshape(-1, width)
+        calls = key_TX.size // max(width, 1)
+        key_CX, real_CX = key_TX.reshape(calls, width), None if every else real_TX.reshape(calls, width)
         if convention.order == "key" and width > 1:
             if real_CX is not None:
                 key_CX = np.where(real_CX, key_CX, MOST_EXPERTS)
@@ -110,7 +112,6 @@ def _tokens(expert_TLK: AnyArray, num_experts: int, convention: Convention, wind
             once_CX[:, 1:] = key_CX[:, 1:] != key_CX[:, :-1]
             if real_CX is not None or not once_CX.all():
                 real_CX = once_CX & (key_CX < MOST_EXPERTS)
-        calls = len(key_CX)
         if real_CX is None:
             id_N, call_C = key_CX.astype(np.uint16).ravel(), np.arange(calls + 1, dtype=np.int64) * width
         else:
@@ -197,9 +198,9 @@ def hit_curve(
 ) -> HitCurve:
     """Hits by slots of a cache, for every size (sizes None: 0 .. experts of a cache) or some.
 
-    One pass for `lru`, and for `opt`, `lfu` and `segment` where calls are of one look-up or not pinned; the other
-    combinations are played size by size (`stacks.is_stack`). Keywords as in `stacks.hits_by_slots`. Raises BadInput
-    as `look_ups_of`.
+    One pass for `lru` and `bound`, and for `opt`, `lfu` and `segment` where calls are of one look-up or not pinned; the
+    other combinations are played size by size (`stacks.is_stack`). Keywords as in `stacks.hits_by_slots`. Raises
+    BadInput as `look_ups_of`.
     """
     caches = look_ups_of(expert_TLK, num_experts, convention)
     most = caches[0].experts if caches else 0
@@ -236,18 +237,18 @@ def static_curve(
 
 
 def distance_to_bound(curve: HitCurve, bound: HitCurve) -> FloatArray:
-    """Hit rate that the best possible has above the policy's, by slots, [S]: MIN with bypass is the bound of
-    any cache that does not prefetch. Both curves are of the same look-ups. Raises BadInput where they are not."""
+    """Hit rate that the most possible (a curve of policy `bound`) has above the policy's, by slots, [S]. Raises
+    BadInput where the curves are not of the same look-ups, sizes and convention."""
     same = np.array_equal(curve.slots_S, bound.slots_S) and np.array_equal(curve.look_ups_G, bound.look_ups_G)
-    if not same or replace(curve.convention, bypass=True) != replace(bound.convention, bypass=True):
+    if not same or curve.convention != bound.convention:
         raise BadInput("a bound is of the same look-ups, sizes and convention as what it bounds")
     return bound.rate_S - curve.rate_S
 
 
 def time_bound_ns(compute_ns: float, misses: int, transfer_ns: float) -> float:
-    """No schedule is faster: T >= max(sum of compute, misses * transfer), with the misses of MIN with bypass in one
-    cache for all layers whose slots include the staging buffers; every transfer passes the one link. First touches are
-    misses. transfer_ns: of one expert."""
+    """No schedule is faster: T >= max(sum of compute, misses * transfer), with the misses of `bound` in one cache for
+    all layers whose slots include the staging buffers; every transfer passes the one link, and prefetch does not change
+    how many there are. First touches are misses. transfer_ns: of one expert."""
     return max(compute_ns, misses * transfer_ns)
 
 

@@ -31,7 +31,7 @@ Counts = Literal["all", "resident"]
 
 MOST_EXPERTS = 1 << 16
 """of one cache: keys hold an expert in 16 bits"""
-_COMPILED_LOOK_UPS = 1 << 16
+_COMPILED_LOOK_UPS = 1 << 12
 """Shorter traces are not worth an import of numba."""
 _CODE = {"lru": 0, "lfu": 1, "opt": 2, "random": 3}
 

@@ -24,12 +24,12 @@ from moesim.offload.fast import Counts, LookUps, OnePolicy, compiled_for, first_
 
 __all__ = ["CurvePolicy", "best_split_of_slots", "cold_by_slots", "hits_by_slots", "is_stack"]
 
-CurvePolicy = Literal["lru", "lfu", "opt", "random", "segment"]
+CurvePolicy = Literal["lru", "lfu", "opt", "random", "segment", "bound"]
 
 
 def is_stack(look_ups: LookUps, policy: CurvePolicy, *, pinned: bool, counts: Counts = "all") -> bool:
     """Whether one pass gives every size exactly (LRU: every size that holds the longest call)."""
-    if policy in ("lru", "segment"):
+    if policy in ("lru", "segment", "bound"):
         return True
     return (policy == "opt" or (policy == "lfu" and counts == "all")) and (not pinned or look_ups.longest <= 1)
 
@@ -48,15 +48,17 @@ def hits_by_slots(
     """What the hits count for in a cache of each of `sizes` (None: 0 .. experts), int64; first touches are misses.
 
     Keywords as in `fast.found`. policy `segment`: SCH(m) of moe-lrc (arXiv:2505.16056, `41_sch_calc.py`): who has the
-    fewest uses in the `ahead` calls from this one on leaves, then the least recent one; never pinned. Raises BadInput
-    where `ahead` is less than 1.
+    fewest uses in the `ahead` calls from this one on leaves, then the least recent one; never pinned. policy `bound`:
+    after a call the cache keeps, of what it had and what the call brought, those that are needed first. No cache that
+    fetches on demand hits more, whatever its rules, because it can keep nothing else; for calls of one look-up it is
+    MIN with bypass. Raises BadInput where `ahead` is less than 1.
     """
     if ahead < 1:
         raise BadInput(f"a segment has at least one call, got {ahead}")
     wanted_S = np.arange(look_ups.experts + 1) if sizes is None else np.array(sizes, np.int64)
     if wanted_S.size and wanted_S.min() < 0:
         raise BadInput(f"a cache has no less than 0 slots, got {wanted_S.min()}")
-    next_N = next_uses(look_ups) if policy == "opt" else None
+    next_N = next_uses(look_ups) if policy in ("opt", "bound") else None
     out_S = np.zeros(len(wanted_S), np.int64)
     alone_S = np.ones(len(wanted_S), bool)
     if is_stack(look_ups, policy, pinned=pinned, counts=counts):
@@ -65,7 +67,7 @@ def hits_by_slots(
         out_S = total_C[np.minimum(wanted_S, look_ups.experts)]
         alone_S = wanted_S < look_ups.longest if policy == "lru" and pinned and look_ups.longest > 1 else ~alone_S
     for s in np.flatnonzero(alone_S):
-        one: OnePolicy = policy  # type: ignore[assignment]  # `segment` is a stack always
+        one: OnePolicy = policy  # type: ignore[assignment]  # `segment` and `bound` are stacks always
         hit_N = found(
             look_ups, int(wanted_S[s]), one, bypass=bypass, pinned=pinned, counts=counts, seed=seed, next_N=next_N
         )
@@ -99,6 +101,8 @@ def _histogram(
         fast.lru_hist(id_N, call_C, cut_W, weight_N, experts, out_E)
     elif policy == "opt":
         fast.opt_hist(id_N, call_C, cut_W, next_N, weight_N, experts, bypass, out_E)
+    elif policy == "bound":
+        fast.bound_hist(id_N, call_C, cut_W, next_N, weight_N, experts, out_E)
     else:
         fast.ranked_hist(id_N, call_C, cut_W, weight_N, experts, ahead if policy == "segment" else 0, bypass, out_E)
     return out_E
@@ -124,18 +128,20 @@ def _plain(
             where = {x: i for i, x in enumerate(stack)} if call[c + 1] - call[c] > 1 else None
             for n in range(call[c], call[c + 1]):
                 x = ids[n]
-                place = where.get(x) if where is not None else (stack.index(x) if x in worth and x in stack else None)
+                place = where.get(x) if where is not None else (stack.index(x) if x in stack else None)
                 if place is not None:
                     out_E[place] += weight[n]
+            if policy == "bound":
+                worth.update((ids[n], (-nexts[n], 0)) for n in range(call[c], call[c + 1]))
             for n in range(call[c], call[c + 1]):
                 x = ids[n]
-                if policy == "opt":
+                if policy in ("opt", "bound"):
                     worth[x] = (-nexts[n], 0)
                 elif policy == "lru":
                     worth[x] = (n, 0)
                 else:
                     worth[x] = (worth.get(x, (0, 0))[0] + (-1 if policy == "segment" else 1), n)
-                _use(stack, worth, x, bypass and policy != "lru")
+                _use(stack, worth, x, policy == "bound" or (bypass and policy != "lru"))
             if policy == "segment" and c + ahead < stop:
                 _add_uses(worth, ids[call[c + ahead] : call[c + ahead + 1]])
     return out_E

@@ -92,7 +92,7 @@ def by_definition(
 
 
 @pytest.mark.parametrize("most", [1, 3])
-@pytest.mark.parametrize("policy, counts", [("lru", "all"), ("lfu", "all"), ("lfu", "resident"), ("opt", "all")])
+@pytest.mark.parametrize(("policy", "counts"), [("lru", "all"), ("lfu", "all"), ("lfu", "resident"), ("opt", "all")])
 def test_every_rule_is_its_definition(mode: str, policy: str, counts: str, most: int) -> None:
     for seed in range(6):
         calls, experts = random_calls(seed, most)
@@ -100,19 +100,19 @@ def test_every_rule_is_its_definition(mode: str, policy: str, counts: str, most:
         for slots, bypass, pinned in itertools.product((1, 2, 3, experts), (False, True), (False, True)):
             if counts == "resident" and not pinned and most > 1:
                 continue  # who was pushed out and comes back within one call has no count that papers define
-            got = found(look_ups, slots, policy, bypass=bypass, pinned=pinned, counts=counts)  # type: ignore[arg-type]
+            got = found(look_ups, slots, policy, bypass=bypass, pinned=pinned, counts=counts)
             assert got.tolist() == by_definition(calls, slots, policy, bypass, pinned, counts), (seed, slots)
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "opt"])
 @pytest.mark.parametrize("bypass", [False, True])
-@pytest.mark.parametrize("most, pinned", [(1, True), (3, False), (3, True)])
+@pytest.mark.parametrize(("most", "pinned"), [(1, True), (3, False), (3, True)])
 def test_one_pass_gives_what_each_size_gives(mode: str, policy: str, bypass: bool, most: int, pinned: bool) -> None:
     for seed in range(5):
         calls, experts = random_calls(seed + 50, most)
         look_ups = replace(calls_of(calls, experts, cut=(13, 21)), weight_N=None)
         look_ups = replace(look_ups, weight_N=np.arange(1, len(look_ups.id_N) + 1))
-        curve = hits_by_slots(look_ups, policy, bypass=bypass, pinned=pinned)  # type: ignore[arg-type]
+        curve = hits_by_slots(look_ups, policy, bypass=bypass, pinned=pinned)
         for slots in range(experts + 1):
             hit = np.concatenate(
                 [
@@ -120,7 +120,7 @@ def test_one_pass_gives_what_each_size_gives(mode: str, policy: str, bypass: boo
                     for part in (calls[:13], calls[13:21], calls[21:])
                 ]
             ).astype(bool)
-            assert curve[slots] == look_ups.weight_N[hit].sum()  # type: ignore[index]
+            assert curve[slots] == look_ups.weight_N[hit].sum()
 
 
 def most_hits(trace: list[int], slots: int, bypass: bool) -> int:
@@ -151,9 +151,33 @@ def test_opt_is_the_most_that_any_choice_gives(mode: str, bypass: bool) -> None:
         assert curve.tolist() == [0, *(most_hits(trace, slots, bypass) for slots in range(1, 6))]
 
 
+def most_hits_of_calls(calls: list[list[int]], slots: int) -> int:
+    """The best of all that a cache may hold after each call: any of what it had and what came."""
+
+    @cache
+    def best(c: int, inside: frozenset[int]) -> int:
+        if c == len(calls):
+            return 0
+        every = sorted(inside | set(calls[c]))
+        keeps = itertools.combinations(every, min(slots, len(every)))
+        return len(inside & set(calls[c])) + max(best(c + 1, frozenset(keep)) for keep in keeps)
+
+    return best(0, frozenset())
+
+
+def test_the_bound_of_calls_is_the_most_that_any_cache_holds(mode: str) -> None:
+    for seed in range(12):
+        calls, experts = random_calls(seed, 3)
+        calls = [[x for x in call if x < 5] for call in calls[:9]]
+        look_ups = calls_of(calls, min(experts, 5))
+        curve = hits_by_slots(look_ups, "bound")
+        assert curve[1:].tolist() == [most_hits_of_calls(calls, slots) for slots in range(1, look_ups.experts + 1)]
+
+
 def test_bounds_hold_on_random_traces(mode: str) -> None:
-    """MIN + bypass >= MIN >= every policy that evicts, a larger LRU never hits less, on 200 traces."""
-    for seed in range(200 if mode == "compiled" else 40):
+    """MIN + bypass >= MIN >= every policy that evicts, a larger LRU never hits less, on 200 traces; in calls of several
+    look-ups nobody passes the bound."""
+    for seed in range(200 if mode == "compiled" else 30):
         calls, experts = random_calls(seed, 1)
         look_ups = calls_of(calls, experts)
         best, least = hits_by_slots(look_ups, "opt", bypass=True), hits_by_slots(look_ups, "opt")
@@ -163,6 +187,15 @@ def test_bounds_hold_on_random_traces(mode: str) -> None:
         for curve in (lru, hits_by_slots(look_ups, "lfu"), hits_by_slots(look_ups, "random", seed=seed)):
             assert (curve <= least).all()
         assert (hits_by_slots(look_ups, "lfu", bypass=True) <= best).all()
+        np.testing.assert_array_equal(hits_by_slots(look_ups, "bound"), best)
+        calls, experts = random_calls(seed, 3)
+        look_ups = calls_of(calls, experts)
+        best = hits_by_slots(look_ups, "bound")
+        for policy, bypass, pinned in itertools.product(("lru", "opt", "lfu"), (False, True), (False, True)):
+            sizes = (1, 2, 4)
+            assert (
+                hits_by_slots(look_ups, policy, sizes, bypass=bypass, pinned=pinned) <= best[np.minimum(sizes, experts)]
+            ).all()
 
 
 def test_random_evicts_each_resident_equally_often(mode: str) -> None:
@@ -180,12 +213,12 @@ def test_both_forms_agree_on_a_longer_trace(monkeypatch: pytest.MonkeyPatch) -> 
     rng = np.random.default_rng(1)
     routes = np.argsort(rng.random((60, 3, 70)) - 0.6 * rng.random(70) ** 3, axis=2)[:, :, :6].astype(np.uint8)
     for convention in (TEXTBOOK, Convention(), replace(MOE_LRC, window=16), Convention(look_up="batch", batch=4)):
-        for policy in ("lru", "lfu", "opt", "random", "segment"):
+        for policy in ("lru", "lfu", "opt", "random", "segment", "bound"):
             curves = []
             for wanted in ("0", "1"):
                 monkeypatch.setenv("MOESIM_COMPILED", wanted)
                 monkeypatch.setattr(fast, "_COMPILED_LOOK_UPS", 0)
-                one = hit_curve(routes, 70, policy, convention, sizes=(0, 1, 5, 12, 40, 70), ahead=5)  # type: ignore[arg-type]
+                one = hit_curve(routes, 70, policy, convention, sizes=(0, 1, 5, 12, 40, 70), ahead=5)
                 curves.append(one.hits_GS)
             np.testing.assert_array_equal(curves[0], curves[1])
 
@@ -195,44 +228,46 @@ def test_both_forms_agree_on_a_longer_trace(monkeypatch: pytest.MonkeyPatch) -> 
 
 def replayed(
     routes: np.ndarray, experts: int, policy: str, slots: int, convention: Convention, **options: str
-) -> list[bool]:
-    """Hits, look-up by look-up, as the reference finds them."""
+) -> list[tuple[int, bool]]:
+    """(key, whether it hit), look-up by look-up, as the reference finds them."""
     replay = pytest.importorskip("moesim.offload.replay", reason="the reference is in another branch")
     from moesim.policy import load_policy
 
     layers = routes.shape[1]
     words = CacheSemantics(pooled=convention.pooled, miss="bypass" if convention.bypass else "evict")
     steps = replay.chunks(routes, tokens=convention.batch)
-    spec = load_policy("eviction", policy, options)
+    spec = load_policy("eviction", {"kind": policy, **options})
     capacity = slots * (1 if convention.pooled else layers)
     done = replay.replay(
         steps, spec, experts, capacity, granularity=convention.look_up, semantics=words, keep_events=True
     )
-    return [(event.key, event.kind == "hit") for event in done.events]  # type: ignore[misc]
+    return [(event.key, event.kind == "hit") for event in done.events]
 
 
-@pytest.mark.parametrize("policy, options", [("lru", {}), ("lfu", {}), ("lfu", {"counts": "resident"}), ("belady", {})])
+@pytest.mark.parametrize(
+    ("policy", "options"), [("lru", {}), ("lfu", {}), ("lfu", {"counts": "resident"}), ("belady", {})]
+)
 @pytest.mark.parametrize("look_up", ["each", "layer", "token", "batch"])
 def test_equal_to_the_cache_and_its_policies(mode: str, policy: str, options: dict[str, str], look_up: str) -> None:
     """Event by event, on random routes and on recorded ones."""
     rng = np.random.default_rng(5)
-    cases = [(np.argsort(rng.random((30, 3, 9)) * np.linspace(1, 2, 9), axis=2)[:, :, :3].astype(np.uint8), 9)]
+    cases = [(np.argsort(rng.random((20, 3, 9)) * np.linspace(1, 2, 9), axis=2)[:, :, :3].astype(np.uint8), 9)]
     if ESFT.exists():
-        cases.append((np.load(ESFT)["expert_ids"][300:330, 3:6], 64))
+        cases.append((np.load(ESFT)["expert_ids"][300:320, 3:6], 64))
     for routes, experts in cases:
         for pooled, bypass, rho in itertools.product((False, True), (False, True), (0.5, 1.5)):
             order = "choice" if look_up == "each" else "key"
             batch = 4 if look_up == "batch" else 1
-            convention = Convention(pooled, look_up, batch, bypass=bypass, order=order)  # type: ignore[arg-type]
+            convention = Convention(pooled, look_up, batch, bypass=bypass, order=order)
             slots = int(rho * routes.shape[2] * (3 if pooled else 1))
             ours: dict[int, list[bool]] = {}
             name = "opt" if policy == "belady" else policy
             for g, cache_ in enumerate(look_ups_of(routes, experts, convention)):
-                hit_N = found(cache_, slots, name, bypass=bypass, counts=options.get("counts", "all"))  # type: ignore[arg-type]
+                hit_N = found(cache_, slots, name, bypass=bypass, counts=options.get("counts", "all"))
                 for key, hit in zip((cache_.id_N + (0 if pooled else g * experts)).tolist(), hit_N, strict=True):
                     ours.setdefault(key, []).append(bool(hit))
             theirs: dict[int, list[bool]] = {}
-            for key, hit in replayed(routes, experts, policy, slots, convention, **options):  # type: ignore[misc]
+            for key, hit in replayed(routes, experts, policy, slots, convention, **options):
                 theirs.setdefault(key, []).append(hit)
             assert ours == theirs, (policy, look_up, pooled, bypass, rho)
 
@@ -267,7 +302,8 @@ def test_best_split_is_the_best_of_all_splits() -> None:
         splits = itertools.product(range(least, 6), repeat=3)
         every = [sum(hits[g, c] for g, c in enumerate(s)) for s in splits if sum(s) <= total]
         assert most == max(every) == hits[np.arange(3), slots].sum()
-        assert slots.sum() <= total and slots.min() >= least
+        assert slots.sum() <= total
+        assert slots.min() >= least
 
 
 def test_greedy_and_dynamic_programming_agree_on_recorded_layers() -> None:
