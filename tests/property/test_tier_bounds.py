@@ -221,7 +221,7 @@ def test_nothing_stalls_where_everything_fits():
 
 def test_a_faster_link_never_takes_longer_on_demand():
     """Whenever missed experts compute; what is asked for does not depend on time."""
-    for seed in range(100):
+    for seed in range(60):
         one = case(seed)
         took = []
         for rate in (2.0, 3.7, 9.0, 50.0):
