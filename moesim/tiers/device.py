@@ -41,10 +41,11 @@ class DeviceOptions:
     what is there computes first, then the others as they come, those that came together in one product (most systems
     launch expert by expert); `after`: the missed ones in one product when all have come; `once`: one product for all
     when the last has come (a fused kernel). duplex: write-backs have the other direction of the link; else they queue
-    with the loads (copies on one stream). sync_blocks: the device stands still while work is handed to the CPU (host
-    functions in the order of its stream); else only the CPU waits. whole_pages: a page holds the layer's attention too,
-    so the layer waits for it before it starts, not only its experts. on_host: the device's memory is the host's, filled
-    from NVMe.
+    with the loads (both copies on one stream, as in mixtral-offloading's expert_cache.py; its order, the load before
+    its victim, is that of a home without copies). sync_blocks: the device stands still while work is handed to the CPU
+    (host functions in the order of its stream); else only the CPU waits. whole_pages: a page holds the layer's
+    attention too, so the layer waits for it before it starts, not only its experts. on_host: the device's memory is
+    the host's, filled from NVMe.
     """
 
     staging: int = 2

@@ -473,7 +473,8 @@ class TierStore:
         if rooms.capacity is not None:
             ways = rooms.way
             held = sum(rooms.size[key] for key in rooms.rooms if key not in ways or ways[key].started)
-            gone = [one.key for one in (*leaving, *rooms.victims) if one.way is None or one.way.started]
+            evicted = [(one.key, one.way) for one in leaving] + [(one.key, one.way) for one in rooms.victims]
+            gone = [key for key, way in evicted if way is None or way.started]
             held += sum(rooms.size[key] for key in gone)
             # a large one finds a place only when several small ones have come: it needs a buffer meanwhile
             more = self._swaps and min(rooms.size) != max(rooms.size)

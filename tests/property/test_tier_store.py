@@ -254,7 +254,7 @@ class HostMachine(StoreMachine):
 
 @pytest.mark.parametrize(
     ("machine", "examples"),
-    [(StoreMachine, 15), (SwapMachine, 40), (NvmeMachine, 30), (ExclusiveMachine, 20), (HostMachine, 10)],
+    [(StoreMachine, 10), (SwapMachine, 30), (NvmeMachine, 25), (ExclusiveMachine, 15), (HostMachine, 5)],
 )
 def test_the_store(machine: type[StoreMachine], examples: int):
     how = settings(
