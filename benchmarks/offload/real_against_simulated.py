@@ -134,10 +134,10 @@ def campaign(link: str, folder: Path, steps: int, rounds: int, raced_runs: int) 
     home = make_home(link, file)
     found = calibrate(file, before, CALIBRATED_AT, link, cases[0].settings, home=home)
     say("predicting")
-    measured = predict(found, file, cases, replay, before, link, fit)
+    measured = predict(found, file, cases, replay, before, link, fit, home)
     remark = measure(file, measured, replay, rounds, link, fit, say, home=home)
     raced = [one for one in measured if one.case.settings.prefetch != "none"]
-    extra = [Measured(one.case, one.prediction, one.decide_ns) for one in raced]
+    extra = [Measured(one.case, one.prediction, one.deciding) for one in raced]
     measure(file, extra, replay, max(0, raced_runs - rounds), link, fit, say, 1, home)
     for one, more in zip(raced, extra, strict=True):
         one.hit_rate_R += more.hit_rate_R  # step times stay those of the rounds in which all cases ran

@@ -149,8 +149,10 @@ class ExpertCache:
         self._stuck.clear()
         if self.bypass and len(misses) > 1:
             misses = list(self.eviction.order(misses, now))
-        entered = {key: self._miss(key, now) for key in misses}
-        return [entered[key] if found is None else found for key, found in zip(keys, out, strict=True)]
+            entered = {key: self._miss(key) for key in misses}
+            return [entered[key] if found is None else found for key, found in zip(keys, out, strict=True)]
+        miss = self._miss
+        return [miss(key) if found is None else found for key, found in zip(keys, out, strict=True)]
 
     def prefetch(self, key: int, arrived: bool) -> tuple[int, ...] | None:
         """Give `key` room before it is asked for. Returns who left for it; None where it is there already, or nobody
@@ -194,17 +196,19 @@ class ExpertCache:
         group = self._group[key]
         return self._capacity[group] - self._used[group] - self._size[key]
 
-    def _miss(self, key: int, now: int) -> Found:
+    def _miss(self, key: int) -> Found:
         if self._state[key] != ABSENT:
             raise ValueError(f"a look-up asks for expert {key} twice")
-        first, self._seen[key] = not self._seen[key], 1
-        stuck = self._group[key] in self._stuck and self._free(key) < 0
-        left = None if stuck else self._make_room(key, ask=self.bypass)
-        if left is None:
-            return Found(key, "stream")
+        seen, self._seen[key] = self._seen[key], 1
+        left: tuple[int, ...] = ()
+        if self._free(key) < 0:
+            gone = None if self._group[key] in self._stuck else self._make_room(key, ask=self.bypass)
+            if gone is None:
+                return Found(key, "stream")
+            left = gone
         self._enter(key, prefetched=False)
         self._pinned.add(key)
-        return Found(key, "load", first and not left, left)
+        return Found(key, "load", not seen and not left, left)
 
     def _make_room(self, key: int, ask: bool) -> tuple[int, ...] | None:
         """Evict until `key` fits, all or nobody; None: it cannot, or the policy keeps what is there."""

@@ -399,15 +399,15 @@ class Driver:
         self.device.page(layer, int(self.context.size_LE[layer][~fixed_E].sum()) + other)
 
     def _update(self, step: StepRoutes) -> None:
-        """The fixed experts of each layer become as many of the prompt's most used ones (KTransformers' dynamic
-        update)."""
+        """The fixed experts of each layer become as many of the prompt's most used ones, of equals those with the lower
+        number, whoever is there (KTransformers' dynamic update, `select_top_experts_from_batch` of its SGLang)."""
         none = self.context.num_experts
         for layer in range(self.context.num_layers):
             base = layer * none
             ids = self.ids_TK(step, layer).ravel()
             count = np.bincount(ids[ids < none], minlength=none)
             held = [e for e in range(none) if self.cache.fixed(base + e)]
-            best = np.lexsort((np.arange(none), ~np.isin(np.arange(none), held), -count))[: len(held)].tolist()
+            best = np.lexsort((np.arange(none), -count))[: len(held)].tolist()
             new = [e for e in best if self.cache.state(base + e) == ABSENT]  # the most used first
             gone = sorted(set(held) - set(best), key=lambda e: (int(count[e]), e))
             new, gone = self._exchange(base, new, gone)

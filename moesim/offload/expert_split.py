@@ -13,7 +13,7 @@ from pydantic import Field
 from moesim.arrays import BoolArray, IntArray
 from moesim.errors import BadInput
 from moesim.offload import MissCosts, OffloadContext, OffloadPlan
-from moesim.offload.shares import Share, SlotsPerLayer, fill, layer_capacity, popular, shortest_layer
+from moesim.offload.shares import Share, SlotsPerLayer, by_popularity, fill, layer_capacity, popular, shortest_layer
 from moesim.spec import Spec
 
 __all__ = ["Policy"]
@@ -41,9 +41,19 @@ class Policy(Spec):
         cache_L = part_L - np.where(fixed, context.size_LE, 0).sum(axis=1)
         if self.fixed_share == 1:
             cache_L = np.zeros_like(cache_L)
+            fixed = self._filled_up(context, fixed)
         order = np.argsort(-np.where(fixed, -np.inf, context.popularity_LE).reshape(-1), kind="stable")
         initial = fill(context, order[: int((~fixed).sum())], cache_L, context.group_K)
         return OffloadPlan(cache_L, fixed, initial, np.zeros(fixed.shape, bool))
+
+    def _filled_up(self, context: OffloadContext, fixed: BoolArray) -> BoolArray:
+        """Parts of layers are no whole experts: what that leaves goes to the most popular of all layers."""
+        if self.slots_per_layer is not None:
+            return fixed
+        left = np.array([context.capacity_bytes - int(context.size_LE[fixed].sum())], np.int64)
+        order = by_popularity(context)
+        order = order[~fixed.reshape(-1)[order]]
+        return fixed | fill(context, order, left, np.zeros(context.num_keys, np.int64))
 
     def on_cpu(self, layer: int, experts: IntArray, rows: IntArray, plan: OffloadPlan, costs: MissCosts) -> BoolArray:
         """See `moesim.offload.OffloadPolicy.on_cpu`: see `shares.shortest_layer`."""

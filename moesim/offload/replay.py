@@ -121,6 +121,8 @@ def calls_of(step: StepRoutes, num_experts: int, granularity: Granularity = "bat
     """The look-ups of one step, in order. `token` and `layer` go through the tokens one after the other. Ids that are
     no expert are left out; a call may be empty."""
     layers = step.expert_TLK.shape[1]
+    if granularity == "batch" and len(step.expert_TLK) == 1:
+        granularity = "layer"  # the same, and quicker
     if granularity == "batch":
         for layer in range(layers):
             ids = step.expert_TLK[:, layer].ravel()
@@ -230,22 +232,22 @@ def replay(
 def _look_up(
     cache: ExpertCache, call: Call, counters: Counters, events: list[Event] | None, step: int, num_experts: int
 ) -> None:
-    counters.calls += 1
     found = cache.look_up(call.keys)
-    for (key, kind, cold, evicted), rows in zip(found, call.rows, strict=True):
-        if kind == "hit":
-            counters.hits += 1
-            counters.hit_rows += rows
+    missed = [(one, rows) for one, rows in zip(found, call.rows, strict=True) if one.kind != "hit"]
+    miss_rows = sum(rows for _, rows in missed)
+    counters.calls += 1
+    counters.hits += len(found) - len(missed)
+    counters.hit_rows += sum(call.rows) - miss_rows
+    counters.miss_rows += miss_rows
+    for one, _ in missed:
+        counters.cold += one.cold
+        counters.evictions += len(one.evicted)
+        if one.kind == "load":
+            counters.loads += 1
         else:
-            counters.miss_rows += rows
-            counters.cold += cold
-            counters.evictions += len(evicted)
-            if kind == "load":
-                counters.loads += 1
-            else:
-                counters.streams += 1
-        if events is not None:
-            events.append(Event(step, key // num_experts, key, kind))
+            counters.streams += 1
+    if events is not None:
+        events.extend(Event(step, one.key // num_experts, one.key, one.kind) for one in found)
     cache.release()
 
 

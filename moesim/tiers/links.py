@@ -176,8 +176,8 @@ class Links:
             self._queue(one)
 
     def cancel(self, one: Transfer) -> bool:
-        """Give it up where it has not started; returns whether it has been. Those that wait for it need not any more;
-        what it waits for goes on."""
+        """Give it up where it has not started; returns whether it has been. Who waits for it waits for what it has
+        waited for, which goes on."""
         if one.started or one.done or one.cancelled:
             return False
         self._wake(self._give_up(one))
@@ -193,15 +193,20 @@ class Links:
             self._wake(self._give_up(one))
 
     def _give_up(self, one: Transfer) -> list[_Lane]:
-        """Returns the lanes on which others have waited for it and are queued now."""
+        """Who waits for it waits for what it has waited for. Returns the lanes on which others are queued now."""
         one.cancelled = True
         self._cancelled_XR[one.lane][one.reason] += one.left_bytes
-        for other in one.after:
-            other.followers.remove(one)
+        for before in one.after:
+            before.followers.remove(one)
+            for other in one.followers:
+                if before not in other.after:
+                    other.after.append(before)
+                    before.followers.append(other)
         one.after.clear()
         return self._let_follow(one)
 
     def _let_follow(self, one: Transfer) -> list[_Lane]:
+        """It is no more waited for. Returns the lanes on which others are queued now."""
         woken: list[_Lane] = []
         for other in one.followers:
             other.after.remove(one)

@@ -437,12 +437,12 @@ class TierStore:
             return False
         if bounced and not reads:  # it has been read, and holds its buffer
             return False
-        if not self.links.cancel(one):
+        if one.started or one.done:
             return False
         for read in reads:
-            if not read.followers and self.links.cancel(read) and not bounced:
+            if read.followers == [one] and self.links.cancel(read) and not bounced:
                 self._dram.forget((device, one.key, one.size_bytes))
-        return True
+        return self.links.cancel(one)
 
     # -- invariants ---------------------------------------------------------------------------------------------
     def _check(self) -> None:
@@ -453,8 +453,7 @@ class TierStore:
             assert rooms.way.keys() <= rooms.rooms.keys()
             assert not any(one.cancelled for one in rooms.way.values())
             assert len(rooms.streams) <= self.staging
-            holding = sum(one.back.started and not one.back.done for one in rooms.leaving)
-            assert holding <= 2  # a lane carries one, in either direction
+            self._check_buffers(rooms)
             for key in range(len(rooms.size)):
                 places = [self.device_state(number, key), self.dram_state(number, key)]
                 assert all(place in STATES for place in places)
@@ -463,3 +462,21 @@ class TierStore:
                     assert held or self.staging_state(number, key) != "absent"
         self._dram._check()
         assert self.home.dram_bytes is None or self.dram_bytes() <= self.home.dram_bytes
+
+    def _check_buffers(self, rooms: _Rooms) -> None:
+        """What is under way has a buffer, and bytes are where they are taken from."""
+        leaving = [one for one in rooms.leaving if not one.back.done]
+        for one in leaving:  # it has come before it leaves, and has left before it comes again
+            assert not one.back.started or one.way is None or one.way.done or one.way.cancelled
+            again = rooms.way.get(one.key)
+            assert not self._swaps or again is None or not again.started
+        if rooms.capacity is not None:
+            ways = rooms.way
+            held = sum(rooms.size[key] for key in rooms.rooms if key not in ways or ways[key].started)
+            gone = [one.key for one in (*leaving, *rooms.victims) if one.way is None or one.way.started]
+            held += sum(rooms.size[key] for key in gone)
+            # a large one finds a place only when several small ones have come: it needs a buffer meanwhile
+            more = self._swaps and min(rooms.size) != max(rooms.size)
+            assert held <= rooms.capacity + (self.staging + more) * max(rooms.size)
+        reads = [(read, way) for read, way in rooms.bounced if read.started and (live(read) or live(way))]
+        assert len(reads) <= self.home.bounce

@@ -191,3 +191,24 @@ def test_only_experts_of_a_plan_without_cpu_are_fetched(kind):
         return
     device, _, plan = driven(kind, ctx)
     assert not plan.cpu_LE.reshape(-1)[device.fetched].any()
+
+
+def test_a_dynamic_update_takes_the_most_used_then_the_lowest_numbers():
+    """SGLang's `select_top_experts_from_batch`: of experts equally used the lower number, whoever is there already."""
+    ctx = context((2, 8, 2), room=0.375)  # 6 of 16
+    policy = load_policy("offload", {"kind": "ktransformers", "strategy": "dynamic", "update_tokens": 3})
+    plan = policy.plan(ctx)
+    cache = ExpertCache(ctx.size_K, ctx.group_K, plan.capacity_G, Lru().start(ctx))
+    driver = Driver.start(ctx, policy, cache, NoPrefetch().start(ctx), Recorder(), plan)
+    routes = np.array([[[6, 7], [4, 5]], [[6, 2], [4, 3]], [[6, 7], [4, 5]]])
+    before = [key for key in range(16) if cache.fixed(key)]
+    for tokens, prompt in ((3, False), (2, True)):  # no prompt, and too short a one
+        driver.step(StepRoutes(0, routes[:tokens], np.zeros(tokens, np.int64), prompt=prompt))
+        assert [key for key in range(16) if cache.fixed(key)] == before
+    driver.step(StepRoutes(0, routes, np.zeros(3, np.int64), prompt=True))
+    each = plan.fixed_LE.sum(axis=1).tolist()
+    wanted = [[6, 7, 2, 0, 1, 3][: each[0]], [4, 5, 3, 0, 1, 2][: each[1]]]
+    assert [sorted(e for e in range(8) if cache.fixed(8 * layer + e)) for layer in range(2)] == [
+        sorted(experts) for experts in wanted
+    ]
+    assert driver.cache.used_G().tolist() == [0, 0]

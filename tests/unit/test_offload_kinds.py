@@ -174,6 +174,12 @@ def test_expert_split_divides_a_layers_part():
     assert half.capacity_G.tolist() == [20]
 
 
+def test_expert_split_gives_what_whole_experts_leave_to_the_most_popular():
+    """Parts of 15 bytes hold one expert of 10 each; the other 10 bytes hold one more."""
+    ctx = context(2, 3, 30, popularity=[[3, 2, 1], [9, 8, 7]])
+    assert plan(ctx, "expert_split").fixed_LE.tolist() == [[True, False, False], [True, True, False]]
+
+
 # ---- KTransformers
 
 

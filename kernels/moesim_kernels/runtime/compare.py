@@ -8,7 +8,7 @@ alike. A case's step time is the median over its steps, its measured one the med
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from moesim.rng import generator
 from moesim_kernels.bench.pressure import cpu_pressure
 from moesim_kernels.runtime.backings import make_home
-from moesim_kernels.runtime.predict import Calibrated, Prediction, calibrated, deciding_ns, run_simulated
+from moesim_kernels.runtime.predict import Calibrated, Deciding, Prediction, calibrated, deciding_of, run_simulated
 from moesim_kernels.runtime.replay import Replay
 from moesim_kernels.runtime.run import RealRun, Settings, run_real
 from moesim_kernels.runtime.source import MemorySource
@@ -26,6 +26,8 @@ __all__ = [
     "Case", "Comparison", "Measured", "calibrate", "compare", "first_difference", "hit_rate", "measure", "predict",
     "rank_agreement",
 ]  # fmt: skip
+
+_DECIDING_STEPS = 16
 
 Told = Callable[[str], None]
 
@@ -44,7 +46,7 @@ class Measured:
 
     case: Case
     prediction: Prediction
-    decide_ns: float
+    deciding: Deciding
     step_ns_R: list[float] = field(default_factory=list)
     mean_ns_R: list[float] = field(default_factory=list)
     stall_ns_R: list[float] = field(default_factory=list)
@@ -99,6 +101,7 @@ class Measured:
             "spread": round(self.spread, 4),
             "step_ms": [round(x / 1e6, 3) for x in self.step_ns_R],
             "stall_ms": [round(x / 1e6, 3) for x in self.stall_ns_R],
+            "deciding_ms": [round(self.deciding.look_ns / 1e6, 4), round(self.deciding.ahead_ns / 1e6, 4)],
             "predicted_hit_rate": round(self.predicted_hit_rate, 5),
             "hit_rate": [round(x, 5) for x in self.hit_rate_R],
             "same_events": self.same_events_R,
@@ -197,16 +200,30 @@ def calibrate(
 
 
 def predict(
-    found: Calibrated, file: WeightFile, cases: Sequence[Case], replay: Replay, other: Replay, kind: str, fit: Any
+    found: Calibrated,
+    file: WeightFile,
+    cases: Sequence[Case],
+    replay: Replay,
+    other: Replay,
+    kind: str,
+    fit: Any,
+    home: MemorySource | None = None,
 ) -> list[Measured]:
-    """Every case by the simulator. other: the calibration's replay, on which deciding is timed."""
-    base = deciding_ns(Settings(cases[0].settings.capacity_bytes), file.sizes, other, kind)
+    """Every case by the simulator. other: the calibration's replay, of which a part is run for real under each pair of
+    policies, at one cache size, to see how long they take to decide."""
+    sizes = file.sizes
+    part = Replay(other.steps[:_DECIDING_STEPS], other.ended[:_DECIDING_STEPS])
+    half = sizes.num_keys * sizes.slot_bytes // 2
+    known: dict[str, Deciding] = {}
     out = []
     for case in cases:
-        more = max(0.0, deciding_ns(case.settings, file.sizes, other, kind, fit) - base)
-        decide = found.decide + more
-        one = run_simulated(found, case.settings, file.sizes, replay, kind, fit, decide)
-        out.append(Measured(case, one, decide))
+        settings = replace(case.settings, capacity_bytes=half)
+        name = repr(settings)
+        if name not in known:
+            run = run_real(file, settings, part, kind, fit, check="never", home=home)
+            known[name] = deciding_of(run, found.ask, settings, sizes, part, kind, fit)
+        one = run_simulated(found, case.settings, sizes, replay, kind, fit, known[name])
+        out.append(Measured(case, one, known[name]))
     return out
 
 
@@ -251,7 +268,7 @@ def compare(
         told("calibrating, predicting")
     home = make_home(kind, file)
     found = calibrate(file, other, shares, kind, cases[0].settings, home=home)
-    measured = predict(found, file, cases, replay, other, kind, fit)
+    measured = predict(found, file, cases, replay, other, kind, fit, home)
     remark = measure(file, measured, replay, rounds, kind, fit, told, seed, home)
     return Comparison(found, measured, remark)
 

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from moesim.arrays import FloatArray
-from moesim.offload import StepRoutes
+from moesim.offload import StepRoutes, Wanted
 from moesim.offload.drive import Driver, LayerWork
 from moesim.tiers import LinkRates
-from moesim.tiers.device import DeviceOptions, SimDevice
+from moesim.tiers.device import DeviceOptions, SimDevice, Waits
 from moesim.tiers.links import Links
 from moesim_kernels.runtime.replay import Replay
 from moesim_kernels.runtime.run import Made, RealRun, Settings, build, costs_of, play
 from moesim_kernels.runtime.sizes import ModelSizes
 
-__all__ = ["Calibrated", "Prediction", "calibrated", "deciding_ns", "run_simulated"]
+__all__ = ["Calibrated", "Deciding", "Prediction", "calibrated", "deciding_of", "run_simulated"]
 
 _TRIM = 0.1
 """Share of the samples left out at either end of a mean: others on the machine must not set a rate."""
@@ -33,9 +33,9 @@ _TRIM = 0.1
 class Calibrated:
     """ns. By number of tokens of a step: begin, own (a layer), join (a layer), end. product: by rows of one expert.
     decide: a layer, under the policies that were calibrated with; ask: each transfer asked for. move: one expert over
-    the link; latency: what passes before a transfer starts and after it has ended, where somebody waits. sync: a
-    layer's hand-over to the host; host: by rows of one expert there. move_spread: middle half of the moves' times over
-    their mean."""
+    the link; latency: between when a transfer could start (asked for, the link free) and when it does; wake: between
+    its end and when who waited for it goes on. sync: a layer's hand-over to the host; host: by rows of an expert there.
+    move_spread: middle half of the moves' times over their mean."""
 
     begin: dict[int, float]
     own: dict[int, float]
@@ -47,6 +47,7 @@ class Calibrated:
     ask: float
     move: float
     latency: float
+    wake: float
     sync: float
     size_bytes: int
     move_spread: float
@@ -94,7 +95,8 @@ def calibrated(runs: Sequence[RealRun], sizes: ModelSizes) -> Calibrated:
         decide=decide,
         ask=ask,
         move=move,
-        latency=_trimmed([gap for run in runs for gap in _gaps(run)]) + (_trimmed(waits) if waits else 0.0),
+        latency=_trimmed([gap for run in runs for gap in _gaps(run)]),
+        wake=_trimmed(waits),
         sync=_trimmed([s.sync_ns / layers for s in steps]),
         size_bytes=sizes.slot_bytes,
         move_spread=float((high - low) / move) if move else 0.0,
@@ -111,10 +113,10 @@ def _gaps(run: RealRun) -> list[float]:
 
 
 class _Times:
-    """moesim.tiers.LayerTimes of a calibration. decide_ns: of the policies that run, a layer."""
+    """moesim.tiers.LayerTimes of a calibration. look_ns: a layer's look-up."""
 
-    def __init__(self, found: Calibrated, layers: int, decide_ns: float) -> None:
-        self._found, self._layers, self._decide = found, layers, decide_ns
+    def __init__(self, found: Calibrated, look_ns: float) -> None:
+        self._found, self._decide = found, look_ns
         self._tokens = 1
 
     def begin(self, tokens: int) -> None:
@@ -157,16 +159,40 @@ def _at(table: dict[int, float], x: int) -> float:
     return float(np.interp(x, knots, [table[k] for k in knots]))
 
 
-class _Asking(SimDevice):
-    """The simulator's device where asking for a transfer takes the computing thread `ask_ns`: a lock, a queue and a
-    thread that is woken."""
+class _Hosted(SimDevice):
+    """The simulator's device with a real host in front: asking for a transfer takes the computing thread `ask_ns` (a
+    lock, a queue, a thread that is woken), prefetches are decided in `ahead_ns` while urgent transfers run already, and
+    whoever has waited for a transfer goes on `wake_ns` after its end."""
 
-    ask_ns = 0
+    ask_ns = ahead_ns = wake_ns = 0
 
     def fetch(self, key: int, size_bytes: int, urgent: bool) -> None:
         """See Device."""
         super().fetch(key, size_bytes, urgent)
         self.skip_to(self.now_ns + self.ask_ns)
+
+    def experts(self, layer: int, work: LayerWork) -> None:
+        """See Device."""
+        self.skip_to(self.now_ns + self.ahead_ns)
+        super().experts(layer, work)
+
+    def experts_waits(self, layer: int, work: LayerWork) -> Waits:
+        """See SimDevice: a wait is a None, and what follows it is the time at which the thread goes on."""
+        waited = False
+        for want in super().experts_waits(layer, work):
+            if waited and want is not None:
+                self.skip_to(max(self.now_ns, want) + self.wake_ns)
+                want = self.now_ns
+            yield want
+            waited = want is None
+
+
+@dataclass(frozen=True, slots=True)
+class Deciding:
+    """ns a layer: before missed experts are asked for, and between that and the first product (prefetch)."""
+
+    look_ns: float
+    ahead_ns: float
 
 
 @dataclass(slots=True)
@@ -185,9 +211,10 @@ def run_simulated(
     replay: Replay,
     kind: str = "disk",
     fit: Any = None,
-    decide_ns: float | None = None,
+    deciding: Deciding | None = None,
 ) -> Prediction:
-    """The replay on moesim's device. decide_ns: of these policies, a layer; None: as calibrated."""
+    """The replay on moesim's device. deciding: of these policies; None: as calibrated."""
+    deciding = deciding if deciding is not None else Deciding(found.decide, 0.0)
     made = build(settings, sizes, replay, costs_of(sizes, kind), fit)
     rate = found.size_bytes / max(found.move, 1.0)
     latency = round(found.latency)
@@ -196,9 +223,9 @@ def run_simulated(
         chunk_bytes=settings.chunk_bytes,
     )  # fmt: skip
     options = DeviceOptions(staging=settings.staging, on_host=kind == "disk", duplex=False, sync_blocks=kind == "cuda")
-    times = _Times(found, sizes.layers, found.decide if decide_ns is None else decide_ns)
-    device = _Asking(times, Links(rates), made.context.size_K, options=options)
-    device.ask_ns = round(found.ask)
+    times = _Times(found, deciding.look_ns)
+    device = _Hosted(times, Links(rates), made.context.size_K, options=options)
+    device.ask_ns, device.ahead_ns, device.wake_ns = (round(x) for x in (found.ask, deciding.ahead_ns, found.wake))
     driver = play(made, replay, device)
     return Prediction(device.records.step_ns_S().astype(np.float64), driver)
 
@@ -245,12 +272,37 @@ class _Nothing:
         """See Device."""
 
 
-def deciding_ns(settings: Settings, sizes: ModelSizes, replay: Replay, kind: str, fit: Any = None) -> float:
-    """CPU ns a layer that these mechanisms take to decide, on a replay that is not judged: the best of three."""
-    best = float("inf")
-    for _ in range(3):
-        made: Made = build(settings, sizes, replay, costs_of(sizes, kind), fit)
+class _Timed:
+    """A prefetch policy's state whose `wanted` is timed, CPU ns of this thread."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner, self.taken_ns = inner, 0
+
+    def begin(self, step: StepRoutes) -> None:
+        """See Prefetch."""
+        self._inner.begin(step)
+
+    def wanted(self, layer: int) -> list[Wanted]:
+        """See Prefetch."""
         start = time.thread_time_ns()
-        play(made, replay, _Nothing())
-        best = min(best, (time.thread_time_ns() - start) / (len(replay.steps) * sizes.layers))
-    return best
+        out: list[Wanted] = self._inner.wanted(layer)
+        self.taken_ns += time.thread_time_ns() - start
+        return out
+
+    def told(self, layer: int, found: Sequence[tuple[int, str]]) -> None:
+        """See Prefetch."""
+        self._inner.told(layer, found)
+
+
+def deciding_of(
+    run: RealRun, ask: float, settings: Settings, sizes: ModelSizes, replay: Replay, kind: str, fit: Any
+) -> Deciding:
+    """What these policies take to decide, from a real `run` of them on a replay that is not judged. How it parts into
+    looking up and prefetching is that of the same replay without a device. ask: ns of each transfer asked for."""
+    made: Made = build(settings, sizes, replay, costs_of(sizes, kind), fit)
+    timed = _Timed(made.prefetch)
+    start = time.thread_time_ns()
+    play(replace(made, prefetch=timed), replay, _Nothing())
+    share = timed.taken_ns / max(1, time.thread_time_ns() - start)
+    whole = _trimmed([s.other_ns - ask * s.fetches for s in run.steps]) / sizes.layers
+    return Deciding(max(0.0, whole * (1 - share)), max(0.0, whole * share))
