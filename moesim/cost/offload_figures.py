@@ -7,14 +7,13 @@ from typing import Any, cast
 
 import numpy as np
 
-from moesim.arrays import IntArray
+from moesim.arrays import AnyArray, IntArray
 from moesim.cost.offload_setup import Offload, RankPlan
-from moesim.cost.offloaded import COUNTERS, OffloadDetail, OffloadedPricer
+from moesim.cost.offloaded import COUNTERS, KINDS, OffloadDetail, OffloadedPricer
 from moesim.cost.pricer import Run
 from moesim.hardware import GRADES
 from moesim.offload import fast
 from moesim.offload.cache import ExpertCache
-from moesim.offload.drive import Event
 from moesim.offload.eviction.belady import Policy as Belady
 from moesim.offload.future import Future
 from moesim.scenario.load import Scenario
@@ -147,8 +146,8 @@ def _bound(
     rates, behind = offload.rates, offload.ranks_behind
     for pricer in pricers:
         needed_R = []
-        for one, events in zip(offload.ranks, pricer.events, strict=True):
-            found, needed, number = hit_bounds(one, events)
+        for one, log in zip(offload.ranks, pricer.logs, strict=True):
+            found, needed, number = hit_bounds(one, log.table)
             hits, asked = hits + found, asked + number
             needed_R.append(needed)
         missed += sum(needed_R) * behind
@@ -168,15 +167,15 @@ def _bound(
     }
 
 
-def hit_bounds(rank: RankPlan, events: list[Event]) -> tuple[IntArray, int, int]:
+def hit_bounds(rank: RankPlan, table: AnyArray) -> tuple[IntArray, int, int]:
     """Hits of MIN and of MIN with bypass [2] on the look-ups of one rank (experts that the CPU computed apart), bytes
     that the latter misses, and look-ups. Caches start as the plan's did, and keep what a call found until it is over.
+    table: of a `LookUpLog`.
     """
-    asked = [event for event in events if event.kind != "cpu"]
-    key_N = np.array([event.key for event in asked], np.int64)
-    place = np.array([(event.step, event.layer) for event in asked], np.int64).reshape(-1, 2)
+    asked = table[table[:, 3] != KINDS.index("cpu")]
+    key_N = asked[:, 2].astype(np.int64)
     new_N = np.ones(len(asked), bool)
-    new_N[1:] = (place[1:] != place[:-1]).any(axis=1)
+    new_N[1:] = (asked[1:, :2] != asked[:-1, :2]).any(axis=1)
     call_N = np.cumsum(new_N) - 1
     size_K = rank.context.size_K
     used = np.unique(np.concatenate([key_N, np.flatnonzero((rank.plan.initial_LE & ~rank.plan.fixed_LE).reshape(-1))]))

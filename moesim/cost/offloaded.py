@@ -31,7 +31,7 @@ from moesim.workload.pool import RoutingSource
 from moesim.workload.replay import Replay
 from moesim.workload.scores import ScoreModel
 
-__all__ = ["COUNTERS", "OffloadDetail", "OffloadedPricer", "Rank"]
+__all__ = ["COUNTERS", "KINDS", "LookUpLog", "OffloadDetail", "OffloadedPricer", "Rank"]
 
 COUNTERS = tuple(field.name for field in fields(Counters))
 """Names of `OffloadDetail.counters`."""
@@ -50,6 +50,29 @@ class OffloadDetail(NamedTuple):
     counters: IntArray
     stats: FloatArray
     grade: int
+
+
+KINDS = ("hit", "late", "load", "stream", "cpu")
+"""What a look-up found of an expert, by the number that `LookUpLog` has for it."""
+
+
+class LookUpLog:
+    """What a rank's look-ups found, compactly."""
+
+    def __init__(self) -> None:
+        self._parts: list[AnyArray] = []
+
+    def take(self, events: list[Event]) -> None:
+        """Keep what a driver has listed, and empty its list."""
+        rows = [(event.step, event.layer, event.key, KINDS.index(event.kind)) for event in events]
+        self._parts.append(np.array(rows, np.int32).reshape(-1, 4))
+        events.clear()
+
+    @property
+    def table(self) -> AnyArray:
+        """int32 [N, 4]: pass, layer, key and kind (`KINDS`) of each expert asked for, in order."""
+        self._parts = [np.concatenate(self._parts) if self._parts else np.zeros((0, 4), np.int32)]
+        return self._parts[0]
 
 
 class Rank(NamedTuple):
@@ -95,12 +118,9 @@ class OffloadedPricer(StepPricer):
         self._rebatching = rebatching
         self._window_tokens = window_tokens
         self._scores = scores
+        self.logs = [LookUpLog() for _ in self.ranks]
+        """what look-ups found, rank by rank"""
         self._seen = np.zeros((len(self.ranks), len(COUNTERS)), np.int64)
-
-    @property
-    def events(self) -> list[list[Event]]:
-        """What look-ups found, rank by rank, where drivers keep it."""
-        return [rank.driver.events or [] for rank in self.ranks]
 
     # -- what the engine asks -----------------------------------------------------------------------------------
     def decode(self, batch: Batch, steps: int) -> Run:
@@ -190,9 +210,11 @@ class OffloadedPricer(StepPricer):
             self._play(seen)
             records = [rank.device.records for rank in self.ranks]
             part_ns += np.array(min((r.part_ns[-1] for r in records), key=lambda p: p[PARTS.index("meet")]), np.int64)
-            for record in records:
+            for record, rank, log in zip(records, self.ranks, self.logs, strict=True):
                 moved += record.moved[-1]
                 busy += record.busy[-1]
+                if rank.driver.events is not None:
+                    log.take(rank.driver.events)
         counted = np.array([astuple(rank.driver.counters) for rank in self.ranks], np.int64)
         found, self._seen = (counted - self._seen).sum(axis=0), counted
         stats[8] = max(stats[7, 0] - sum(int(found[COUNTERS.index(name)]) for name in _ROWS), 0)

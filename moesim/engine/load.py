@@ -31,6 +31,7 @@ def load_weights_ns(
     arrived = []
     for rank in range(layout.ranks * replicas):
         route = topology.host_to_gpu(rank) if weights_from == "host" else topology.nvme_to_gpu(rank)
-        arrived.append(network.transfer(route.ports, memory.dense_weights + memory.expert_weights, route.latency_ns))
+        size = memory.dense_weights + memory.expert_weights + memory.expert_cache
+        arrived.append(network.transfer(route.ports, size, route.latency_ns))
     env.run(until=env.all_of(arrived))
     return int(env.now)

@@ -61,7 +61,7 @@ def moved(result: RunResult, lane: str, *reasons: str) -> int:
 
 
 def events(result: RunResult) -> list[Any]:
-    return [rank for p in result.pricers if isinstance(p, OffloadedPricer) for rank in p.events]
+    return [log.table.tolist() for p in result.pricers if isinstance(p, OffloadedPricer) for log in p.logs]
 
 
 # ---- what it must equal
@@ -75,7 +75,7 @@ def events(result: RunResult) -> list[Any]:
         ({}, {"parallel": {"tp": 4, "ep": 4}}),
         ({"moe": {"first_dense_layers": 0, "layer_step": 2, "shared_intermediate_size": 128}}, {}),
         ({"attention": {"layer_pattern": ["window", "full"], "window": 16}}, {}),
-        ({}, {"cluster": {"device": "h100_sxm", "nodes": 1, "gpus_per_node": 8}}),
+        pytest.param({}, {"cluster": {"device": "h100_sxm", "nodes": 1, "gpus_per_node": 8}}, marks=pytest.mark.slow),
     ],
 )
 def test_with_all_experts_there_steps_take_what_they_take_without_tiers(
@@ -99,7 +99,7 @@ def test_with_all_experts_there_steps_take_what_they_take_without_tiers(
     assert counted(both)["hits"] == sum(counted(both)[k] for k in ("hits", "late", "loads", "streams", "on_cpu"))
 
 
-@pytest.mark.parametrize("key", ["prefetch", "offload", "rebatching"])
+@pytest.mark.parametrize("key", ["offload", "rebatching"])
 def test_steps_are_the_same_with_and_without_run_ahead(tmp_path: Path, key: str) -> None:
     kinds: dict[str, Any] = {"prefetch": "markov", "offload": {"kind": "ktransformers"}, "rebatching": "expertflow"}
     parts: dict[str, Any] = {"policies": {key: kinds[key]}}
@@ -183,14 +183,9 @@ def cpu_prices(spec: CpuSpec) -> CpuPrices:
         {},
         {"tiers": {"pooled": True, "miss": "bypass"}},
         {"policies": {"offload": "mixtral_offloading", "prefetch": "next_layer"}},
-        {"policies": {"offload": "fiddler"}},
         {"policies": {"offload": "moe_lightning"}, "slots": 44},
-        {"tiers": {"host_copies": False}},
-        {"tiers": {"home": "nvme", "dram": 40 * EXPERT / 2**30}},
         {"parallel": {"tp": 2, "ep": 2}},
-        {"parallel": {"tp": 2}, "tiers": {"numa_domains": 2}},
-        {"parallel": {"replicas": 2}},
-        {"policies": {"rebatching": "expertflow"}},
+        {"parallel": {"tp": 2}, "tiers": {"numa_domains": 2, "host_copies": False}},
     ],
 )
 def test_parts_rows_and_bytes_add_up(tmp_path: Path, parts: dict[str, Any]) -> None:
@@ -232,7 +227,7 @@ def test_micro_batches_share_out_the_tokens_and_their_contexts(tmp_path: Path) -
 
 
 def test_a_run_is_no_better_than_its_bounds(tmp_path: Path) -> None:
-    for tiers in ({}, {"pooled": True}, {"miss": "bypass"}):
+    for tiers in ({"pooled": True}, {"miss": "bypass"}):
         cache = run(tiered(tmp_path, 8, tiers=tiers)).to_json()["summary"]["cache"]
         best = cache["bound"]["min_bypass"] if tiers.get("miss") else cache["bound"]["min"]
         assert cache["hit_rate"] <= best <= cache["bound"]["min_bypass"]
