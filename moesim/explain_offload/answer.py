@@ -37,8 +37,8 @@ class WhatIf:
 @dataclass(frozen=True, slots=True)
 class Answer:
     """tried: short runs, the best first, then what cannot run. finals: long runs in the order of `comparison`; chosen:
-    the best of them that an engine can run. resident: all experts on the device. ties: other finals that are the best, or cannot be told from it. what_if:
-    short runs of the chosen one with more memory, faster links, fewer bits."""
+    the best of them that an engine can run. resident: all experts on the device. ties: other finals that are the best,
+    or cannot be told from it. what_if: short runs of the chosen one with more memory, faster links, fewer bits."""
 
     ask: Ask
     scenario: Scenario

@@ -9,7 +9,8 @@ __all__ = ["BUFFERS", "Candidate", "evictions", "kinds", "prefetches"]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """engine: who could run it; "": no engine that we know of. kind: of offload. changes: of the scenario, `key=value`."""
+    """engine: who could run it; "": no engine that we know of. kind: of offload. changes: of the scenario,
+    `key=value`."""
 
     engine: str
     kind: str

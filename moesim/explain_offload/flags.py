@@ -17,7 +17,8 @@ def device_experts(scenario: Scenario, summary: dict[str, Any]) -> int:
     if summary["cache"] is None:
         return scenario.model.num_experts * scenario.model.num_moe_layers
     slots = summary["cache"]["slots"]
-    return round((slots["fixed_per_layer"] + slots["cache_per_layer"]) * scenario.model.num_moe_layers)
+    a_layer = float(slots["fixed_per_layer"]) + float(slots["cache_per_layer"])
+    return round(a_layer * scenario.model.num_moe_layers)
 
 
 def engine_flags(answer: Answer) -> dict[str, str]:
