@@ -71,8 +71,9 @@ def explain_offload(ask: Ask, progress: Callable[[float], None] | None = None) -
     tried = _search(ask, player)
     running = [p for p in tried if p.summary is not None]
     if not running:
-        reasons = dict.fromkeys(f"{p.candidate.label}: {reason}" for p in tried for reason in p.reasons[:1])
-        raise Infeasible(["No kind of offload runs this model on this device.", *reasons])
+        reasons = {reason: p.candidate.label for p in reversed(tried) for reason in p.reasons[:1]}  # each reason once
+        whys = [f"{label}: {reason}" for reason, label in reversed(reasons.items())]
+        raise Infeasible(["No kind of offload runs this model on this device.", *whys])
     best = _buffers(ask, player, _runnable(ask, running)[0])
     return _answer(ask, player, resident, tried, _finalists(ask, running, best), best)
 
@@ -150,8 +151,7 @@ def _what_if(ask: Ask, player: Player, chosen: Candidate, scenario: Scenario) ->
     if usable is None:
         usable = scenario.cluster.profile.memory_bytes * scenario.engine.gpu_memory_utilization / 2**30
     asked: list[tuple[str, tuple[str, ...]]] = [
-        (f"{usable * share:.1f} GiB of device memory", (f"tiers.vram={usable * share:.6g} GiB",))
-        for share in (0.75, 1.5)
+        (f"{share:g} times the device memory", (f"tiers.vram={usable * share:.6g} GiB",)) for share in (0.75, 1.5)
     ]
     node = scenario.cluster.node
     twice = node.pcie_bytes_per_s * 2 / 1e9

@@ -10,7 +10,7 @@ from typing import Any
 
 from moesim.errors import BadInput, Problem
 from moesim.scenario.files import find_named
-from moesim.scenario.load import Scenario, load_profile, load_scenario, scenario_from_dict
+from moesim.scenario.load import Scenario, load_model, load_profile, load_scenario, scenario_from_dict
 
 __all__ = ["Ask", "Base", "Size"]
 
@@ -76,7 +76,14 @@ class Base:
         self.ask = ask
         self._file = Path(ask.device) if ask.device.endswith((".yaml", ".yml")) else None
         if self._file is None and ask.model is None:
-            raise BadInput(Problem("--device", f"{ask.device} is no scenario file, so --model must be given beside it"))
+            message = f"{ask.device} is no scenario file, so --model must be given beside it"
+            raise BadInput(Problem("--device", message))
+        if ask.trace is not None and not ask.trace.exists():
+            raise BadInput(Problem("--trace", f"no such file or folder: {ask.trace}"))
+        if ask.model is not None:
+            model = load_model(find_named(ask.model, "workloads/models", Path.cwd(), "--model", "model"))
+            if not model.is_moe:
+                raise BadInput(Problem("--model", f"{model.name} is a dense model: it has no experts to offload"))
 
     def scenario(self, changes: Sequence[str], size: Size, seed: int) -> Scenario:
         """With `changes` (`key=value`) on top of what was asked."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from moesim.explain_offload.answer import Answer
@@ -18,7 +19,7 @@ def device_experts(scenario: Scenario, summary: dict[str, Any]) -> int:
         return scenario.model.num_experts * scenario.model.num_moe_layers
     slots = summary["cache"]["slots"]
     a_layer = float(slots["fixed_per_layer"]) + float(slots["cache_per_layer"])
-    return round(a_layer * scenario.model.num_moe_layers)
+    return math.floor(a_layer * scenario.model.num_moe_layers + 1e-6)
 
 
 def engine_flags(answer: Answer) -> dict[str, str]:

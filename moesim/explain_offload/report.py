@@ -137,16 +137,14 @@ def _why(answer: Answer) -> str:
     assert chosen.summary is not None
     held = device_experts(answer.scenario, chosen.summary)
     total = model.num_experts * model.num_moe_layers
-    size = int(model.expert_bytes()) * total / _GIB
+    size = _size(int(model.expert_bytes()) * total)
     if answer.fits:
-        return f"All {total:,} experts ({size:.1f} GiB) fit beside the KV cache and buffers."
+        return f"All {total:,} experts ({size}) fit beside the KV cache and buffers."
     share = chosen.summary["time_share"]
     told = ", ".join(f"{_PART.get(name, name.replace('_', ' '))} {part:.0%}" for name, part in list(share.items())[:3])
     found = hit_rate(chosen)
     hits = "" if found is None else f" {found:.0%} of the experts that layers ask for are there."
-    return (
-        f"The experts take {size:.1f} GiB; {held:,} of {total:,} ({held / total:.0%}) fit.{hits} Time goes to {told}."
-    )
+    return f"The experts take {size}; {held:,} of {total:,} ({held / total:.0%}) fit.{hits} Time goes to {told}."
 
 
 _PART = {
@@ -167,7 +165,7 @@ def render(report: dict[str, Any], width: int = 100) -> str:
     rate, first, between = (chosen[name] for name in ("expected_tok_per_s", "ttft_mean_ms", "tpot_mean_ms"))
     lines = [
         f"{d['model']} ({d['expert_dtype']} experts) on {d['profile']}"
-        f"{' (datasheet, assumed)' if d['profile_kind'] == 'assumed' else ''}, {memory['usable_bytes'] / _GIB:.1f} GiB:"
+        f"{' (datasheet, assumed)' if d['profile_kind'] == 'assumed' else ''}, {_size(memory['usable_bytes'])}:"
         f" {d['concurrency']} request{'s' if d['concurrency'] > 1 else ''} at a time,"
         f" {d['prompt_tokens']:,} + {d['output_tokens']:,} tokens",
         "",
@@ -181,7 +179,7 @@ def render(report: dict[str, Any], width: int = 100) -> str:
     ]
     for name, size in memory["by"].items():
         if size and name != "kv_peak":
-            lines.append(f"  {name.replace('_', ' '):<20} {size / _GIB:8.2f} GiB")
+            lines.append(f"  {name.replace('_', ' '):<20} {_size(size):>10}")
     lines += ["", f"run long on other requests ({len(report['finals'])}):"]
     lines += [
         f"  {_number(f['expected_tok_per_s']):>8} tok/s{_span(f['expected_tok_per_s']):<18} {_hits(f)}"
@@ -225,6 +223,10 @@ def _bounds(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _size(size: int) -> str:
+    return f"{size / _GIB:.2f} GiB" if size >= 0.1 * _GIB else f"{size / 2**20:.2f} MiB"
+
+
 def _number(figure: dict[str, Any] | None) -> str:
     if figure is None:
         return "?"
@@ -235,8 +237,8 @@ def _number(figure: dict[str, Any] | None) -> str:
 def _span(figure: dict[str, Any] | None) -> str:
     if figure is None or figure["interval90"] is None:
         return ""
-    low, high = figure["interval90"]
-    return f" ({low:.3g} to {high:.3g})"
+    low, high = (f"{end:,.0f}" if end >= 100 else f"{end:.1f}" for end in figure["interval90"])
+    return f" ({low} to {high})"
 
 
 def _engine(candidate: dict[str, Any]) -> str:

@@ -1,0 +1,184 @@
+"""`moesim explain offload`: what it tries, chooses and says, on the small model whose routing is in the repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moesim.errors import BadInput, Infeasible
+from moesim.explain_offload import Answer, Ask, explain_offload, render, to_json
+from moesim.explain_offload.ask import Base
+from moesim.explain_offload.candidates import RESIDENT, Candidate, kinds
+from moesim.explain_offload.flags import engine_flags
+from moesim.explain_offload.play import Player
+from moesim.policy import policy_kinds
+
+ROOT = Path(__file__).resolve().parents[2]
+TRACE = ROOT / "workloads" / "routing" / "stdlib_moe_loss_free.npz"
+MIB = 1 / 1024
+SMALL = ("engine.runtime_memory_gib=0", "engine.max_num_batched_tokens=64")
+EXPERT = 3 * 128 * 128 * 4
+
+
+def ask(vram_mib: float, **more: Any) -> Ask:
+    given = {"trace": TRACE, "prompt_tokens": 16, "output_tokens": 12, "overrides": SMALL, **more}
+    return Ask("rtx_4090", "stdlib-moe-16e", vram_mib * MIB, **given)
+
+
+@pytest.fixture(scope="module")
+def answer() -> Answer:
+    return explain_offload(ask(6))
+
+
+@pytest.fixture(scope="module")
+def report(answer: Answer) -> dict[str, Any]:
+    return to_json(answer)
+
+
+def test_every_kind_is_tried_that_a_user_could_mean() -> None:
+    tried = {c.kind for c in kinds(concurrency=8)}
+    assert tried == set(policy_kinds("offload")) - {"mixtral_offloading"}  # a cache whose loads swap
+
+
+def test_what_is_chosen_is_the_best_that_an_engine_runs(answer: Answer) -> None:
+    able = [p for p in answer.finals if p.candidate.engine]
+    assert answer.chosen in able
+    assert answer.chosen.rate(answer.ask) == max(p.rate(answer.ask) for p in able)
+    assert not answer.fits
+    assert answer.resident.summary is None
+    assert answer.resident.reasons
+
+
+def test_the_best_of_each_engine_is_run_long(answer: Answer) -> None:
+    able = {p.candidate.engine for p in answer.tried if p.summary is not None}
+    assert {p.candidate.engine for p in answer.finals} == able
+    assert {"llama.cpp", "KTransformers", "Fiddler", "expert cache"} <= able
+
+
+def test_figures_are_of_other_requests_than_the_choice(answer: Answer) -> None:
+    long = {p.scenario_hash for p in answer.finals}
+    assert not long & {p.scenario_hash for p in answer.tried}
+    assert answer.scenario.seed == answer.ask.seed + 1
+
+
+def test_memory_is_that_of_the_device_to_the_byte(report: dict[str, Any]) -> None:
+    memory = report["memory"]
+    assert memory["usable_bytes"] == 6 << 20
+    assert memory["expert_bytes"] == EXPERT
+    assert memory["experts"] == 64
+    held = memory["by"].get("expert_weights", 0) + memory["by"].get("expert_cache", 0)
+    assert memory["experts_on_device"] == held // EXPERT
+    assert sum(size for name, size in memory["by"].items() if name != "kv_peak") <= 6 << 20
+
+
+def test_more_memory_and_fewer_bits_do_not_hurt(report: dict[str, Any]) -> None:
+    gain = {w["label"]: w["gain"] for w in report["what_if"]}
+    assert gain["0.75 times the device memory"] < 0 < gain["1.5 times the device memory"]
+    assert gain["experts in int4 (other results of the model)"] > 0
+
+
+def test_the_interval_holds_the_estimate(report: dict[str, Any]) -> None:
+    for final in report["finals"]:
+        low, high = final["expected_tok_per_s"]["interval90"]
+        assert 0 < low < final["expected_tok_per_s"]["value"] < high
+
+
+def test_the_rate_is_that_of_whole_requests(answer: Answer) -> None:
+    summary = answer.chosen.summary
+    assert summary is not None
+    whole = summary["ttft_ms"]["mean"] + 11 * summary["tpot_ms"]["mean"]
+    assert answer.chosen.rate(answer.ask) == pytest.approx(12 / whole * 1e3)
+    # one request at a time, of that very length: what the simulation says of output tokens a second
+    assert answer.chosen.rate(answer.ask) == pytest.approx(summary["throughput"]["output_tok_per_s"], rel=1e-6)
+
+
+def test_text_names_the_choice_and_each_engine(report: dict[str, Any]) -> None:
+    text = render(report)
+    assert f"offload: {report['chosen']['label']}" in text
+    assert "infeasible" not in text
+    for engine, flags in report["flags"].items():
+        assert f"  {engine}: {flags}" in text
+    assert max(map(len, text.splitlines())) < 400
+
+
+def test_flags_by_hand(answer: Answer) -> None:
+    flags = engine_flags(answer)
+    by = {p.candidate.kind: p for p in answer.finals}
+    llama, kt = by["llama_cpp"].summary, by["ktransformers"].summary
+    assert llama is not None
+    assert kt is not None
+    layers = llama["memory"]["hbm"]["by"]["expert_weights"] // (16 * EXPERT)  # whole layers on the device
+    assert f"--n-cpu-moe {4 - layers} " in flags["llama.cpp"]
+    number = kt["memory"]["hbm"]["by"]["expert_weights"] // EXPERT // 4
+    assert f"--kt-num-gpu-experts {number} " in flags["KTransformers"]
+    assert "--max-total-tokens 28" in flags["KTransformers"]  # 16 + 12 of one request
+
+
+def test_everything_fits() -> None:
+    fits = explain_offload(ask(1024))
+    assert fits.fits
+    assert fits.chosen.candidate == RESIDENT
+    assert fits.runs == 2
+    report = to_json(fits)
+    assert report["flags"] == {}
+    assert report["memory"]["experts_on_device"] == 64
+    assert "everything fits" in render(report)
+
+
+def test_nothing_fits_says_each_reason_once() -> None:
+    with pytest.raises(Infeasible) as told:
+        explain_offload(ask(1))
+    reasons = [reason.partition(": ")[2] for reason in told.value.reasons[1:]]
+    assert len(set(reasons)) == len(reasons)
+    assert any("bytes are missing" in reason for reason in reasons)
+
+
+def test_kinds_asked_for_are_all_that_is_tried() -> None:
+    only = explain_offload(ask(6, kinds=("expert_split",)))
+    assert {p.candidate.kind for p in (*only.tried, *only.finals)} == {"expert_split"}
+    assert only.chosen.candidate.kind == "expert_split"  # no engine has it, and it was asked for
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"kinds": ("cache",)}, "unknown kind of offload 'cache'"),
+        ({"trace": Path("nowhere.npz")}, "no such file or folder: nowhere.npz"),
+        ({"home": "tape"}, "home"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        explain_offload(ask(6, **change))
+
+
+def test_a_dense_model_has_nothing_to_offload() -> None:
+    with pytest.raises(BadInput, match="dense model"):
+        explain_offload(Ask("rtx_4090", "qwen3-8b"))
+
+
+def test_more_memory_than_there_is() -> None:
+    with pytest.raises(BadInput, match="more than rtx_4090 has: 24 GiB"):
+        explain_offload(ask(25 * 1024))
+
+
+def test_a_scenario_file_is_changed_by_what_was_asked() -> None:
+    asked = Ask(str(ROOT / "workloads" / "offload_qwen3_30b_4090.yaml"), concurrency=3, prompt_tokens=100)
+    scenario = Base(asked).scenario(("policies.eviction=lfu",), asked.short, 5)
+    assert scenario.seed == 5
+    assert scenario.requests is not None
+    assert scenario.requests.concurrency == 3
+    assert scenario.tiers is not None
+    assert scenario.tiers.kv_tokens == 3 * (100 + 256)
+    assert scenario.policies.kinds["eviction"] == "lfu"
+
+
+def test_a_player_remembers_runs() -> None:
+    player = Player(ask(1024))
+    first = player.play(RESIDENT, ask(1024).short, 0)
+    again = player.play(Candidate("x", "none", "by another name", RESIDENT.changes), ask(1024).short, 0)
+    assert player.runs == 1
+    assert again.summary is first.summary
+    assert again.candidate.label == "by another name"
