@@ -315,7 +315,7 @@ def synthetic() -> Section:
                 ""
                 if far_others <= 0.01
                 else f"LFU and static, which are not asked, differ by up to {far_others:.3f}: how much of its"
-                " popularity the prototype kept at a drift is not recorded; here ranks are drawn anew, so counts of the past"
+                " popularity the prototype kept at a drift is not recorded; here ranks are drawn anew, so past counts"
                 " are worth less.",
                 "LRU, MIN and MIN with bypass within 0.01 (a generator of our own after one line of description)",
             )

@@ -266,12 +266,13 @@ def calls(
         used = 0
         for c in range(cut_W[w], cut_W[w + 1]):
             first, end = call_C[c], call_C[c + 1]
-            many = 0
+            many = busy = 0
             for n in range(first, end):
                 x = np.int64(id_N[n])
                 hit_N[n] = slot[x] >= 0
                 if hit_N[n] and pinned:
                     key[x] = LAST64
+                    busy += 1
                 uses[x] = 1 if residents and not hit_N[n] else uses[x] + 1
                 if not (hit_N[n] and pinned):
                     turn[many] = n
@@ -287,7 +288,9 @@ def calls(
                         slot[x] = used
                         used += 1
                     else:
-                        if policy == RANDOM:
+                        if policy == RANDOM and busy == 0:
+                            victim = held[int(draw_N[n] * slots)]
+                        elif policy == RANDOM:
                             victim = _drawn(key, held, slots, draw_N[n])
                         else:
                             victim = _victim(policy, key, id_N, worth[i], bypass)
@@ -299,6 +302,7 @@ def calls(
                     held[slot[x]] = x
                     if residents:
                         uses[x] = 1
+                    busy += pinned
                 if not pinned:
                     key[x] = _key(policy, x, n, uses[x], rank_N)
             for n in range(first, end):

@@ -142,13 +142,14 @@ def found(
         next_N = next_uses(look_ups)
     alone = look_ups.longest <= 1
     draw_N = generator(seed, "offload/random", slots).random(size) if policy == "random" else np.empty(0)
-    rank_N = _ranks(look_ups, next_N, pinned and not alone) if next_N is not None else np.empty(0, np.int64)
     rules = _Rules(slots, _CODE[policy], counts == "resident" and policy == "lfu", bypass, pinned)
     fast = compiled_for(size)
+    if fast is not None and alone and policy != "random":
+        _each(fast, look_ups, rules, next_N, hit_N)
+        return hit_N.view(bool)
+    rank_N = _ranks(look_ups, next_N, pinned and not alone) if next_N is not None else np.empty(0, np.int64)
     if fast is None:
         _plain(look_ups, rules, rank_N.tolist(), draw_N, hit_N)
-    elif alone and policy != "random":
-        _each(fast, look_ups, rules, next_N, hit_N)
     else:
         fast.calls(
             look_ups.id_N, look_ups.call_C, look_ups.cut_W, rank_N, draw_N, slots, look_ups.experts, rules.policy,
