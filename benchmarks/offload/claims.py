@@ -21,9 +21,10 @@ from claim_page import TARGET, Section, page, shown
 TITLE = "Claims about offload, caches, prefetch and compression beside the simulator's figures"
 INTRO = [
     "Made by `python benchmarks/offload/claims.py` (some minutes on one core; `--only NAME` prints one section;"
-    " recorded routing and published tables are read from `../shared/data`). Only claims are typed in; every figure of ours is"
-    " computed by the project's own caches, policies, devices and prices, seeded. What a real machine did beside what"
-    " was simulated is on its own page, offload_real.md; how fast the cache cores are, on offload_speed.md.",
+    " recorded routing and published tables are read from `../shared/data`). Only claims are typed in; every figure of"
+    " ours is computed by the project's own caches, policies, devices and prices, seeded. What a real machine did"
+    " beside what was simulated is on its own page, offload_real.md; how fast the cache cores are, on"
+    " offload_speed.md.",
     "What a paper leaves open is reconstructed, and the row says so.",
     "",
     "**Not blind.** What is *asked* of a row is ours, and most was written with a first run's figures on the table. A"
