@@ -188,8 +188,8 @@ def page(report: dict[str, Any]) -> str:
     busy = ""
     if (psi and np.median(psi) > QUIET_PSI) or running < QUIET_RUNNING:
         busy = (
-            " **The machine was not quiet**: what stands here of times, ranking and races tells of other work on it; how "
-            "far even and odd rounds agree with each other says what any prediction could reach."
+            " **The machine was not quiet**: what stands here of times, ranking and races tells of other work on it; "
+            "how far even and odd rounds agree with each other says what any prediction could reach."
         )
     lines = [
         "# The mini-runtime beside the simulator\n",
