@@ -72,6 +72,11 @@ class ExpertCache:
         """ABSENT, LOADING or RESIDENT."""
         return self._state[key]
 
+    def absent(self, keys: Iterable[int]) -> list[int]:
+        """Those of `keys` that are ABSENT, in their order."""
+        state = self._state
+        return [key for key in keys if state[key] == ABSENT]
+
     def fixed(self, key: int) -> bool:
         """It is on the device for good."""
         return bool(self._fixed[key])
