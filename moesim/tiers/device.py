@@ -30,6 +30,9 @@ __all__ = ["Cpu", "DeviceOptions", "SimDevice", "Waits"]
 Waits = Generator[int | None, None, None]
 """Yields the ns up to which the links have to be played before it goes on; None: up to their next event."""
 
+_Pending = tuple[Transfer, int, bool]
+"""what is waited for, its rows, whether it comes through a staging buffer"""
+
 _OWN, _EXPERTS, _CPU, _SYNC, _STALL, _MEET, _JOIN, _END = range(len(PARTS))
 
 
@@ -153,8 +156,10 @@ class SimDevice:
         pending, here = self._pending(work)
         reads = self._reads(work)
         cpu_ns = ideal_cpu_ns = 0 if reads else self._on_cpu(layer, work, at + sync)
-        if pending or work.streams:
+        if (pending or work.streams) and self.grouped:
             yield from self._compute(layer, here, pending, work.streams, start)
+        elif pending or work.streams:
+            self._compute_alone(layer, here, pending, work.streams, start)
         else:
             self.now_ns = start + alone
         if reads:  # deferred experts' are waited for at once, too
@@ -238,6 +243,8 @@ class SimDevice:
     def arrived(self) -> list[int]:
         """See Device."""
         self._settle()
+        if not self._arrived:
+            return []
         keys = list(self._arrived)
         self._arrived.clear()
         return keys
@@ -275,33 +282,76 @@ class SimDevice:
             self._deferred_ns = self.cpu.run(ready_ns, took)
         return wanted
 
-    def _pending(self, work: LayerWork) -> tuple[list[tuple[Transfer, int, bool]], list[int]]:
+    def _pending(self, work: LayerWork) -> tuple[list[_Pending], list[int]]:
         """(transfer, rows, False) of experts that are still on their way, which are waited for from now on, and the
         rows of those that are there."""
         self._settle()
-        pending: list[tuple[Transfer, int, bool]] = []
+        pending: list[_Pending] = []
         here: list[int] = []
         if not self._way:
             return pending, [one.rows for one in (*work.here, *work.coming)]
+        coming = self._way.get
         for one in (*work.here, *work.coming):
-            transfer = self._way.get(one.key)
+            transfer = coming(one.key)
             if transfer is None:
                 here.append(one.rows)
-            else:
+                continue
+            if not transfer.urgent or transfer.after:
                 self.links.hurry(transfer)
-                pending.append((transfer, one.rows, False))
+            pending.append((transfer, one.rows, False))
         return pending, here
+
+    def _compute_alone(
+        self, layer: int, here: list[int], pending: list[_Pending], streams: Sequence[Work], start_ns: int
+    ) -> None:
+        """`_compute` for a device that plays its links itself: what has come is told by the links, not searched."""
+        links, ended, gpu_ns = self.links, self.links.ended[self.index], self.times.gpu_ns
+        waiting = list(reversed(streams))
+        self._stream(waiting, pending)
+        self.now_ns = start_ns
+        held: list[int] = []
+        if self.options.compute == "once":
+            held = here
+        elif here:
+            self.now_ns += gpu_ns(layer, here)
+        at_once = self.options.compute == "arrival"
+        turn = {one[0]: number for number, one in enumerate(pending)}
+        came: list[int] = []
+        left = len(pending)
+        while left or waiting:
+            if links.now_ns < self.now_ns:
+                links.advance(self.now_ns)
+            if ended:
+                came += [turn[one] for one in ended if one in turn]
+                self._settle()
+            if waiting and self.store.buffers_free(self.index) > 0:
+                known = len(pending)
+                self._stream(waiting, pending)
+                turn.update({one[0]: known + number for number, one in enumerate(pending[known:])})
+                left += len(pending) - known
+            if not came or not (at_once or len(came) == left):
+                self._next_event()
+                self.now_ns = max(self.now_ns, links.now_ns)
+                continue
+            came.sort()
+            self.now_ns += gpu_ns(layer, held + [pending[number][1] for number in came])
+            held = []
+            for number in came:
+                one, _, streamed = pending[number]
+                if streamed:
+                    self.store.release(self.index, one)
+            left -= len(came)
+            came = []
 
     def _compute(
         self,
         layer: int,
         here: list[int],
-        pending: list[tuple[Transfer, int, bool]],
+        pending: list[_Pending],
         streams: Sequence[Work],
         start_ns: int,
     ) -> Waits:
-        """Experts of which some have to come; the clock stands at their end afterwards. Each of pending is (transfer,
-        rows, whether it comes through a staging buffer)."""
+        """Experts of which some have to come; the clock stands at their end afterwards."""
         waiting = list(reversed(streams))
         self._stream(waiting, pending)
         self.now_ns = start_ns
@@ -326,7 +376,7 @@ class SimDevice:
                 if streamed:
                     self.store.release(self.index, one)
 
-    def _stream(self, waiting: list[Work], pending: list[tuple[Transfer, int, bool]]) -> None:
+    def _stream(self, waiting: list[Work], pending: list[_Pending]) -> None:
         """Ask for as many of the streamed experts as there are free buffers (`waiting` has the first one last)."""
         while waiting and self.store.buffers_free(self.index) > 0:
             one = waiting.pop()
@@ -335,6 +385,8 @@ class SimDevice:
 
     def _reads(self, work: LayerWork) -> list[Transfer]:
         """What brings the CPU's experts into host memory, where they are not there."""
+        if self.store.all_in_dram:
+            return []
         wanted = [self.store.need_in_dram(self.index, one.key) for one in (*work.cpu, *work.deferred)]
         return [one for one in wanted if one is not None]
 
@@ -363,12 +415,16 @@ class SimDevice:
         links = self.links
         for want in waits:
             if want is None:
-                following = links.next_ns()
-                if following is None:
-                    raise RuntimeError("the device waits, and nothing is on its way")
-                links.advance(following)
+                self._next_event()
             elif want > links.now_ns:
                 links.advance(want)
+
+    def _next_event(self) -> None:
+        """Play the links up to what happens on them next."""
+        following = self.links.next_ns()
+        if following is None:
+            raise RuntimeError("the device waits, and nothing is on its way")
+        self.links.advance(following)
 
     # -- counters -----------------------------------------------------------------------------------------------
     def _moved(self) -> IntArray:
