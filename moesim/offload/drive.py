@@ -442,8 +442,10 @@ class Driver:
 
     def _evicted(self, key: int) -> None:
         self.counters.evictions += 1
-        self._unused.pop(key, None)
-        self._bits.pop(key, None)
+        if self._unused:
+            self._unused.pop(key, None)
+        if self._bits:
+            self._bits.pop(key, None)
         self.device.evict(key, self.plan.write_back)
 
     def _page(self, layer: int) -> None:

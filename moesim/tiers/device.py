@@ -33,6 +33,8 @@ Waits = Generator[int | None, None, None]
 _Pending = tuple[Transfer, int, bool]
 """what is waited for, its rows, whether it comes through a staging buffer"""
 
+_STUCK = "the device waits, and nothing is on its way"
+
 _OWN, _EXPERTS, _CPU, _SYNC, _STALL, _MEET, _JOIN, _END = range(len(PARTS))
 
 
@@ -105,6 +107,7 @@ class SimDevice:
             raise ValueError("a device and its store differ in staging, on_host or duplex")
         self.store = store
         self._way = store.way(index)
+        self._ended = links.ended[index]
         self._arrived: dict[int, None] = {}
         self._pages: dict[int, list[Transfer]] = {}
         self._deferred_ns = 0
@@ -225,9 +228,11 @@ class SimDevice:
     # -- transfers ----------------------------------------------------------------------------------------------
     def fetch(self, key: int, size_bytes: int, urgent: bool) -> None:
         """See Device."""
-        self._settle()
+        if self.links.now_ns < self.now_ns or self._ended:
+            self._settle()
         self.store.load(self.index, key, size_bytes, urgent, "demand" if urgent else "prefetch")
-        self._arrived.pop(key, None)
+        if self._arrived:
+            self._arrived.pop(key, None)
 
     def hurry(self, key: int) -> None:
         """See Device."""
@@ -251,8 +256,10 @@ class SimDevice:
 
     def evict(self, key: int, write_back: bool) -> None:
         """See Device. What has not arrived is not written back."""
-        self._settle()
-        self._arrived.pop(key, None)
+        if self.links.now_ns < self.now_ns or self._ended:
+            self._settle()
+        if self._arrived:
+            self._arrived.pop(key, None)
         self.store.evict(self.index, key, write_back)
 
     def page(self, layer: int, size_bytes: int) -> None:
@@ -266,9 +273,13 @@ class SimDevice:
         links = self.links
         if links.now_ns < self.now_ns:
             links.advance(self.now_ns)
-        if links.ended[self.index]:
-            for key in self.store.settle(self.index):
-                self._arrived[key] = None
+        if self._ended:
+            self._note()
+
+    def _note(self) -> None:
+        """What has come."""
+        for key in self.store.settle(self.index):
+            self._arrived[key] = None
 
     # -- computing ----------------------------------------------------------------------------------------------
     def _on_cpu(self, layer: int, work: LayerWork, ready_ns: int) -> int:
@@ -305,7 +316,7 @@ class SimDevice:
         self, layer: int, here: list[int], pending: list[_Pending], streams: Sequence[Work], start_ns: int
     ) -> None:
         """`_compute` for a device that plays its links itself: what has come is told by the links, not searched."""
-        links, ended, gpu_ns = self.links, self.links.ended[self.index], self.times.gpu_ns
+        links, ended, gpu_ns = self.links, self._ended, self.times.gpu_ns
         waiting = list(reversed(streams))
         self._stream(waiting, pending)
         self.now_ns = start_ns
@@ -323,14 +334,15 @@ class SimDevice:
                 links.advance(self.now_ns)
             if ended:
                 came += [turn[one] for one in ended if one in turn]
-                self._settle()
+                self._note()
             if waiting and self.store.buffers_free(self.index) > 0:
                 known = len(pending)
                 self._stream(waiting, pending)
                 turn.update({one[0]: known + number for number, one in enumerate(pending[known:])})
                 left += len(pending) - known
             if not came or not (at_once or len(came) == left):
-                self._next_event()
+                if not links.play_next():
+                    raise RuntimeError(_STUCK)
                 self.now_ns = max(self.now_ns, links.now_ns)
                 continue
             came.sort()
@@ -415,16 +427,10 @@ class SimDevice:
         links = self.links
         for want in waits:
             if want is None:
-                self._next_event()
+                if not links.play_next():
+                    raise RuntimeError(_STUCK)
             elif want > links.now_ns:
                 links.advance(want)
-
-    def _next_event(self) -> None:
-        """Play the links up to what happens on them next."""
-        following = self.links.next_ns()
-        if following is None:
-            raise RuntimeError("the device waits, and nothing is on its way")
-        self.links.advance(following)
 
     # -- counters -----------------------------------------------------------------------------------------------
     def _moved(self) -> IntArray:

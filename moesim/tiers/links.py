@@ -113,6 +113,8 @@ class Links:
         if devices < 1 or rates.domains < 1 or not (rates.to_device > 0 and rates.host > 0 and rates.nvme >= 0):
             raise ValueError(f"links need devices, domains and rates above 0, got {devices} devices and {rates}")
         self.rates, self.devices = rates, devices
+        self.short_cuts = True
+        """False: rates are shared anew at every event, which changes no time"""
         self.now_ns = 0
         self.ended: list[list[Transfer]] = [[] for _ in range(devices)]
         """by device: transfers that have ended, until whoever asked for them takes them out"""
@@ -234,6 +236,13 @@ class Links:
         """When something happens on a lane next; None: nothing is on its way."""
         return None if self._next == NEVER else self._next
 
+    def play_next(self) -> bool:
+        """Play forward to what happens next; False: nothing is on its way."""
+        if self._next == NEVER:
+            return False
+        self._event()
+        return True
+
     def advance(self, to_ns: int) -> None:
         """Play forward. Raises ValueError for a time that is past."""
         if to_ns < self.now_ns:
@@ -307,20 +316,10 @@ class Links:
                 lane.flowing, lane.end_ns, lane.rate = False, lane.since, 0.0
                 self._mask &= ~lane.bit
 
-    def _lone(self) -> _Lane | None:
-        """The only busy lane, where its piece ends next and nobody hears of it but its own queue."""
-        if self._busy != 1 or not self._mask:
-            return None
-        lane = self._lanes[self._mask.bit_length() - 1]
-        one = lane.current
-        assert one is not None
-        return None if one.followers or one.stopped else lane
-
-    def _lone_event(self, lane: _Lane) -> None:
-        """`_event` for such a lane: the next of its queue has the same rate, so nothing is shared anew."""
+    def _lone_event(self, lane: _Lane, one: Transfer) -> None:
+        """`_event` where `lane` is the only busy one and nobody but its own queue hears of its piece's end: the next of
+        its queue has the same rate, so nothing is shared anew."""
         now = self.now_ns = self._next
-        one = lane.current
-        assert one is not None
         lane.busy_ns += now - lane.taken_ns
         one.left_bytes -= lane.piece
         self._moved_XR[one.lane][one.reason] += lane.piece
@@ -329,7 +328,7 @@ class Links:
         else:
             one.done_ns = now
             self.ended[one.lane // 3].append(one)
-        if self._take(lane):
+        if lane.queue and self._take(lane):
             lane.left, lane.since = float(lane.piece), now + lane.latency
             self._next = lane.end_ns = lane.since + max(math.ceil(lane.left / lane.rate - _TINY), 0)
         else:
@@ -339,10 +338,12 @@ class Links:
 
     def _event(self) -> None:
         """What happens at the next instant, all lanes together: pieces end, then lanes pick anew."""
-        alone = self._lone()
-        if alone is not None:
-            self._lone_event(alone)
-            return
+        if self._busy == 1 and self._mask and self.short_cuts:
+            lane = self._lanes[self._mask.bit_length() - 1]
+            one = lane.current
+            if one is not None and not one.followers and not one.stopped:
+                self._lone_event(lane, one)
+                return
         now = self.now_ns = self._next
         idle: list[_Lane] = []
         for lane in self._lanes:

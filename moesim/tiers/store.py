@@ -224,11 +224,14 @@ class TierStore:
         if not ended:
             return []
         rooms, out = self._devices[device], []
+        way, kept = rooms.way, rooms.kept
         for one in ended:
-            if rooms.way.get(one.key) is one:
-                del rooms.way[one.key]
-                rooms.kept.pop(one.key, None)
-                out.append(one.key)
+            key = one.key
+            if way.get(key) is one:
+                del way[key]
+                if kept:
+                    kept.pop(key, None)
+                out.append(key)
         ended.clear()
         if out and self._cached and not self.home.copies:
             self._dram.drop(device, out)
@@ -297,7 +300,9 @@ class TierStore:
             raise ValueError(f"expert {key} has no room on device {device}, or computes")
         way = rooms.way.get(key)
         if way is None and self._straight and not write_back:
-            self._free_room(rooms, key)
+            if key in rooms.rooms:
+                del rooms.rooms[key]
+                rooms.used -= rooms.size[key]
             return
         way = None if way is None or way.done else way
         before = rooms.kept.get(key, way)

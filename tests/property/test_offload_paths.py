@@ -28,13 +28,6 @@ LAYERS, EXPERTS, TOP_K = 3, 6, 2
 PREFETCHES = ("none", "next_layer", "markov", "previous_token", "frequency", "trace_matching")
 
 
-class Shared(Links):
-    """Links that share rates anew at every event."""
-
-    def _lone(self) -> None:
-        return None
-
-
 class Times:
     """Uneven on purpose; experts by layer and rows."""
 
@@ -103,7 +96,8 @@ def build(seed: int, alone: bool) -> tuple[Driver, SimDevice, list[StepRoutes]]:
     plan = replace(policy.plan(context), write_back=pick(False, True), deferred=pick(0, 1))
     options = DeviceOptions(pick(1, 2, 3), pick("arrival", "arrival", "after", "once"), pick(True, True, False))
     rates = LinkRates(24.0, pick(24.0, 1000.0), 11.0, pick(0, 35), pick(0, 20), chunk_bytes=pick(0, 0, 700))
-    links = (Links if alone else Shared)(rates)
+    links = Links(rates)
+    links.short_cuts = alone
     store = TierStore(links, [context.size_K], home, options.staging, None, options.on_host, options.duplex)
     device = SimDevice(Times(), links, context.size_K, options=options, store=store)
     eviction, prefetch = load_policy("eviction", pick("lru", "lfu", "fifo")), load_policy("prefetch", pick(*PREFETCHES))
