@@ -318,7 +318,7 @@ class SimDevice:
         """`_compute` for a device that plays its links itself: what has come is told by the links, not searched."""
         links, ended, gpu_ns = self.links, self._ended, self.times.gpu_ns
         waiting = list(reversed(streams))
-        self._stream(waiting, pending)
+        pending += self._stream(waiting)
         self.now_ns = start_ns
         held: list[int] = []
         if self.options.compute == "once":
@@ -335,11 +335,11 @@ class SimDevice:
             if ended:
                 came += [turn[one] for one in ended if one in turn]
                 self._note()
-            if waiting and self.store.buffers_free(self.index) > 0:
-                known = len(pending)
-                self._stream(waiting, pending)
-                turn.update({one[0]: known + number for number, one in enumerate(pending[known:])})
-                left += len(pending) - known
+            if waiting:
+                for asked in self._stream(waiting):
+                    turn[asked[0]] = len(pending)
+                    pending.append(asked)
+                    left += 1
             if not came or not (at_once or len(came) == left):
                 if not links.play_next():
                     raise RuntimeError(_STUCK)
@@ -365,7 +365,7 @@ class SimDevice:
     ) -> Waits:
         """Experts of which some have to come; the clock stands at their end afterwards."""
         waiting = list(reversed(streams))
-        self._stream(waiting, pending)
+        pending += self._stream(waiting)
         self.now_ns = start_ns
         held: list[int] = []
         if self.options.compute == "once":
@@ -375,7 +375,7 @@ class SimDevice:
         while pending or waiting:
             yield self.now_ns
             self._settle()
-            self._stream(waiting, pending)
+            pending += self._stream(waiting)
             came = [one for one in pending if one[0].done]
             if not came or (self.options.compute != "arrival" and len(came) < len(pending)):
                 yield None
@@ -388,12 +388,16 @@ class SimDevice:
                 if streamed:
                     self.store.release(self.index, one)
 
-    def _stream(self, waiting: list[Work], pending: list[_Pending]) -> None:
+    def _stream(self, waiting: list[Work]) -> list[_Pending]:
         """Ask for as many of the streamed experts as there are free buffers (`waiting` has the first one last)."""
-        while waiting and self.store.buffers_free(self.index) > 0:
+        out: list[_Pending] = []
+        free = self.store.buffers_free(self.index) if waiting else 0
+        while waiting and free > 0:
             one = waiting.pop()
             size = one.size_bytes or self._size[one.key]
-            pending.append((self.store.stream(self.index, one.key, size), one.rows, True))
+            out.append((self.store.stream(self.index, one.key, size), one.rows, True))
+            free -= 1
+        return out
 
     def _reads(self, work: LayerWork) -> list[Transfer]:
         """What brings the CPU's experts into host memory, where they are not there."""
