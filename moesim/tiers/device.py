@@ -161,8 +161,10 @@ class SimDevice:
         cpu_ns = ideal_cpu_ns = 0 if reads else self._on_cpu(layer, work, at + sync)
         if (pending or work.streams) and self.grouped:
             yield from self._compute(layer, here, pending, work.streams, start)
-        elif pending or work.streams:
+        elif work.streams:
             self._compute_alone(layer, here, pending, work.streams, start)
+        elif pending:
+            self._compute_arrivals(layer, here, pending, start)
         else:
             self.now_ns = start + alone
         if reads:  # deferred experts' are waited for at once, too
@@ -311,6 +313,35 @@ class SimDevice:
                 self.links.hurry(transfer)
             pending.append((transfer, one.rows, False))
         return pending, here
+
+    def _compute_arrivals(self, layer: int, here: list[int], pending: list[_Pending], start_ns: int) -> None:
+        """`_compute_alone` without streams: nothing the device does meanwhile changes what the links do, so they are
+        played to the last arrival first."""
+        finish_ns, gpu_ns = self.links.finish_ns, self.times.gpu_ns
+        done = sorted([(finish_ns(one), number) for number, (one, _, _) in enumerate(pending)])
+        self._note()
+        now, last = start_ns, len(done)
+        if self.options.compute != "arrival":
+            rows = [rows for _, rows, _ in pending]
+            if self.options.compute == "once":
+                rows = here + rows
+            elif here:
+                now += gpu_ns(layer, here)
+            self.now_ns = max(now, done[-1][0])
+            self.now_ns += gpu_ns(layer, rows)
+            return
+        if here:
+            now += gpu_ns(layer, here)
+        first = 0
+        while first < last:
+            now = max(now, done[first][0])
+            end = first + 1
+            while end < last and done[end][0] <= now:
+                end += 1
+            came = sorted([number for _, number in done[first:end]]) if end > first + 1 else [done[first][1]]
+            now += gpu_ns(layer, [pending[number][1] for number in came])
+            first = end
+        self.now_ns = now
 
     def _compute_alone(
         self, layer: int, here: list[int], pending: list[_Pending], streams: Sequence[Work], start_ns: int

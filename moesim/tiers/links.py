@@ -240,7 +240,7 @@ class Links:
         """Play forward to what happens next; False: nothing is on its way."""
         if self._next == NEVER:
             return False
-        self._event()
+        self.advance(self._next)
         return True
 
     def advance(self, to_ns: int) -> None:
