@@ -146,6 +146,7 @@ class Driver:
         self._unused: dict[int, None] = {}
         self._bits: dict[int, float] = {}
         """key on the device as a copy of fewer bits than stored -> its bits"""
+        self._never_fetched: list[bool] | None = plan.cpu_LE.reshape(-1).tolist() if plan.cpu_LE.any() else None
         self._steps = 0
         self._serves_LE = serves_LE(context, compressed, held_LE)
 
@@ -307,6 +308,9 @@ class Driver:
         absent = self.cache.absent(rows_of)
         if not absent:
             return []
+        never = self._never_fetched
+        if never is not None and all(never[key] for key in absent):
+            return absent
         base = layer * self.context.num_experts
         rows = [rows_of[key] for key in absent]
         chosen = self.policy.on_cpu(layer, np.array(absent) - base, np.array(rows), self.plan, self.context.costs)

@@ -127,7 +127,12 @@ class SimDevice:
 
     def own(self, layer: int, tokens: int) -> None:
         """See Device."""
-        self._play(self.own_waits(layer))
+        if self.options.whole_pages:
+            self._play(self.own_waits(layer))
+            return
+        took = self.times.own_ns(layer)
+        self.now_ns += took
+        self._part_ns[_OWN] += took
 
     def own_waits(self, layer: int) -> Waits:
         """`own`, for whoever plays the links for several devices."""
