@@ -181,6 +181,7 @@ class Driver:
         """A forward pass in parts, for whoever runs several devices side by side: at (layer, None) the caller lets
         the device do `own`, at (layer, work) `experts`, before it asks for the next part."""
         layers = self.context.num_layers
+        self._serves_LE = serves_LE(self.context, self.compressed, self.held_LE)
         if self.reroute is not None:
             step = own_copy(step)
             self.reroute.begin(step)

@@ -224,14 +224,11 @@ class TierStore:
         if not ended:
             return []
         rooms, out = self._devices[device], []
-        way, kept = rooms.way, rooms.kept
         for one in ended:
-            key = one.key
-            if way.get(key) is one:
-                del way[key]
-                if kept:
-                    kept.pop(key, None)
-                out.append(key)
+            if rooms.way.get(one.key) is one:
+                del rooms.way[one.key]
+                rooms.kept.pop(one.key, None)
+                out.append(one.key)
         ended.clear()
         if out and self._cached and not self.home.copies:
             self._dram.drop(device, out)
@@ -300,9 +297,7 @@ class TierStore:
             raise ValueError(f"expert {key} has no room on device {device}, or computes")
         way = rooms.way.get(key)
         if way is None and self._straight and not write_back:
-            if key in rooms.rooms:
-                del rooms.rooms[key]
-                rooms.used -= rooms.size[key]
+            self._free_room(rooms, key)
             return
         way = None if way is None or way.done else way
         before = rooms.kept.get(key, way)
