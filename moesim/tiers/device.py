@@ -79,7 +79,7 @@ class SimDevice:
     """`moesim.offload.drive.Device` in simulated time; `records` says what each step took."""
 
     tells_waits = False
-    """A device whose `experts_waits` somebody listens to, so each wait is told there; else one alone takes short cuts"""
+    """somebody listens to `experts_waits`, so each wait is told there; else a device alone takes short cuts"""
 
     def __init__(
         self,
