@@ -78,6 +78,9 @@ class Cpu:
 class SimDevice:
     """`moesim.offload.drive.Device` in simulated time; `records` says what each step took."""
 
+    tells_waits = False
+    """somebody listens to `experts_waits`, so each wait is told there; else a device alone takes short cuts"""
+
     def __init__(
         self,
         times: LayerTimes,
@@ -164,7 +167,7 @@ class SimDevice:
         pending, here = self._pending(work)
         reads = self._reads(work)
         cpu_ns = ideal_cpu_ns = 0 if reads else self._on_cpu(layer, work, at + sync)
-        if (pending or work.streams) and self.grouped:
+        if (pending or work.streams) and (self.grouped or self.tells_waits):
             yield from self._compute(layer, here, pending, work.streams, start)
         elif work.streams:
             self._compute_alone(layer, here, pending, work.streams, start)

@@ -88,11 +88,12 @@ def build(seed: int, alone: bool) -> tuple[Driver, SimDevice, list[StepRoutes]]:
     miss = pick("evict", "bypass")
     semantics = CacheSemantics(pooled=pick(False, True), miss=miss, completion=pick("raced", "raced", "logical"))
     fit = RouteSample(np.argsort(rng.random((24, LAYERS, EXPERTS)), axis=2)[:, :, :TOP_K], np.zeros(24, int))
-    size = np.full((LAYERS, EXPERTS), 2400)
-    capacity = int(rng.integers(0, 5)) * LAYERS * 2400
+    unit = pick(2400, 600)
+    size = np.full((LAYERS, EXPERTS), unit)
+    capacity = int(rng.integers(0, 5)) * LAYERS * unit
     context = context_of(steps, EXPERTS, capacity, semantics=semantics, size_LE=size, fit=fit, seed=seed)
     policy = Some(pick(0, 0, 2, 3))
-    home = pick(Home(), Home(), Home(copies=False), Home("nvme", dram_bytes=int(rng.integers(1, 19)) * 2400))
+    home = pick(Home(), Home(), Home(copies=False), Home("nvme", dram_bytes=int(rng.integers(1, 19)) * unit))
     plan = replace(policy.plan(context), write_back=pick(False, True), deferred=pick(0, 1))
     options = DeviceOptions(pick(1, 2, 3), pick("arrival", "arrival", "after", "once"), pick(True, True, False))
     rates = LinkRates(24.0, pick(24.0, 1000.0), 11.0, pick(0, 35), pick(0, 20), chunk_bytes=pick(0, 0, 700))
