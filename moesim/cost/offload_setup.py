@@ -15,8 +15,9 @@ from moesim.cost.deployed import Experts
 from moesim.cost.offload_times import CpuPrices, OffloadTimes
 from moesim.cost.offloaded import OffloadedPricer, Rank
 from moesim.cost.operators import Operators, Priced
-from moesim.cost.placing import token_sample
+from moesim.cost.placing import sample_rows, token_sample
 from moesim.dtypes import dtype_bytes
+from moesim.errors import BadInput, Problem
 from moesim.layout import Layout
 from moesim.memory import RankMemory
 from moesim.model import MoEModel
@@ -98,7 +99,15 @@ def offload_of(
     sharers = max(1, min(scenario.parallel.replicas, scenario.cluster.gpus_per_node // layout.ranks))
     drafts = _contexts(scenario, layout, experts, base_bytes, seed)
     made = [policies.precision.compress(draft, bits) for draft, _ in drafts]
+    _copies_possible(policies.kinds["precision"], tiers, experts, made)
     stored = [stored_bytes_LE(draft, one, bits) for (draft, _), one in zip(drafts, made, strict=True)]
+    copies = layout.expert_tp * sum(
+        int(stored_bytes_LE(draft, replace(one, bits_LE=np.full_like(one.bits_LE, fewer)), bits).sum())
+        for (draft, _), one in zip(drafts, made, strict=True)
+        for _, fewer in one.miss_bits
+        if fewer < one.bits_LE.max()
+    )
+    total = layout.expert_tp * sum(int(size_LE.sum()) for size_LE in stored) + copies
     largest = max(int(size_LE.max()) for size_LE in stored)
     budget = _budget(scenario, layout, tiers, largest)
     rates, fetch = _rates(scenario, layout, ops, tiers, max(largest, 1), sharers)
@@ -116,13 +125,6 @@ def offload_of(
         budget, [rank.plan for rank in ranks], [rank.context.size_LE for rank in ranks],
         [rank.compressed.extra_bytes for rank in ranks],
     )  # fmt: skip
-    copies = layout.expert_tp * sum(
-        int(stored_bytes_LE(draft, replace(one, bits_LE=np.full_like(one.bits_LE, fewer)), bits).sum())
-        for (draft, _), one in zip(drafts, made, strict=True)
-        for _, fewer in one.miss_bits
-        if fewer < one.bits_LE.max()
-    )
-    total = layout.expert_tp * sum(int(size_LE.sum()) for size_LE in stored) + copies
     uses = home_use(scenario.cluster, tiers, total, layout.expert_tp * sum(held), sharers)
     return Offload(
         tuple(ranks), memory, tuple(uses), rates, fetch, stored_L, base_bytes, cpu, experts.placed_for,
@@ -143,6 +145,28 @@ def offload_warnings(scenario: Scenario, offload: Offload, experts: Experts, see
     if quality:
         out.append(f"precision: {quality}")
     return tuple(out)
+
+
+def _copies_possible(kind: str, tiers: TiersSpec, experts: Experts, made: Sequence[Compressed]) -> None:
+    """Raise BadInput where misses are to fetch copies of fewer bits, and nothing says which, or nobody keeps them."""
+    if not any(one.miss_bits for one in made):
+        return
+    if experts.source.weight_TLK is None:
+        raise BadInput(
+            Problem(
+                "policies.precision",
+                f"{kind} chooses the copy that a miss fetches by gate weights, which {experts.source.source} lacks. "
+                "Use a routing trace with weights, or another precision",
+            )
+        )
+    if tiers.home == "dram" and not tiers.host_copies:
+        raise BadInput(
+            Problem(
+                "tiers.host_copies",
+                f"{kind} keeps copies of every expert in several precisions in host memory, and without host copies "
+                "an expert is in one place. Set it to true, or use another precision",
+            )
+        )
 
 
 def _budget(scenario: Scenario, layout: Layout, tiers: TiersSpec, slot_bytes: int) -> Budget:
@@ -226,14 +250,12 @@ def _popularity(fit: RoutingSource, local_LE: IntArray | None, count: int) -> Fl
 
 
 def _sample(fit: RoutingSource, local_LE: IntArray | None) -> RouteSample:
-    told = token_sample(fit)
+    told, rows = token_sample(fit), sample_rows(fit)
     ids: Any = told.expert_TLK
     if local_LE is not None:
         none = local_LE.shape[1] - 1
         ids = local_LE[np.arange(len(local_LE))[None, :, None], np.minimum(ids, none)]
-    weight = None
-    if fit.weight_TLK is not None and len(fit.weight_TLK) == len(ids):
-        weight = np.asarray(fit.weight_TLK, np.float64)
+    weight = None if fit.weight_TLK is None else np.asarray(fit.weight_TLK[rows], np.float64)
     return RouteSample(ids, np.asarray(told.sequence_T, np.int64), weight)
 
 
