@@ -111,10 +111,12 @@ def offload_of(
     largest = max(int(size_LE.max()) for size_LE in stored)
     budget = _budget(scenario, layout, tiers, largest)
     rates, fetch = _rates(scenario, layout, ops, tiers, max(largest, 1), sharers)
+    read_ns = _read_ns(scenario, tiers, rates, max(largest, 1), total * sharers)
+    fetch = fetch._replace(ns=np.asarray(fetch.ns + read_ns))
     stored_L = np.stack([s.sum(axis=1) / np.maximum((s > 0).sum(axis=1), 1) for s in stored]).mean(axis=0) / base_bytes
     whole = float(np.mean([s[s > 0].mean() for s in stored])) * layout.expert_tp
     cpu = CpuPrices(tiers.cpu, scenario.cluster.node, model, whole, scenario.cpu, sharers)
-    costs = _costs(scenario, layout, ops, stream, experts, cpu, float(fetch.ns))
+    costs = _costs(scenario, layout, ops, stream, experts, cpu, float(fetch.ns), read_ns)
     ranks = []
     for (draft, local_LE), one, size_LE in zip(drafts, made, stored, strict=True):
         capacity = min(budget.expert_bytes, int(size_LE.sum()) + one.extra_bytes)
@@ -261,9 +263,10 @@ def _sample(fit: RoutingSource, local_LE: IntArray | None) -> RouteSample:
 
 def _costs(
     scenario: Scenario, layout: Layout, ops: Operators, stream: RequestStream, experts: Experts, cpu: CpuPrices,
-    transfer_ns: float,
+    transfer_ns: float, read_ns: float,
 ) -> MissCosts:  # fmt: skip
-    """Costs in decode steps as full as the engine and the traffic let them be."""
+    """Costs in decode steps as full as the engine and the traffic let them be. read_ns: what an expert takes on its way
+    into host memory, on average."""
     model, engine, tiers = scenario.model, scenario.engine, scenario.tiers
     assert tiers is not None
     running = max(1, min(engine.max_num_seqs, len(stream), stream.concurrency or len(stream)))
@@ -276,7 +279,7 @@ def _costs(
         return float(ops.moe(rows, 1.0, ops.moe_work(rows, shape.dtype), 0.0, shape).ns) if rows else 0.0
 
     def cpu_ns(rows: int) -> float:
-        return float(cpu.ns([rows])) if rows else 0.0
+        return float(cpu.ns([rows])) + read_ns if rows else 0.0
 
     layer_ns = (float(dense.total_N[0]) + attention * model.num_layers) / model.num_moe_layers
     return MissCosts(transfer_ns, gpu_ns, cpu_ns, tiers.cpu.sync_us * 1e3, layer_ns)
@@ -310,6 +313,15 @@ def _rates(
         rates = rates_of_one(rates, layout.expert_tp)
     slowest = min(rates.to_device, rates.host)
     return rates, Priced(np.asarray(start + size / slowest), whole.grade)
+
+
+def _read_ns(scenario: Scenario, tiers: TiersSpec, rates: LinkRates, size: int, stored_bytes: int) -> float:
+    """What an expert takes from the drives into host memory, by the share of them that has no room there. Loads pass
+    through host memory whole (`moesim.tiers.store`), so it adds to the copy. stored_bytes: of all replicas."""
+    if tiers.home != "nvme":
+        return 0.0
+    dram = scenario.cluster.node.host_memory_bytes if tiers.dram is None else int(tiers.dram * 2**30)
+    return max(0.0, 1.0 - dram / stored_bytes) * (rates.nvme_latency_ns + size / rates.nvme)
 
 
 # ---- what plays it

@@ -391,3 +391,21 @@ def test_what_policies_learn_from_keeps_its_gate_weights_when_it_is_a_part(monke
     np.testing.assert_array_equal(sample.weight_TLK[0], fit.weight_TLK[0])
     last = np.flatnonzero((fit.expert_TLK == sample.expert_TLK[-1]).all(axis=(1, 2)))
     assert any((fit.weight_TLK[row] == sample.weight_TLK[-1]).all() for row in last)
+
+
+def test_an_experts_way_from_the_drives_is_weighed(tmp_path: Path) -> None:
+    """As long as host memory has room for all they cost nothing; with a quarter of it, three reads in four are."""
+    whole_gib = LAYERS * EXPERTS * EXPERT / 2**30
+    at_home, roomy, tight = (
+        run(tiered(tmp_path, tiers=tiers)).offload
+        for tiers in ({}, {"home": "nvme"}, {"home": "nvme", "dram": whole_gib / 4})
+    )
+    assert at_home is not None
+    assert roomy is not None
+    assert tight is not None
+    home, room, few = (one.ranks[0].context.costs for one in (at_home, roomy, tight))
+    assert home.transfer_ns == room.transfer_ns == float(roomy.fetch.ns)
+    read_ns = 0.75 * (tight.rates.nvme_latency_ns + EXPERT / tight.rates.nvme)
+    assert few.transfer_ns - home.transfer_ns == pytest.approx(read_ns)
+    assert few.cpu_ns(3) - home.cpu_ns(3) == pytest.approx(read_ns)
+    assert float(tight.fetch.ns) == few.transfer_ns
