@@ -43,7 +43,7 @@ from moesim.tiers.store import Home, TierStore
 from moesim.tiers_spec import TiersSpec
 from moesim.workload.pool import RoutingSource
 from moesim.workload.requests import RequestStream
-from moesim.workload.scores import ScoreModel, score_model
+from moesim.workload.scores import AsChosen, ScoreModel, WholeScores, score_model
 
 __all__ = ["Offload", "RankPlan", "offload_of", "offload_warnings", "offloaded_pricer"]
 
@@ -375,7 +375,8 @@ def _scores(scenario: Scenario, experts: Experts, seed: int) -> ScoreModel | Non
     model, spec = scenario.model, scenario.routing.scores
     if spec.model == "generator":
         spec = spec.model_copy(update={"model": "gumbel"})
-    return score_model(experts.source, spec, seed, model.norm_topk_prob, model.scoring)
+    scores = score_model(experts.source, spec, seed, model.norm_topk_prob, model.scoring)
+    return AsChosen(experts.source, scores) if isinstance(scores, WholeScores) else scores
 
 
 def _warm(ranks: Sequence[Rank]) -> list[tuple[int, int]]:

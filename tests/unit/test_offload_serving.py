@@ -409,3 +409,14 @@ def test_an_experts_way_from_the_drives_is_weighed(tmp_path: Path) -> None:
     assert few.transfer_ns - home.transfer_ns == pytest.approx(read_ns)
     assert few.cpu_ns(3) - home.cpu_ns(3) == pytest.approx(read_ns)
     assert float(tight.fetch.ns) == few.transfer_ns
+
+
+@pytest.mark.parametrize("rerouting", ["kept", {"kind": "cache_conditional", "bias": 0.0}])
+def test_recorded_scores_without_their_routers_bias_reroute_nobody(rerouting: Any) -> None:
+    """The trace's router was balanced by a bias, which its scores lack; with nobody gone and no bonus for what is in
+    the cache every token takes what it took."""
+    result = run(traced("none", rerouting=rerouting))
+    cache, plain = (one.to_json()["summary"]["cache"] for one in (result, run(traced("none"))))
+    assert cache["rerouted"] == 0
+    assert cache["found"] == plain["found"]
+    assert any("chose by more than its recorded scores" in text for text in result.warnings)
