@@ -60,8 +60,10 @@ class CpuPrices:
         self._domains = 1 if spec.numa_split else spec.numa_domains
         self._ops: Operators | None = None
         self.grade = int(ASSUMED)
-        self._known: dict[tuple[float, int, float], int] = {}
+        self._known: dict[tuple[float, float, float], int] = {}
         self._few: dict[tuple[int, ...], int] = {}
+        self._stored = expert_bytes / max(float(model.expert_bytes()), 1.0)
+        """how much less than in the model's number format is read of each"""
         self._shape = MoEShape(
             model.expert_hidden, model.moe_intermediate_size, model.num_experts, model.top_k, model.expert_dtype,
             model.gated_experts,
@@ -93,7 +95,7 @@ class CpuPrices:
     def _profiled(self, rows: Sequence[int]) -> int:
         assert self._ops is not None
         work = float(self._ops.moe_work(np.array(rows), self._shape.dtype).sum())
-        key = (float(sum(rows)), len(rows), work)
+        key = (float(sum(rows)), len(rows) * self._stored, work)
         if key not in self._known:
             self._known[key] = round(float(self._ops.moe(*key, 0.0, self._shape).ns))
         return self._known[key]

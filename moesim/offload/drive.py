@@ -362,20 +362,25 @@ class Driver:
     def _compute_on_cpu(
         self, work: LayerWork, keys: list[int], step: StepRoutes, layer: int, rows_of: dict[int, int]
     ) -> None:
-        """Share the CPU's experts between now and one layer later: of each token at most `deferred` choices, those
-        with the least gate weight (KTransformers' deferred experts), never in the last layer."""
-        base, none, ids_TK = layer * self.context.num_experts, self.context.num_experts, work.ids_TK
+        """Share the CPU's experts between now and one layer later, never in the last layer. A token's best `top_k -
+        deferred` choices are protected, wherever they are; an expert that no token of the step protects is deferred
+        (KTransformers, kt-kernel's `select_deferred_experts`). Without gate weights choices are taken to be in order.
+        """
+        none, ids_TK = self.context.num_experts, work.ids_TK
         if not self.plan.deferred or layer == self.context.num_layers - 1:
             work.cpu = [Work(key, rows_of[key]) for key in keys]
             return
         assert ids_TK is not None
-        there = np.isin(ids_TK, np.array(keys) - base)
-        weight = step.weight_TLK[:, layer] if step.weight_TLK is not None else -np.arange(there.shape[1])[None, :]
-        order = np.argsort(np.where(there, weight, np.inf), axis=1, kind="stable")
-        turn = np.argsort(order, axis=1, kind="stable")
-        late = there & (turn < self.plan.deferred)
-        for mask, out in ((there & ~late, work.cpu), (late, work.deferred)):
-            out.extend(map(Work, *asked(np.where(mask, ids_TK, none)[:, None], none, layer)[0]))
+        best = max(ids_TK.shape[1] - self.plan.deferred, 0)
+        ordered_TK = ids_TK
+        if step.weight_TLK is not None:
+            order_TK = np.argsort(-step.weight_TLK[:, layer], axis=1, kind="stable")
+            ordered_TK = np.take_along_axis(ids_TK, order_TK, axis=1)
+        protected_E = np.zeros(none + 1, bool)
+        protected_E[np.minimum(ordered_TK[:, :best], none)] = True
+        for key in keys:
+            part = work.cpu if protected_E[key - layer * none] else work.deferred
+            part.append(Work(key, rows_of[key]))
 
     def _gate_share(self, step: StepRoutes, layer: int, ids_TK: AnyArray) -> dict[int, float]:
         """By key the largest gate weight over its token's largest, where misses are fetched by it."""

@@ -33,9 +33,10 @@ __all__ = ["Policy"]
 class Policy(Spec):
     """num_gpu_experts: on the GPU, a layer on average. gpu_experts_ratio: instead, a share of all experts (rounded
     down). Neither: as many as fit. strategy: see the module; uniform is the system's default. update_tokens: the
-    tutorial's example. deferred_experts: of a token's experts on the CPU so many are added one layer later, so that
-    they run beside the next layer (`--kt-max-deferred-experts-per-token`; it changes the model's results a little, so
-    it is off unless asked for).
+    tutorial's example. deferred_experts: the results of a token's so many last choices are added one layer later
+    where the CPU computes them and no other token of the step has them among its first ones, so that they run beside
+    the next layer (`--kt-max-deferred-experts-per-token`; it changes the model's results a little, so it is off unless
+    asked for).
     """
 
     num_gpu_experts: Annotated[int, Field(ge=0, le=1 << 20)] | None = None

@@ -258,6 +258,28 @@ def test_deferred_experts_are_those_of_least_weight_and_none_in_the_last_layer()
     assert (made.counters.on_cpu, made.counters.look_ups) == (4, 4)
 
 
+def test_a_token_protects_its_best_choices_wherever_they_are():
+    """One of two choices may be deferred. Expert 0, the better one, is on the device and 3 on the CPU: 3 is deferred.
+    With the weights the other way round 3 is protected, and nothing is: deferred are choices, not the CPU's last."""
+    on_cpu = np.ones((2, EXPERTS), bool)
+    on_cpu[:, 0] = False
+    for weights, now, later in (([0.7, 0.3], [], [3]), ([0.3, 0.7], [3], [])):
+        made, pen = driver(context(), slots=1, cpu_LE=on_cpu, deferred=1)
+        made.step(step(0, [0, 3], [0, 3], weights=[weights, weights]))
+        assert [w.key for w in pen.works[0].cpu] == now
+        assert [w.key for w in pen.works[0].deferred] == later
+
+
+def test_an_expert_that_any_token_protects_is_not_deferred():
+    """Two tokens take 0 and 1, each the other one first: both are computed now, all their rows at once."""
+    made, pen = driver(context(), slots=0, cpu_LE=np.ones((2, EXPERTS), bool), deferred=1)
+    ids = np.array([[[0, 1], [0, 1]], [[1, 0], [1, 0]]])
+    weights = np.array([[[0.6, 0.4], [0.6, 0.4]], [[0.6, 0.4], [0.6, 0.4]]])
+    made.step(StepRoutes(0, ids, np.arange(2), weights))
+    assert [(w.key, w.rows) for w in pen.works[0].cpu] == [(0, 2), (1, 2)]
+    assert pen.works[0].deferred == []
+
+
 def test_a_long_prompt_exchanges_the_fixed_experts():
     """0 and 1 are fixed; the prompt asks for 2 three times, 3 twice, 1 once: 2 and 3 come, the least used leaves."""
     fixed = np.array([[True, True, False, False]])

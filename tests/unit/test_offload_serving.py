@@ -16,7 +16,7 @@ import pytest
 from moesim.cost.offload_times import CpuPrices
 from moesim.cost.offloaded import COUNTERS, OffloadDetail, OffloadedPricer
 from moesim.errors import BadInput
-from moesim.scenario.load import Scenario, scenario_from_dict
+from moesim.scenario.load import Scenario, load_profile, scenario_from_dict
 from moesim.simulate import RunResult, simulate
 from moesim.tiers.links import LANES, REASONS
 from moesim.tiers.records import PARTS
@@ -420,3 +420,14 @@ def test_recorded_scores_without_their_routers_bias_reroute_nobody(rerouting: An
     assert cache["rerouted"] == 0
     assert cache["found"] == plain["found"]
     assert any("chose by more than its recorded scores" in text for text in result.warnings)
+
+
+def test_a_profiled_cpu_reads_fewer_bytes_of_compressed_experts(tmp_path: Path) -> None:
+    made = scenario(tmp_path)
+    profile = load_profile(Path(__file__).parents[2] / "hw_profiles" / "cpu_2core.yaml")
+    whole = float(made.model.expert_bytes())
+    full, quarter = (
+        CpuPrices(CpuSpec(profile="cpu_2core"), made.cluster.node, made.model, size, profile).ns([1, 1])
+        for size in (whole, whole / 4)
+    )
+    assert quarter < full
