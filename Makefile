@@ -4,7 +4,7 @@
 #   make test-gpu   the tests that need a CUDA device, with that machine's torch
 #   make cpu-profile  measure this CPU again, then thirty fresh points of the layer (six quiet minutes)
 #   make routing-lm   train the small MoE model under each balancing method, record its routing (an hour of one core)
-#   make claims     what papers state beside what this version does, both pages anew (some five minutes)
+#   make claims     what papers state beside what this version does, the three pages anew (some ten minutes)
 #   make offload-real  the mini-runtime against the simulator, reads from this disk (six quiet minutes, 400 MB)
 #   make check      style, types, import order   make lint        repair what ruff can repair
 #   make bench      the asv benchmarks of this checkout
@@ -62,6 +62,7 @@ routing-lm: $(VENV)/.stamp-dev
 claims: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/routing/claims.py
 	$(BIN)/python benchmarks/placement/claims.py
+	$(BIN)/python benchmarks/offload/claims.py
 
 offload-real: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/offload/real_against_simulated.py --link disk

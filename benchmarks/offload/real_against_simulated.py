@@ -63,6 +63,8 @@ BATCH = 2
 LEARN = 16  # first sequences of the judged routes, which policies learn from and nobody replays
 WANTED = {"disk": (0.10, 0.9), "memory": (0.10, 0.9), "cuda": (0.05, 0.95)}
 RACED_RUNS = 10
+QUIET_PSI, QUIET_RUNNING = 20.0, 0.9
+"""Beyond these (percent of CPU pressure, share of the time that the computing thread had a CPU) the page says so."""
 
 
 def model(path: Path, sizes: ModelSizes) -> WeightFile:
@@ -183,9 +185,16 @@ def page(report: dict[str, Any]) -> str:
     demand_runs = sum(len(c["same_events"]) for c in demand)
     running = np.median([x for c in times["cases"] for x in c["running"]])
     psi = [x for c in times["cases"] for x in c["psi"] if x is not None]
+    busy = ""
+    if (psi and np.median(psi) > QUIET_PSI) or running < QUIET_RUNNING:
+        busy = (
+            " **The machine was not quiet**: what stands here of times, ranking and races tells of other work on it; "
+            "how far even and odd rounds agree with each other says what any prediction could reach."
+        )
     lines = [
         "# The mini-runtime beside the simulator\n",
-        f"Command: `python benchmarks/offload/real_against_simulated.py --link {about['link']}`. {about['date']}, "
+        f"Command: `python benchmarks/offload/real_against_simulated.py --link {about['link']} "
+        f"--steps {about['steps']} --rounds {about['rounds']}`. {about['date']}, "
         f"{about['machine']['cpu']}, {about['machine']['cpus']} CPUs, {about['machine']['device']}, torch "
         f"{about['machine']['torch']}, one thread computes. Model: {about['sizes']}; {about['expert_bytes']:,} bytes "
         f"an expert, {about['whole_bytes']:,} in all; batch {BATCH}, {about['steps']} steps, synthetic routes. Link: "
@@ -193,7 +202,7 @@ def page(report: dict[str, Any]) -> str:
         "The script's head states the rules.\n",
         f"While measuring: CPU pressure (PSI) median {np.median(psi) if psi else float('nan'):.1f} %; where it did not "
         f"wait, the computing thread had a CPU for {running:.0%} of the time; reads in the calibration took "
-        f"{found['move'] / 1e6:.3f} ms, middle half {found['move_spread']:.0%} of that wide.\n",
+        f"{found['move'] / 1e6:.3f} ms, middle half {found['move_spread']:.0%} of that wide.{busy}\n",
         "| figure | found | wanted | verdict |",
         "|---|---|---|---|",
         f"| settings whose events differ, demand and logical prefetch (part 1) | {len(different)} of {len(events)}, "
@@ -284,7 +293,7 @@ def main() -> None:
     }
     name = "offload_real" if options.link == "disk" else f"offload_real_{options.link}"
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    (options.out / f"{name}.json").write_text(json.dumps(report, separators=(",", ":")) + "\n", "utf-8")
     (options.out / f"{name}.md").write_text(page(report), "utf-8")
     print(page(report).split("## Step times")[0])
 

@@ -61,6 +61,7 @@ class CpuPrices:
         self._ops: Operators | None = None
         self.grade = int(ASSUMED)
         self._known: dict[tuple[float, int, float], int] = {}
+        self._few: dict[tuple[int, ...], int] = {}
         self._shape = MoEShape(
             model.expert_hidden, model.moe_intermediate_size, model.num_experts, model.top_k, model.expert_dtype,
             model.gated_experts,
@@ -75,6 +76,15 @@ class CpuPrices:
     def ns(self, rows: Sequence[int]) -> int:
         """Experts with so many rows each. Each takes reading its weights or computing its rows, whichever is longer;
         where each lies in one NUMA domain, domains take them in turn and the last one to end counts."""
+        few = tuple(rows) if len(rows) <= _FEW else None
+        found = None if few is None else self._few.get(few)
+        if found is None:
+            found = self._unknown_ns(rows)
+            if few is not None:
+                self._few[few] = found
+        return found
+
+    def _unknown_ns(self, rows: Sequence[int]) -> int:
         if self._ops is not None:
             return self._profiled(rows)
         each = [max(self._read_ns, n * self._row_ns) * self._domains for n in rows]
@@ -159,13 +169,13 @@ class OffloadTimes:
 
     def gpu_ns(self, layer: int, rows: Sequence[int]) -> int:
         """See LayerTimes. A grouped product over a part of a layer's experts, as `ExpertPrices` prices all of them."""
-        others = self._others_L[layer] if self._others_L else 0
-        few = (self._stored[layer], others, *sorted(rows)) if len(rows) <= _FEW else None
-        found = self._few.get(few) if few is not None else None
+        stored, others = self._stored[layer], self._others_L[layer] if self._others_L else 0
+        if len(rows) > _FEW:
+            return self._product_ns(rows, stored, others)
+        few = (stored, others, *sorted(rows)) if len(rows) > 1 else (stored, others, rows[0])
+        found = self._few.get(few)
         if found is None:
-            found = self._product_ns(rows, self._stored[layer], others)
-            if few is not None:
-                self._few[few] = found
+            found = self._few[few] = self._product_ns(rows, stored, others)
         return found
 
     def _product_ns(self, rows: Sequence[int], stored: float, others: int) -> int:

@@ -150,9 +150,12 @@ def _what_if(ask: Ask, player: Player, chosen: Candidate, scenario: Scenario) ->
     usable = scenario.tiers.vram
     if usable is None:
         usable = scenario.cluster.profile.memory_bytes * scenario.engine.gpu_memory_utilization / 2**30
-    asked: list[tuple[str, tuple[str, ...]]] = [
-        (f"{share:g} times the device memory", (f"tiers.vram={usable * share:.6g} GiB",)) for share in (0.75, 1.5)
-    ]
+    most = scenario.cluster.profile.memory_bytes / 2**30
+    sizes = [("0.75 times the device memory", usable * 0.75)]
+    if usable * 1.05 < most:
+        share = min(1.5, most / usable)
+        sizes.append((f"{share:.3g} times the device memory", usable * share))
+    asked = [(label, (f"tiers.vram={size:.9g} GiB",)) for label, size in sizes]
     node = scenario.cluster.node
     twice = node.pcie_bytes_per_s * 2 / 1e9
     asked.append((f"a link to the host of {twice:.0f} GB/s", (f"cluster.pcie_gb_per_s={twice:g}",)))

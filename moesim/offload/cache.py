@@ -72,6 +72,11 @@ class ExpertCache:
         """ABSENT, LOADING or RESIDENT."""
         return self._state[key]
 
+    def absent(self, keys: Iterable[int]) -> list[int]:
+        """Those of `keys` that are ABSENT, in their order."""
+        state = self._state
+        return [key for key in keys if state[key] == ABSENT]
+
     def fixed(self, key: int) -> bool:
         """It is on the device for good."""
         return bool(self._fixed[key])
@@ -200,9 +205,10 @@ class ExpertCache:
         if self._state[key] != ABSENT:
             raise ValueError(f"a look-up asks for expert {key} twice")
         seen, self._seen[key] = self._seen[key], 1
+        group, size = self._group[key], self._size[key]
         left: tuple[int, ...] = ()
-        if self._free(key) < 0:
-            gone = None if self._group[key] in self._stuck else self._make_room(key, ask=self.bypass)
+        if self._used[group] + size > self._capacity[group]:
+            gone = None if group in self._stuck else self._make_room(key, ask=self.bypass)
             if gone is None:
                 return Found(key, "stream")
             left = gone
@@ -212,7 +218,7 @@ class ExpertCache:
 
     def _make_room(self, key: int, ask: bool) -> tuple[int, ...] | None:
         """Evict until `key` fits, all or nobody; None: it cannot, or the policy keeps what is there."""
-        group, now = self._group[key], self.now - 1
+        group, now, may = self._group[key], self.now - 1, self._may
         short = -self._free(key)
         if short <= 0:
             return ()
@@ -225,12 +231,12 @@ class ExpertCache:
                 self._stuck.add(group)
             if victim is None or (ask and not self.eviction.keeps(key, victim, now)):
                 for chosen in leaving:
-                    self._may[chosen] = 1
+                    may[chosen] = 1
                 return None
-            if not self._may[victim] or self._group[victim] != group:
+            if not may[victim] or self._group[victim] != group:
                 raise ValueError(f"the policy evicts expert {victim}, which may not leave")
             leaving.append(victim)
-            self._may[victim] = 0
+            may[victim] = 0
             short -= self._size[victim]
         for victim in leaving:
             self._leave(victim)

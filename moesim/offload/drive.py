@@ -12,12 +12,12 @@ the simulator and in the mini-runtime; only the `Device` differs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from moesim.arrays import AnyArray, BoolArray, IntArray
+from moesim.arrays import AnyArray, BoolArray
 from moesim.offload import (
     Compressed,
     Counters,
@@ -29,6 +29,7 @@ from moesim.offload import (
     Reroute,
     StepRoutes,
 )
+from moesim.offload.asked import asked, own_copy, serves_LE
 from moesim.offload.cache import ABSENT, LOADING, ExpertCache, Found
 
 __all__ = ["Device", "Driver", "Event", "LayerWork", "Work"]
@@ -145,7 +146,9 @@ class Driver:
         self._unused: dict[int, None] = {}
         self._bits: dict[int, float] = {}
         """key on the device as a copy of fewer bits than stored -> its bits"""
+        self._never_fetched: list[bool] | None = plan.cpu_LE.reshape(-1).tolist() if plan.cpu_LE.any() else None
         self._steps = 0
+        self._serves_LE = serves_LE(context, compressed, held_LE)
 
     @classmethod
     def start(
@@ -178,8 +181,9 @@ class Driver:
         """A forward pass in parts, for whoever runs several devices side by side: at (layer, None) the caller lets
         the device do `own`, at (layer, work) `experts`, before it asks for the next part."""
         layers = self.context.num_layers
+        self._serves_LE = serves_LE(self.context, self.compressed, self.held_LE)
         if self.reroute is not None:
-            step = _own(step)
+            step = own_copy(step)
             self.reroute.begin(step)
         self.device.begin(step)
         self.cache.eviction.begin(step)
@@ -190,6 +194,8 @@ class Driver:
                 self._page(layer)
         self._poll()
         self._ask_ahead(-1)
+        ids_TLK = step.expert_TLK if self.reroute is not None else self._ids_TLK(step)
+        calls = [] if self.reroute is not None else asked(ids_TLK, self.context.num_experts)
         for layer in range(layers):
             yield layer, None
             if self.plan.paged:  # beyond the last layer: the next step's first ones
@@ -197,13 +203,17 @@ class Driver:
             self._poll()
             if self.reroute is not None:
                 self._reroute(self.reroute, step, layer)
-            work = self._look_up(step, layer)
+                ids_TK = self.ids_TK(step, layer)
+                work = self._look_up(step, layer, ids_TK, *asked(ids_TK[:, None], self.context.num_experts, layer)[0])
+            else:
+                work = self._look_up(step, layer, ids_TLK[:, layer], *calls[layer])
             self._drop_stale(layer)  # first: what it frees need not be evicted for
             self._ask_ahead(layer)
             yield layer, work
-            for key in [w.key for w in work.coming if self.cache.state(w.key) == LOADING]:
-                self.cache.arrived(key)
-                self._loading.pop(key, None)
+            if self._loading:
+                for key in [w.key for w in work.coming if self.cache.state(w.key) == LOADING]:
+                    self.cache.arrived(key)
+                    self._loading.pop(key, None)
             self.cache.release()
         self.device.end()
         self._steps += 1
@@ -212,19 +222,31 @@ class Driver:
 
     def ids_TK(self, step: StepRoutes, layer: int) -> AnyArray:
         """The expert of each choice of a layer, after pruning and merging; num_experts: none, or not on this device."""
-        ids = step.expert_TLK[:, layer]
-        none = self.context.num_experts
+        ids = self._chosen_TK(step, layer)
+        ids = step.expert_TLK[:, layer] if ids is None else ids
+        if self._serves_LE is not None:
+            ids = self._serves_LE[layer][np.minimum(ids, self.context.num_experts)]
+        return ids
+
+    def _ids_TLK(self, step: StepRoutes) -> AnyArray:
+        """`ids_TK` of all layers, [T, L, K]."""
+        ids, layers = step.expert_TLK, range(self.context.num_layers)
         if self.precision is not None:
-            if (moved := self.precision.drift(step, layer, none)) is not None:
-                ids = moved
-            if (dropped := self.precision.prune(step, layer)) is not None:
-                ids = np.where(dropped, none, ids)
-        if self.compressed is not None:
-            table = np.append(self.compressed.map_LE[layer], none)
-            ids = table[np.minimum(ids, none)]
-        if self.held_LE is not None:
-            held = np.append(self.held_LE[layer], False)
-            ids = np.where(held[np.minimum(ids, none)], ids, none)
+            chosen = [self._chosen_TK(step, layer) for layer in layers]
+            if any(one is not None for one in chosen):
+                ids = np.stack([ids[:, n] if one is None else one for n, one in enumerate(chosen)], axis=1)
+        if self._serves_LE is not None:
+            ids = self._serves_LE[np.arange(len(layers))[:, None], np.minimum(ids, self.context.num_experts)]
+        return ids
+
+    def _chosen_TK(self, step: StepRoutes, layer: int) -> AnyArray | None:
+        """What `precision` makes of a layer's choices; None: nothing."""
+        if self.precision is None:
+            return None
+        none = self.context.num_experts
+        ids = self.precision.drift(step, layer, none)
+        if (dropped := self.precision.prune(step, layer)) is not None:
+            ids = np.where(dropped, none, step.expert_TLK[:, layer] if ids is None else ids)
         return ids
 
     def _turn(self, layer: int) -> int:
@@ -253,71 +275,107 @@ class Driver:
                 del self._loading[key]
                 self.cache.arrived(key)
 
-    def _look_up(self, step: StepRoutes, layer: int) -> LayerWork:
-        ids_TK = self.ids_TK(step, layer)
+    def _look_up(self, step: StepRoutes, layer: int, ids_TK: AnyArray, keys: list[int], rows: list[int]) -> LayerWork:
+        """keys: that are asked for, ascending; rows: of each."""
         if self.plan.paged:
-            experts, rows = _unique(ids_TK, self.context.num_experts)
-            base = layer * self.context.num_experts
-            here = [Work(base + e, r) for e, r in zip(experts.tolist(), rows.tolist(), strict=True)]
-            return LayerWork(here=here, ids_TK=ids_TK, paged=True)
-        experts, rows = _unique(ids_TK, self.context.num_experts)
-        base = layer * self.context.num_experts
-        absent = np.array([self.cache.state(base + e) == ABSENT for e in experts.tolist()], bool)
-        on_cpu = np.zeros(len(experts), bool)
-        if absent.any():
-            chosen = self.policy.on_cpu(layer, experts[absent], rows[absent], self.plan, self.context.costs)
-            on_cpu[np.flatnonzero(absent)[chosen]] = True
-        rows_of = dict(zip((base + experts).tolist(), rows.tolist(), strict=True))
+            return LayerWork(here=list(map(Work, keys, rows)), ids_TK=ids_TK, paged=True)
         work = LayerWork(ids_TK=ids_TK)
-        self._compute_on_cpu(work, ids_TK, experts[on_cpu], step, layer)
-        found = self.cache.look_up((base + experts[~on_cpu]).tolist())
+        rows_of = dict(zip(keys, rows, strict=True))
+        on_cpu = self._on_cpu(layer, rows_of)
+        if on_cpu:
+            self._compute_on_cpu(work, on_cpu, step, layer, rows_of)
+            there = set(on_cpu)
+            keys = [key for key in keys if key not in there]
+        found = self.cache.look_up(keys)
         now = self.cache.now - 1
-        for key in (base + experts[on_cpu]).tolist():
+        for key in on_cpu:
             self.cache.eviction.used(key, now)
-        share = self._gate_share(step, layer, ids_TK)
-        for one in found:
-            self._take(one, rows_of[one.key], work, share)
-        self._count(step, layer, found, rows_of, (base + experts[on_cpu]).tolist())
+        self._take(found, rows_of, work, self._gate_share(step, layer, ids_TK))
+        c = self.counters
+        c.calls += 1
+        told: list[tuple[int, str]] = [(one.key, one.kind) for one in found]
+        if on_cpu:
+            c.on_cpu += len(on_cpu)
+            c.cpu_rows += sum([rows_of[key] for key in on_cpu])
+            told += [(key, "cpu") for key in on_cpu]
+        self.prefetch.told(layer, told)
+        if self.events is not None:
+            number = step.number
+            self.events += [Event(number, layer, key, kind) for key, kind in told]
         return work
 
-    def _take(self, found: Found, rows: int, work: LayerWork, share: dict[int, float]) -> None:
-        """Turn what was found into work and transfers."""
-        key = found.key
-        for victim in found.evicted:
-            self._evicted(victim)
-        if found.kind == "hit" and not self._too_coarse(key, share):
-            work.here.append(Work(key, rows))
-        elif found.kind == "stream":
-            work.streams.append(Work(key, rows, self._fetch_bytes(key, share, stays=False)))
-        elif found.kind == "late":
-            work.coming.append(Work(key, rows, self._size[key]))
-            self.device.hurry(key)
-        else:
-            if found.kind == "hit":  # a better copy takes its room
-                self.counters.upgrades += 1
-                self.device.evict(key, False)
-            size = self._fetch_bytes(key, share)
-            work.coming.append(Work(key, rows, size))
-            self.device.fetch(key, size, urgent=True)
+    def _on_cpu(self, layer: int, rows_of: dict[int, int]) -> list[int]:
+        """Which of the keys that are asked for the policy has the CPU compute, in order."""
+        absent = self.cache.absent(rows_of)
+        if not absent:
+            return []
+        never = self._never_fetched
+        if never is not None and all(never[key] for key in absent):
+            return absent
+        base = layer * self.context.num_experts
+        rows = [rows_of[key] for key in absent]
+        chosen = self.policy.on_cpu(layer, np.array(absent) - base, np.array(rows), self.plan, self.context.costs)
+        return [key for key, cpu in zip(absent, chosen.tolist(), strict=True) if cpu]
+
+    def _take(self, found: Sequence[Found], rows_of: dict[int, int], work: LayerWork, share: dict[int, float]) -> None:
+        """Turn what was found into work and transfers, and count it."""
+        c, unused = self.counters, self._unused
+        for key, kind, cold, evicted in found:
+            rows = rows_of[key]
+            if evicted:
+                for victim in evicted:
+                    self._evicted(victim)
+            if kind == "hit":
+                c.hits += 1
+                c.hit_rows += rows
+                if self._bits and self._too_coarse(key, share):  # a better copy takes its room
+                    c.upgrades += 1
+                    self.device.evict(key, False)
+                    self._fetch(key, rows, work, share)
+                else:
+                    work.here.append(Work(key, rows))
+            elif kind == "late":
+                c.late += 1
+                c.late_rows += rows
+                work.coming.append(Work(key, rows, self._size[key]))
+                self.device.hurry(key)
+            else:
+                c.miss_rows += rows
+                c.cold += cold
+                if kind == "load":
+                    c.loads += 1
+                    self._fetch(key, rows, work, share)
+                else:
+                    c.streams += 1
+                    work.streams.append(Work(key, rows, self._fetch_bytes(key, share, stays=False)))
+                continue
+            if unused and key in unused:
+                del unused[key]
+                c.prefetched_used += 1
+
+    def _fetch(self, key: int, rows: int, work: LayerWork, share: dict[int, float]) -> None:
+        """An expert that has room now is asked for."""
+        size = self._fetch_bytes(key, share) if share or self._bits else self._size[key]
+        work.coming.append(Work(key, rows, size))
+        self.device.fetch(key, size, urgent=True)
 
     def _compute_on_cpu(
-        self, work: LayerWork, ids_TK: AnyArray, experts: IntArray, step: StepRoutes, layer: int
+        self, work: LayerWork, keys: list[int], step: StepRoutes, layer: int, rows_of: dict[int, int]
     ) -> None:
         """Share the CPU's experts between now and one layer later: of each token at most `deferred` choices, those
         with the least gate weight (KTransformers' deferred experts), never in the last layer."""
-        base, none = layer * self.context.num_experts, self.context.num_experts
-        if not len(experts):
+        base, none, ids_TK = layer * self.context.num_experts, self.context.num_experts, work.ids_TK
+        if not self.plan.deferred or layer == self.context.num_layers - 1:
+            work.cpu = [Work(key, rows_of[key]) for key in keys]
             return
-        there = np.isin(ids_TK, experts)
-        late = np.zeros(there.shape, bool)
-        if self.plan.deferred and layer < self.context.num_layers - 1:
-            weight = step.weight_TLK[:, layer] if step.weight_TLK is not None else -np.arange(there.shape[1])[None, :]
-            order = np.argsort(np.where(there, weight, np.inf), axis=1, kind="stable")
-            turn = np.argsort(order, axis=1, kind="stable")
-            late = there & (turn < self.plan.deferred)
+        assert ids_TK is not None
+        there = np.isin(ids_TK, np.array(keys) - base)
+        weight = step.weight_TLK[:, layer] if step.weight_TLK is not None else -np.arange(there.shape[1])[None, :]
+        order = np.argsort(np.where(there, weight, np.inf), axis=1, kind="stable")
+        turn = np.argsort(order, axis=1, kind="stable")
+        late = there & (turn < self.plan.deferred)
         for mask, out in ((there & ~late, work.cpu), (late, work.deferred)):
-            ids, rows = _unique(np.where(mask, ids_TK, none), none)
-            out.extend(Work(base + e, r) for e, r in zip(ids.tolist(), rows.tolist(), strict=True))
+            out.extend(map(Work, *asked(np.where(mask, ids_TK, none)[:, None], none, layer)[0]))
 
     def _gate_share(self, step: StepRoutes, layer: int, ids_TK: AnyArray) -> dict[int, float]:
         """By key the largest gate weight over its token's largest, where misses are fetched by it."""
@@ -377,7 +435,7 @@ class Driver:
 
     def _drop_stale(self, layer: int) -> None:
         """Transfers for layers that have been looked up already are given up, where they have not started."""
-        if self._logical:
+        if not self._loading:
             return
         turn = self._turn(layer)
         for key in [k for k, due in self._loading.items() if due <= turn and k not in self.cache.pinned]:
@@ -389,8 +447,10 @@ class Driver:
 
     def _evicted(self, key: int) -> None:
         self.counters.evictions += 1
-        self._unused.pop(key, None)
-        self._bits.pop(key, None)
+        if self._unused:
+            self._unused.pop(key, None)
+        if self._bits:
+            self._bits.pop(key, None)
         self.device.evict(key, self.plan.write_back)
 
     def _page(self, layer: int) -> None:
@@ -430,41 +490,3 @@ class Driver:
                 return new[:number], gone[:left]
             free, left = free - size, more
         return new, gone[:left]
-
-    def _count(
-        self, step: StepRoutes, layer: int, found: Sequence[Found], rows_of: dict[int, int], on_cpu: list[int]
-    ) -> None:
-        c = self.counters
-        c.calls += 1
-        for one in found:
-            rows = rows_of[one.key]
-            if one.kind == "hit":
-                c.hits, c.hit_rows = c.hits + 1, c.hit_rows + rows
-            elif one.kind == "late":
-                c.late, c.late_rows = c.late + 1, c.late_rows + rows
-            else:
-                c.miss_rows += rows
-                c.loads, c.streams = c.loads + (one.kind == "load"), c.streams + (one.kind == "stream")
-                c.cold += one.cold
-            if one.key in self._unused and one.kind in ("hit", "late"):
-                del self._unused[one.key]
-                c.prefetched_used += 1
-        c.on_cpu += len(on_cpu)
-        c.cpu_rows += sum(rows_of[key] for key in on_cpu)
-        told = [(one.key, str(one.kind)) for one in found] + [(key, "cpu") for key in on_cpu]
-        self.prefetch.told(layer, told)
-        if self.events is not None:
-            self.events.extend(Event(step.number, layer, key, kind) for key, kind in told)
-
-
-def _own(step: StepRoutes) -> StepRoutes:
-    """A copy whose routes may be written."""
-    weight = None if step.weight_TLK is None else step.weight_TLK.copy()
-    return replace(step, expert_TLK=step.expert_TLK.astype(np.int64), weight_TLK=weight)
-
-
-def _unique(ids_TK: AnyArray, none: int) -> tuple[IntArray, IntArray]:
-    """Experts that are asked for, in order, and their rows."""
-    count_E = np.bincount(np.minimum(ids_TK, none).ravel(), minlength=none + 1)[:none]
-    experts = np.flatnonzero(count_E)
-    return experts, count_E[experts]

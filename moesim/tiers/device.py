@@ -30,6 +30,11 @@ __all__ = ["Cpu", "DeviceOptions", "SimDevice", "Waits"]
 Waits = Generator[int | None, None, None]
 """Yields the ns up to which the links have to be played before it goes on; None: up to their next event."""
 
+_Pending = tuple[Transfer, int, bool]
+"""what is waited for, its rows, whether it comes through a staging buffer"""
+
+_STUCK = "the device waits, and nothing is on its way"
+
 _OWN, _EXPERTS, _CPU, _SYNC, _STALL, _MEET, _JOIN, _END = range(len(PARTS))
 
 
@@ -73,6 +78,9 @@ class Cpu:
 class SimDevice:
     """`moesim.offload.drive.Device` in simulated time; `records` says what each step took."""
 
+    tells_waits = False
+    """somebody listens to `experts_waits`, so each wait is told there; else a device alone takes short cuts"""
+
     def __init__(
         self,
         times: LayerTimes,
@@ -102,6 +110,7 @@ class SimDevice:
             raise ValueError("a device and its store differ in staging, on_host or duplex")
         self.store = store
         self._way = store.way(index)
+        self._ended = links.ended[index]
         self._arrived: dict[int, None] = {}
         self._pages: dict[int, list[Transfer]] = {}
         self._deferred_ns = 0
@@ -121,7 +130,12 @@ class SimDevice:
 
     def own(self, layer: int, tokens: int) -> None:
         """See Device."""
-        self._play(self.own_waits(layer))
+        if self.options.whole_pages:
+            self._play(self.own_waits(layer))
+            return
+        took = self.times.own_ns(layer)
+        self.now_ns += took
+        self._part_ns[_OWN] += took
 
     def own_waits(self, layer: int) -> Waits:
         """`own`, for whoever plays the links for several devices."""
@@ -153,8 +167,12 @@ class SimDevice:
         pending, here = self._pending(work)
         reads = self._reads(work)
         cpu_ns = ideal_cpu_ns = 0 if reads else self._on_cpu(layer, work, at + sync)
-        if pending or work.streams:
+        if (pending or work.streams) and (self.grouped or self.tells_waits):
             yield from self._compute(layer, here, pending, work.streams, start)
+        elif work.streams:
+            self._compute_alone(layer, here, pending, work.streams, start)
+        elif pending:
+            self._compute_arrivals(layer, here, pending, start)
         else:
             self.now_ns = start + alone
         if reads:  # deferred experts' are waited for at once, too
@@ -220,9 +238,11 @@ class SimDevice:
     # -- transfers ----------------------------------------------------------------------------------------------
     def fetch(self, key: int, size_bytes: int, urgent: bool) -> None:
         """See Device."""
-        self._settle()
+        if self.links.now_ns < self.now_ns or self._ended:
+            self._settle()
         self.store.load(self.index, key, size_bytes, urgent, "demand" if urgent else "prefetch")
-        self._arrived.pop(key, None)
+        if self._arrived:
+            self._arrived.pop(key, None)
 
     def hurry(self, key: int) -> None:
         """See Device."""
@@ -238,14 +258,18 @@ class SimDevice:
     def arrived(self) -> list[int]:
         """See Device."""
         self._settle()
+        if not self._arrived:
+            return []
         keys = list(self._arrived)
         self._arrived.clear()
         return keys
 
     def evict(self, key: int, write_back: bool) -> None:
         """See Device. What has not arrived is not written back."""
-        self._settle()
-        self._arrived.pop(key, None)
+        if self.links.now_ns < self.now_ns or self._ended:
+            self._settle()
+        if self._arrived:
+            self._arrived.pop(key, None)
         self.store.evict(self.index, key, write_back)
 
     def page(self, layer: int, size_bytes: int) -> None:
@@ -259,9 +283,13 @@ class SimDevice:
         links = self.links
         if links.now_ns < self.now_ns:
             links.advance(self.now_ns)
-        if links.ended[self.index]:
-            for key in self.store.settle(self.index):
-                self._arrived[key] = None
+        if self._ended:
+            self._note()
+
+    def _note(self) -> None:
+        """What has come."""
+        for key in self.store.settle(self.index):
+            self._arrived[key] = None
 
     # -- computing ----------------------------------------------------------------------------------------------
     def _on_cpu(self, layer: int, work: LayerWork, ready_ns: int) -> int:
@@ -275,35 +303,108 @@ class SimDevice:
             self._deferred_ns = self.cpu.run(ready_ns, took)
         return wanted
 
-    def _pending(self, work: LayerWork) -> tuple[list[tuple[Transfer, int, bool]], list[int]]:
+    def _pending(self, work: LayerWork) -> tuple[list[_Pending], list[int]]:
         """(transfer, rows, False) of experts that are still on their way, which are waited for from now on, and the
         rows of those that are there."""
         self._settle()
-        pending: list[tuple[Transfer, int, bool]] = []
+        pending: list[_Pending] = []
         here: list[int] = []
         if not self._way:
             return pending, [one.rows for one in (*work.here, *work.coming)]
+        coming = self._way.get
         for one in (*work.here, *work.coming):
-            transfer = self._way.get(one.key)
+            transfer = coming(one.key)
             if transfer is None:
                 here.append(one.rows)
-            else:
+                continue
+            if not transfer.urgent or transfer.after:
                 self.links.hurry(transfer)
-                pending.append((transfer, one.rows, False))
+            pending.append((transfer, one.rows, False))
         return pending, here
+
+    def _compute_arrivals(self, layer: int, here: list[int], pending: list[_Pending], start_ns: int) -> None:
+        """`_compute_alone` without streams: nothing the device does meanwhile changes what the links do, so they are
+        played to the last arrival first."""
+        finish_ns, gpu_ns = self.links.finish_ns, self.times.gpu_ns
+        done = sorted([(finish_ns(one), number) for number, (one, _, _) in enumerate(pending)])
+        self._note()
+        now, last = start_ns, len(done)
+        if self.options.compute != "arrival":
+            rows = [rows for _, rows, _ in pending]
+            if self.options.compute == "once":
+                rows = here + rows
+            elif here:
+                now += gpu_ns(layer, here)
+            self.now_ns = max(now, done[-1][0])
+            self.now_ns += gpu_ns(layer, rows)
+            return
+        if here:
+            now += gpu_ns(layer, here)
+        first = 0
+        while first < last:
+            now = max(now, done[first][0])
+            end = first + 1
+            while end < last and done[end][0] <= now:
+                end += 1
+            came = sorted([number for _, number in done[first:end]]) if end > first + 1 else [done[first][1]]
+            now += gpu_ns(layer, [pending[number][1] for number in came])
+            first = end
+        self.now_ns = now
+
+    def _compute_alone(
+        self, layer: int, here: list[int], pending: list[_Pending], streams: Sequence[Work], start_ns: int
+    ) -> None:
+        """`_compute` for a device that plays its links itself: what has come is told by the links, not searched."""
+        links, ended, gpu_ns = self.links, self._ended, self.times.gpu_ns
+        waiting = list(reversed(streams))
+        pending += self._stream(waiting)
+        self.now_ns = start_ns
+        held: list[int] = []
+        if self.options.compute == "once":
+            held = here
+        elif here:
+            self.now_ns += gpu_ns(layer, here)
+        at_once = self.options.compute == "arrival"
+        turn = {one[0]: number for number, one in enumerate(pending)}
+        came: list[int] = []
+        left = len(pending)
+        while left or waiting:
+            if links.now_ns < self.now_ns:
+                links.advance(self.now_ns)
+            if ended:
+                came += [turn[one] for one in ended if one in turn]
+                self._note()
+            if waiting:
+                for asked in self._stream(waiting):
+                    turn[asked[0]] = len(pending)
+                    pending.append(asked)
+                    left += 1
+            if not came or not (at_once or len(came) == left):
+                if not links.play_next():
+                    raise RuntimeError(_STUCK)
+                self.now_ns = max(self.now_ns, links.now_ns)
+                continue
+            came.sort()
+            self.now_ns += gpu_ns(layer, held + [pending[number][1] for number in came])
+            held = []
+            for number in came:
+                one, _, streamed = pending[number]
+                if streamed:
+                    self.store.release(self.index, one)
+            left -= len(came)
+            came = []
 
     def _compute(
         self,
         layer: int,
         here: list[int],
-        pending: list[tuple[Transfer, int, bool]],
+        pending: list[_Pending],
         streams: Sequence[Work],
         start_ns: int,
     ) -> Waits:
-        """Experts of which some have to come; the clock stands at their end afterwards. Each of pending is (transfer,
-        rows, whether it comes through a staging buffer)."""
+        """Experts of which some have to come; the clock stands at their end afterwards."""
         waiting = list(reversed(streams))
-        self._stream(waiting, pending)
+        pending += self._stream(waiting)
         self.now_ns = start_ns
         held: list[int] = []
         if self.options.compute == "once":
@@ -313,7 +414,7 @@ class SimDevice:
         while pending or waiting:
             yield self.now_ns
             self._settle()
-            self._stream(waiting, pending)
+            pending += self._stream(waiting)
             came = [one for one in pending if one[0].done]
             if not came or (self.options.compute != "arrival" and len(came) < len(pending)):
                 yield None
@@ -326,15 +427,21 @@ class SimDevice:
                 if streamed:
                     self.store.release(self.index, one)
 
-    def _stream(self, waiting: list[Work], pending: list[tuple[Transfer, int, bool]]) -> None:
+    def _stream(self, waiting: list[Work]) -> list[_Pending]:
         """Ask for as many of the streamed experts as there are free buffers (`waiting` has the first one last)."""
-        while waiting and self.store.buffers_free(self.index) > 0:
+        out: list[_Pending] = []
+        free = self.store.buffers_free(self.index) if waiting else 0
+        while waiting and free > 0:
             one = waiting.pop()
             size = one.size_bytes or self._size[one.key]
-            pending.append((self.store.stream(self.index, one.key, size), one.rows, True))
+            out.append((self.store.stream(self.index, one.key, size), one.rows, True))
+            free -= 1
+        return out
 
     def _reads(self, work: LayerWork) -> list[Transfer]:
         """What brings the CPU's experts into host memory, where they are not there."""
+        if self.store.all_in_dram:
+            return []
         wanted = [self.store.need_in_dram(self.index, one.key) for one in (*work.cpu, *work.deferred)]
         return [one for one in wanted if one is not None]
 
@@ -363,10 +470,8 @@ class SimDevice:
         links = self.links
         for want in waits:
             if want is None:
-                following = links.next_ns()
-                if following is None:
-                    raise RuntimeError("the device waits, and nothing is on its way")
-                links.advance(following)
+                if not links.play_next():
+                    raise RuntimeError(_STUCK)
             elif want > links.now_ns:
                 links.advance(want)
 

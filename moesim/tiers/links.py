@@ -85,6 +85,7 @@ class _Lane:
         "current",
         "end_ns",
         "flowing",
+        "latency",
         "left",
         "piece",
         "queue",
@@ -93,8 +94,8 @@ class _Lane:
         "taken_ns",
     )
 
-    def __init__(self, bit: int) -> None:
-        self.bit = bit
+    def __init__(self, bit: int, latency: int) -> None:
+        self.bit, self.latency = bit, latency
         self.queue: list[tuple[bool, int, Transfer]] = []
         self.current: Transfer | None = None
         self.flowing = False
@@ -112,11 +113,14 @@ class Links:
         if devices < 1 or rates.domains < 1 or not (rates.to_device > 0 and rates.host > 0 and rates.nvme >= 0):
             raise ValueError(f"links need devices, domains and rates above 0, got {devices} devices and {rates}")
         self.rates, self.devices = rates, devices
+        self.short_cuts = True
+        """False: rates are shared anew at every event, which changes no time"""
         self.now_ns = 0
         self.ended: list[list[Transfer]] = [[] for _ in range(devices)]
         """by device: transfers that have ended, until whoever asked for them takes them out"""
-        self._lanes = [_Lane(1 << x) for x in range(3 * devices)]
-        self._latency = (rates.to_device_latency_ns, rates.to_device_latency_ns, rates.nvme_latency_ns)
+        latency = (rates.to_device_latency_ns, rates.to_device_latency_ns, rates.nvme_latency_ns)
+        self._lanes = [_Lane(1 << x, latency[x % 3]) for x in range(3 * devices)]
+        self._chunk = rates.chunk_bytes
         self._ports = [self._ports_of(lane) for lane in range(3 * devices)]
         self._capacity = [rates.host] * rates.domains + [rates.nvme] + [rates.to_device] * (2 * devices)
         self._rates_of: dict[int, dict[int, float]] = {}
@@ -232,6 +236,13 @@ class Links:
         """When something happens on a lane next; None: nothing is on its way."""
         return None if self._next == NEVER else self._next
 
+    def play_next(self) -> bool:
+        """Play forward to what happens next; False: nothing is on its way."""
+        if self._next == NEVER:
+            return False
+        self.advance(self._next)
+        return True
+
     def advance(self, to_ns: int) -> None:
         """Play forward. Raises ValueError for a time that is past."""
         if to_ns < self.now_ns:
@@ -265,20 +276,10 @@ class Links:
 
     def _pick(self, lane: _Lane) -> None:
         """Start the first of an idle lane's queue, if there is one."""
-        queue = lane.queue
-        while queue:
-            _, turn, one = heapq.heappop(queue)
-            if turn == one.turn and not one.cancelled:
-                break
-        else:
+        if not self._take(lane):
             return
         now = self.now_ns
-        if one.started_ns < 0:
-            one.started_ns = now
-        lane.current, lane.taken_ns = one, now
-        chunk = self.rates.chunk_bytes
-        lane.piece = min(chunk, one.left_bytes) if chunk else one.left_bytes
-        latency = self._latency[one.lane % 3]
+        latency = lane.latency
         if not latency or not self._busy:
             self._flow(lane, now + latency)
         else:
@@ -286,6 +287,22 @@ class Links:
         self._busy += 1
         if self._busy == 2:
             self._no_longer_alone(lane)
+
+    def _take(self, lane: _Lane) -> bool:
+        """Put the first of a lane's queue onto it; False: nobody waits."""
+        queue = lane.queue
+        while queue:
+            _, turn, one = heapq.heappop(queue)
+            if turn == one.turn and not one.cancelled:
+                break
+        else:
+            return False
+        if one.started_ns < 0:
+            one.started_ns = self.now_ns
+        lane.current, lane.taken_ns = one, self.now_ns
+        chunk = self._chunk
+        lane.piece = min(chunk, one.left_bytes) if chunk else one.left_bytes
+        return True
 
     def _flow(self, lane: _Lane, since_ns: int) -> None:
         lane.flowing, lane.left, lane.since, lane.rate = True, float(lane.piece), since_ns, 0.0
@@ -299,8 +316,34 @@ class Links:
                 lane.flowing, lane.end_ns, lane.rate = False, lane.since, 0.0
                 self._mask &= ~lane.bit
 
+    def _lone_event(self, lane: _Lane, one: Transfer) -> None:
+        """`_event` where `lane` is the only busy one and nobody but its own queue hears of its piece's end: the next of
+        its queue has the same rate, so nothing is shared anew."""
+        now = self.now_ns = self._next
+        lane.busy_ns += now - lane.taken_ns
+        one.left_bytes -= lane.piece
+        self._moved_XR[one.lane][one.reason] += lane.piece
+        if one.left_bytes:
+            heapq.heappush(lane.queue, (not one.urgent, one.turn, one))
+        else:
+            one.done_ns = now
+            self.ended[one.lane // 3].append(one)
+        if lane.queue and self._take(lane):
+            lane.left, lane.since = float(lane.piece), now + lane.latency
+            self._next = lane.end_ns = lane.since + max(math.ceil(lane.left / lane.rate - _TINY), 0)
+        else:
+            lane.current, lane.flowing, lane.end_ns = None, False, NEVER
+            self._busy = self._mask = self._shared = 0
+            self._next = NEVER
+
     def _event(self) -> None:
         """What happens at the next instant, all lanes together: pieces end, then lanes pick anew."""
+        if self._busy == 1 and self._mask and self.short_cuts:
+            lane = self._lanes[self._mask.bit_length() - 1]
+            one = lane.current
+            if one is not None and not one.followers and not one.stopped:
+                self._lone_event(lane, one)
+                return
         now = self.now_ns = self._next
         idle: list[_Lane] = []
         for lane in self._lanes:

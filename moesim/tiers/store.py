@@ -109,6 +109,8 @@ class TierStore:
             raise ValueError("at least one staging and one bounce buffer are needed")
         self._swaps = self.home.tier == "dram" and not self.home.copies and not on_host
         self._cached = self.home.tier == "nvme" and not on_host
+        self._straight = not (on_host or self._swaps or self._cached)
+        """a load is one copy out of host memory, which loses nothing by it"""
         self._dram = HostCache(self.home.dram_bytes)
         """with NVMe as home"""
         if self.home.tier == "dram" and self.home.copies and not on_host:
@@ -144,6 +146,11 @@ class TierStore:
             )
 
     # -- what is where ------------------------------------------------------------------------------------------
+    @property
+    def all_in_dram(self) -> bool:
+        """The CPU finds every expert in host memory."""
+        return not self._cached
+
     def way(self, device: int) -> dict[int, Transfer]:
         """Transfers into rooms by key, those that have ended since the last `settle` included. Not to be changed."""
         return self._devices[device].way
@@ -231,6 +238,9 @@ class TierStore:
         """Bring a copy of so many bytes into a room for `key`. Raises ValueError where it has one, or there is none."""
         rooms = self._devices[device]
         self._take_room(rooms, key)
+        if self._straight and not rooms.leaving:
+            one = rooms.way[key] = self.links.ask(3 * device + TO_DEVICE, size_bytes, urgent, reason, key)
+            return one
         wait = self._spare_buffer(rooms, key)
         one = rooms.way[key] = self._from_home(device, key, size_bytes, urgent, reason, wait)
         if self._swaps:
@@ -286,6 +296,9 @@ class TierStore:
         if (key not in rooms.rooms and rooms.capacity is not None) or key in rooms.using:
             raise ValueError(f"expert {key} has no room on device {device}, or computes")
         way = rooms.way.get(key)
+        if way is None and self._straight and not write_back:
+            self._free_room(rooms, key)
+            return
         way = None if way is None or way.done else way
         before = rooms.kept.get(key, way)
         self._free_room(rooms, key)
@@ -318,8 +331,9 @@ class TierStore:
 
     def cpu_done(self, device: int) -> None:
         """The CPU does not read any more what it needed for this device."""
-        for place in [one for one in self._dram.held if one[0] == device]:
-            del self._dram.held[place]
+        if self._dram.held:
+            for place in [one for one in self._dram.held if one[0] == device]:
+                del self._dram.held[place]
 
     # -- rooms and buffers --------------------------------------------------------------------------------------
     def _take_room(self, rooms: _Rooms, key: int) -> None:

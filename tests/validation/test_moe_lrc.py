@@ -34,7 +34,9 @@ def test_lru_and_belady_lie_within_4_points(claims: ModuleType, task: str, name:
 
 
 @pytest.mark.parametrize("task", ["intent", "summary"])
-@pytest.mark.parametrize("length", [4, 16, 64])
+@pytest.mark.parametrize(
+    "length", [pytest.param(4, marks=pytest.mark.slow), 16, pytest.param(64, marks=pytest.mark.slow)]
+)
 def test_segment_caches_lie_within_4_points(claims: ModuleType, task: str, length: int) -> None:
     """m = 256 does not; the page says why."""
     row = claims.published("moe_lrc_sch.json")[f"m{length}"]

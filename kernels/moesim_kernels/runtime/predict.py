@@ -164,6 +164,7 @@ class _Hosted(SimDevice):
     lock, a queue, a thread that is woken), prefetches are decided in `ahead_ns` while urgent transfers run already, and
     whoever has waited for a transfer goes on `wake_ns` after its end."""
 
+    tells_waits = True
     ask_ns = ahead_ns = wake_ns = 0
 
     def fetch(self, key: int, size_bytes: int, urgent: bool) -> None:

@@ -153,18 +153,20 @@ def draw_named(
     experts = len(chance_E)
     true_TK = np.minimum(np.asarray(step.expert_TLK[:, layer], np.int64), experts)
     tokens, choices = true_TK.shape
-    rng = generator(seed, f"{component}/hit", step.number, layer)
-    hit_TK = (rng.random((tokens, choices)) < accuracy) & (true_TK < experts)
+    # a row a token, so that its draws do not depend on how many tokens there are
+    drawn_TX = generator(seed, component, step.number, layer).random((tokens, choices + experts))
+    hit_TK = (drawn_TX[:, :choices] < accuracy) & (true_TK < experts)
     true_TE = np.zeros((tokens, experts + 1), bool)
-    np.put_along_axis(true_TE, true_TK, True, axis=1)
+    row_T1 = np.arange(tokens)[:, None]
+    true_TE[row_T1, true_TK] = True
     asked_T = true_TK.min(axis=1, initial=experts) < experts
-    # Gumbel's trick: the largest of log(chance) + noise are a draw without repetition
-    noise_TE = generator(seed, f"{component}/miss", step.number, layer).gumbel(size=(tokens, experts))
-    key_TE = np.where(true_TE[:, :experts], -np.inf, np.log(chance_E) + noise_TE)
+    # the largest of u ** (1 / chance) are a draw without repetition (Efraimidis and Spirakis 2006); log of it here
+    key_TE = np.log(np.maximum(drawn_TX[:, choices:], 1e-300)) / chance_E
+    key_TE[true_TE[:, :experts]] = -np.inf
     hit_TE = np.zeros((tokens, experts + 1), bool)
-    np.put_along_axis(hit_TE, np.where(hit_TK, true_TK, experts), True, axis=1)
+    hit_TE[row_T1, np.where(hit_TK, true_TK, experts)] = True
     key_TE[hit_TE[:, :experts]] = np.inf
     number = min(number, experts)
     order_TN = np.argsort(-key_TE, axis=1, kind="stable")[:, :number]
-    named_TN = np.where(np.take_along_axis(key_TE, order_TN, 1) > -np.inf, order_TN, experts)
+    named_TN = np.where(key_TE[row_T1, order_TN] > -np.inf, order_TN, experts)
     return np.where(asked_T[:, None], named_TN, experts)

@@ -188,11 +188,10 @@ class _Matching:
             distance_L = np.arange(context.num_layers) - layer
             worth_LE *= 1 - distance_L[:, None] / (context.num_layers + 1)
         worth = worth_LE.ravel()
-        order = np.argsort(-worth, kind="stable")
-        number = int((worth > 0).sum())
-        number = number if policy.limit is None else min(policy.limit, number)
+        likely = np.flatnonzero(worth > 0)
+        order = likely[np.argsort(-worth[likely], kind="stable")][: policy.limit]
         experts = context.num_experts
-        out = [Wanted(key // experts, key % experts, float(worth[key])) for key in order[:number].tolist()]
+        out = [Wanted(key // experts, key % experts, float(worth[key])) for key in order.tolist()]
         return policy.cut(out, context.size_LE)
 
     def _likely(self, chance_LE: FloatArray) -> FloatArray:
