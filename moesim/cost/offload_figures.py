@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from moesim.cost.pricer import Run
 from moesim.hardware import GRADES
 from moesim.offload import fast
 from moesim.offload.cache import ExpertCache
+from moesim.offload.compression import stored_LE
 from moesim.offload.eviction.belady import Policy as Belady
 from moesim.offload.future import Future
 from moesim.offload.stacks import hits_by_slots
@@ -120,13 +122,15 @@ def _prefetch(count: dict[str, int], moved_XR: IntArray) -> dict[str, Any] | Non
 
 
 def _slots(offload: Offload) -> dict[str, float]:
-    """Experts on the device of a rank: for good, and places in its cache at the mean size, a layer on average."""
+    """Experts on the device of a rank: for good, and places in its cache at the mean size, a layer on average. Only
+    experts with weights of their own count: merged and gone ones take no place."""
     rank = offload.ranks[0]
     layers = rank.context.num_layers
-    size = float(rank.context.size_LE.mean())
+    own_LE = stored_LE(rank.compressed)
+    size = float(rank.context.size_LE[own_LE].mean())
     return {
-        "experts_per_layer": float(rank.context.num_experts),
-        "fixed_per_layer": float(rank.plan.fixed_LE.sum()) / layers,
+        "experts_per_layer": float(own_LE.sum()) / layers,
+        "fixed_per_layer": float((rank.plan.fixed_LE & own_LE).sum()) / layers,
         "cache_per_layer": 0.0 if rank.plan.paged else float(rank.plan.capacity_G.sum()) / size / layers,
     }
 
@@ -150,7 +154,7 @@ def _bound(
         for one, log in zip(offload.ranks, pricer.logs, strict=True):
             found, needed, number = hit_bounds(one, log.table)
             hits, asked = hits + found, asked + number
-            needed_R.append(needed)
+            needed_R.append(math.floor(needed * _least_copy(one)))
         missed += sum(needed_R) * behind
         # each rank has a link of its own; all of them share the memory of at most so many domains
         transfer_ns += max(max(needed_R) / rates.to_device, sum(needed_R) / (rates.host * rates.domains))
@@ -168,11 +172,18 @@ def _bound(
     }
 
 
+def _least_copy(rank: RankPlan) -> float:
+    """Bytes of the smallest copy that a miss may fetch over those of the stored one, so that a bound stays one."""
+    bits = float(rank.compressed.bits_LE[stored_LE(rank.compressed)].max())
+    return min([1.0, *(fewer / bits for _, fewer in rank.compressed.miss_bits)])
+
+
 def hit_bounds(rank: RankPlan, table: AnyArray) -> tuple[IntArray, int, int]:
-    """Hits [2] on the look-ups of one rank (experts that the CPU computed apart), bytes that the second one misses, and
-    look-ups. First: MIN, in a cache that keeps what a call found until it is over. Second: the most that any cache of
-    the capacity finds, whatever misses do (`stacks.hits_by_slots`, policy `bound`); MIN with bypass where a call asks
-    for one expert, a little more where it asks for several. Caches start as the plan's did. table: of a `LookUpLog`.
+    """Hits [2] on the look-ups of one rank (experts that the CPU computed apart), bytes that the second one fetches,
+    and look-ups. First: MIN, in a cache that keeps what a call found until it is over. Second: the most that any cache
+    of the capacity finds, whatever misses do (`stacks.hits_by_slots`, policy `bound`); MIN with bypass where a call
+    asks for one expert, a little more where it asks for several. Caches start as the plan's did. First touches into
+    free room count as in the run (`tiers.cold`); they are fetched either way. table: of a `LookUpLog`.
     """
     asked = table[table[:, 3] != KINDS.index("cpu")]
     key_N = asked[:, 2].astype(np.int64)
@@ -180,26 +191,31 @@ def hit_bounds(rank: RankPlan, table: AnyArray) -> tuple[IntArray, int, int]:
     new_N[1:] = (asked[1:, :2] != asked[:-1, :2]).any(axis=1)
     call_N = np.cumsum(new_N) - 1
     size_K = rank.context.size_K
-    used = np.unique(np.concatenate([key_N, np.flatnonzero((rank.plan.initial_LE & ~rank.plan.fixed_LE).reshape(-1))]))
+    there = rank.plan.initial_LE & ~rank.plan.fixed_LE & stored_LE(rank.compressed)
+    used = np.unique(np.concatenate([key_N, np.flatnonzero(there.reshape(-1))]))
     sizes = np.unique(size_K[used])  # experts without weights of their own are never asked for
     if len(sizes) > 1:
         return _replayed(rank, key_N, call_N)
     size = int(sizes[0]) if len(sizes) else 1
     fixed_N = rank.plan.fixed_LE.reshape(-1)[key_N]
     group_N = rank.context.group_K[key_N]
-    hits = np.full(2, int(fixed_N.sum()), np.int64)
+    hits, cold = np.full(2, int(fixed_N.sum()), np.int64), 0
     for group, capacity in enumerate(rank.plan.capacity_G.tolist()):
         mine = (group_N == group) & ~fixed_N
         look_ups, before = _look_ups(rank, group, key_N[mine], call_N[mine])
         hits[0] += int(fast.found(look_ups, capacity // size, "opt")[before:].sum())
         hits[1] += int(hits_by_slots(look_ups, "bound", [capacity // size])[0])  # none of the first calls can hit
-    return hits, (len(asked) - int(hits[1])) * size, len(asked)
+        new = np.unique(look_ups.id_N[before:])
+        cold += min(capacity // size - before, len(new) - int(np.isin(new, look_ups.id_N[:before]).sum()))
+    needed = (len(asked) - int(hits[1])) * size
+    return hits + (cold if rank.context.semantics.cold == "hit" else 0), needed, len(asked)
 
 
 def _look_ups(rank: RankPlan, group: int, key_N: IntArray, call_N: IntArray) -> tuple[fast.LookUps, int]:
     """Those of one group, after one call for each expert that is in its cache at the start; how many these are."""
     context, plan = rank.context, rank.plan
-    there = (plan.initial_LE & ~plan.fixed_LE).reshape(-1) & (context.group_K == group)
+    own_LE = stored_LE(rank.compressed)
+    there = (plan.initial_LE & ~plan.fixed_LE & own_LE).reshape(-1) & (context.group_K == group)
     start = np.flatnonzero(there)
     first = 0 if context.semantics.pooled else group * context.num_experts
     ids = np.concatenate([start, key_N]) - first
@@ -220,6 +236,7 @@ def _replayed(rank: RankPlan, key_N: IntArray, call_N: IntArray) -> tuple[IntArr
     future = Future(calls, context.num_keys)
     fixed_K = plan.fixed_LE.reshape(-1)
     hits, needed = np.zeros(2, np.int64), 0
+    cold_hits = context.semantics.cold == "hit"
     for number, bypass in enumerate((False, True)):
         eviction = Belady().start(replace(context, upcoming=future))
         cache = ExpertCache(context.size_K, context.group_K, plan.capacity_G, eviction, bypass)
@@ -228,7 +245,7 @@ def _replayed(rank: RankPlan, key_N: IntArray, call_N: IntArray) -> tuple[IntArr
         needed = 0
         for keys in calls:
             for one in cache.look_up(keys):
-                hits[number] += one.kind == "hit"
+                hits[number] += one.kind == "hit" or (cold_hits and one.cold)
                 needed += 0 if one.kind == "hit" else size[one.key]
             cache.release()
     return hits, needed, len(key_N)

@@ -15,8 +15,9 @@ from moesim.cost.deployed import Experts
 from moesim.cost.offload_times import CpuPrices, OffloadTimes
 from moesim.cost.offloaded import OffloadedPricer, Rank
 from moesim.cost.operators import Operators, Priced
-from moesim.cost.placing import token_sample
+from moesim.cost.placing import sample_rows, token_sample
 from moesim.dtypes import dtype_bytes
+from moesim.errors import BadInput, Problem
 from moesim.layout import Layout
 from moesim.memory import RankMemory
 from moesim.model import MoEModel
@@ -42,7 +43,7 @@ from moesim.tiers.store import Home, TierStore
 from moesim.tiers_spec import TiersSpec
 from moesim.workload.pool import RoutingSource
 from moesim.workload.requests import RequestStream
-from moesim.workload.scores import ScoreModel, score_model
+from moesim.workload.scores import AsChosen, ScoreModel, WholeScores, score_model
 
 __all__ = ["Offload", "RankPlan", "offload_of", "offload_warnings", "offloaded_pricer"]
 
@@ -98,14 +99,24 @@ def offload_of(
     sharers = max(1, min(scenario.parallel.replicas, scenario.cluster.gpus_per_node // layout.ranks))
     drafts = _contexts(scenario, layout, experts, base_bytes, seed)
     made = [policies.precision.compress(draft, bits) for draft, _ in drafts]
+    _copies_possible(policies.kinds["precision"], tiers, experts, made)
     stored = [stored_bytes_LE(draft, one, bits) for (draft, _), one in zip(drafts, made, strict=True)]
+    copies = layout.expert_tp * sum(
+        int(stored_bytes_LE(draft, replace(one, bits_LE=np.full_like(one.bits_LE, fewer)), bits).sum())
+        for (draft, _), one in zip(drafts, made, strict=True)
+        for _, fewer in one.miss_bits
+        if fewer < one.bits_LE.max()
+    )
+    total = layout.expert_tp * sum(int(size_LE.sum()) for size_LE in stored) + copies
     largest = max(int(size_LE.max()) for size_LE in stored)
     budget = _budget(scenario, layout, tiers, largest)
     rates, fetch = _rates(scenario, layout, ops, tiers, max(largest, 1), sharers)
+    read_ns = _read_ns(scenario, tiers, rates, max(largest, 1), total * sharers)
+    fetch = fetch._replace(ns=np.asarray(fetch.ns + read_ns))
     stored_L = np.stack([s.sum(axis=1) / np.maximum((s > 0).sum(axis=1), 1) for s in stored]).mean(axis=0) / base_bytes
     whole = float(np.mean([s[s > 0].mean() for s in stored])) * layout.expert_tp
     cpu = CpuPrices(tiers.cpu, scenario.cluster.node, model, whole, scenario.cpu, sharers)
-    costs = _costs(scenario, layout, ops, stream, experts, cpu, float(fetch.ns))
+    costs = _costs(scenario, layout, ops, stream, experts, cpu, float(fetch.ns), read_ns)
     ranks = []
     for (draft, local_LE), one, size_LE in zip(drafts, made, stored, strict=True):
         capacity = min(budget.expert_bytes, int(size_LE.sum()) + one.extra_bytes)
@@ -116,13 +127,6 @@ def offload_of(
         budget, [rank.plan for rank in ranks], [rank.context.size_LE for rank in ranks],
         [rank.compressed.extra_bytes for rank in ranks],
     )  # fmt: skip
-    copies = layout.expert_tp * sum(
-        int(stored_bytes_LE(draft, replace(one, bits_LE=np.full_like(one.bits_LE, fewer)), bits).sum())
-        for (draft, _), one in zip(drafts, made, strict=True)
-        for _, fewer in one.miss_bits
-        if fewer < one.bits_LE.max()
-    )
-    total = layout.expert_tp * sum(int(size_LE.sum()) for size_LE in stored) + copies
     uses = home_use(scenario.cluster, tiers, total, layout.expert_tp * sum(held), sharers)
     return Offload(
         tuple(ranks), memory, tuple(uses), rates, fetch, stored_L, base_bytes, cpu, experts.placed_for,
@@ -143,6 +147,28 @@ def offload_warnings(scenario: Scenario, offload: Offload, experts: Experts, see
     if quality:
         out.append(f"precision: {quality}")
     return tuple(out)
+
+
+def _copies_possible(kind: str, tiers: TiersSpec, experts: Experts, made: Sequence[Compressed]) -> None:
+    """Raise BadInput where misses are to fetch copies of fewer bits, and nothing says which, or nobody keeps them."""
+    if not any(one.miss_bits for one in made):
+        return
+    if experts.source.weight_TLK is None:
+        raise BadInput(
+            Problem(
+                "policies.precision",
+                f"{kind} chooses the copy that a miss fetches by gate weights, which {experts.source.source} lacks. "
+                "Use a routing trace with weights, or another precision",
+            )
+        )
+    if tiers.home == "dram" and not tiers.host_copies:
+        raise BadInput(
+            Problem(
+                "tiers.host_copies",
+                f"{kind} keeps copies of every expert in several precisions in host memory, and without host copies "
+                "an expert is in one place. Set it to true, or use another precision",
+            )
+        )
 
 
 def _budget(scenario: Scenario, layout: Layout, tiers: TiersSpec, slot_bytes: int) -> Budget:
@@ -226,22 +252,21 @@ def _popularity(fit: RoutingSource, local_LE: IntArray | None, count: int) -> Fl
 
 
 def _sample(fit: RoutingSource, local_LE: IntArray | None) -> RouteSample:
-    told = token_sample(fit)
+    told, rows = token_sample(fit), sample_rows(fit)
     ids: Any = told.expert_TLK
     if local_LE is not None:
         none = local_LE.shape[1] - 1
         ids = local_LE[np.arange(len(local_LE))[None, :, None], np.minimum(ids, none)]
-    weight = None
-    if fit.weight_TLK is not None and len(fit.weight_TLK) == len(ids):
-        weight = np.asarray(fit.weight_TLK, np.float64)
+    weight = None if fit.weight_TLK is None else np.asarray(fit.weight_TLK[rows], np.float64)
     return RouteSample(ids, np.asarray(told.sequence_T, np.int64), weight)
 
 
 def _costs(
     scenario: Scenario, layout: Layout, ops: Operators, stream: RequestStream, experts: Experts, cpu: CpuPrices,
-    transfer_ns: float,
+    transfer_ns: float, read_ns: float,
 ) -> MissCosts:  # fmt: skip
-    """Costs in decode steps as full as the engine and the traffic let them be."""
+    """Costs in decode steps as full as the engine and the traffic let them be. read_ns: what an expert takes on its way
+    into host memory, on average."""
     model, engine, tiers = scenario.model, scenario.engine, scenario.tiers
     assert tiers is not None
     running = max(1, min(engine.max_num_seqs, len(stream), stream.concurrency or len(stream)))
@@ -254,7 +279,7 @@ def _costs(
         return float(ops.moe(rows, 1.0, ops.moe_work(rows, shape.dtype), 0.0, shape).ns) if rows else 0.0
 
     def cpu_ns(rows: int) -> float:
-        return float(cpu.ns([rows])) if rows else 0.0
+        return float(cpu.ns([rows])) + read_ns if rows else 0.0
 
     layer_ns = (float(dense.total_N[0]) + attention * model.num_layers) / model.num_moe_layers
     return MissCosts(transfer_ns, gpu_ns, cpu_ns, tiers.cpu.sync_us * 1e3, layer_ns)
@@ -288,6 +313,15 @@ def _rates(
         rates = rates_of_one(rates, layout.expert_tp)
     slowest = min(rates.to_device, rates.host)
     return rates, Priced(np.asarray(start + size / slowest), whole.grade)
+
+
+def _read_ns(scenario: Scenario, tiers: TiersSpec, rates: LinkRates, size: int, stored_bytes: int) -> float:
+    """What an expert takes from the drives into host memory, by the share of them that has no room there. Loads pass
+    through host memory whole (`moesim.tiers.store`), so it adds to the copy. stored_bytes: of all replicas."""
+    if tiers.home != "nvme":
+        return 0.0
+    dram = scenario.cluster.node.host_memory_bytes if tiers.dram is None else int(tiers.dram * 2**30)
+    return max(0.0, 1.0 - dram / stored_bytes) * (rates.nvme_latency_ns + size / rates.nvme)
 
 
 # ---- what plays it
@@ -341,7 +375,8 @@ def _scores(scenario: Scenario, experts: Experts, seed: int) -> ScoreModel | Non
     model, spec = scenario.model, scenario.routing.scores
     if spec.model == "generator":
         spec = spec.model_copy(update={"model": "gumbel"})
-    return score_model(experts.source, spec, seed, model.norm_topk_prob, model.scoring)
+    scores = score_model(experts.source, spec, seed, model.norm_topk_prob, model.scoring)
+    return AsChosen(experts.source, scores) if isinstance(scores, WholeScores) else scores
 
 
 def _warm(ranks: Sequence[Rank]) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from moesim.arrays import IntArray
 from moesim.cost.dense import DenseTables, attention_shape
 from moesim.cost.experts import ExpertPrices
 from moesim.cost.operators import Operators
@@ -15,7 +16,7 @@ from moesim.model import MoEModel
 from moesim.placement import PlacementContext, PlacementCosts, TokenSample
 from moesim.workload.pool import RoutingSource
 
-__all__ = ["placement_context", "placement_costs", "token_sample"]
+__all__ = ["placement_context", "placement_costs", "sample_rows", "token_sample"]
 
 _SAMPLE_IDS = 1 << 22
 """expert ids of the sample, in whole sequences as far as one fits"""
@@ -43,19 +44,23 @@ def placement_context(
     )
 
 
-def token_sample(source: RoutingSource) -> TokenSample:
-    """The first tokens of evenly spaced sequences of the pool, at most 2^22 ids."""
+def sample_rows(source: RoutingSource) -> IntArray:
+    """Rows of the first tokens of evenly spaced sequences of the pool, at most 2^22 ids: int64 [T]."""
     room = max(1, _SAMPLE_IDS // (source.num_layers * source.top_k))
     length_Q = source.sequence_tokens_Q
     if source.num_tokens <= room:
-        rows = np.arange(source.num_tokens)
-    else:
-        each = max(1, min(int(length_Q.mean()), room // max(1, min(len(length_Q), 256))))
-        step = max(1, -(-len(length_Q) * each // room))
-        rows = np.concatenate(
-            [np.arange(source.sequence_start[q], source.sequence_start[q] + min(each, length_Q[q]))
-             for q in range(0, len(length_Q), step)]
-        )  # fmt: skip
+        return np.arange(source.num_tokens)
+    each = max(1, min(int(length_Q.mean()), room // max(1, min(len(length_Q), 256))))
+    step = max(1, -(-len(length_Q) * each // room))
+    return np.concatenate(
+        [np.arange(source.sequence_start[q], source.sequence_start[q] + min(each, length_Q[q]))
+         for q in range(0, len(length_Q), step)]
+    )  # fmt: skip
+
+
+def token_sample(source: RoutingSource) -> TokenSample:
+    """The tokens of `sample_rows`."""
+    rows = sample_rows(source)
     sequence_T = np.searchsorted(source.sequence_start, rows, side="right") - 1
     token_T = None if source.token_T is None else source.token_T[rows]
     return TokenSample(source.expert_TLK[rows], sequence_T, source.num_experts, token_T)

@@ -1,11 +1,13 @@
 """The search: kinds, then prefetches and buffers of the best, then longer runs of those that count.
 
-What is chosen by short runs is judged by longer ones on other requests, so that the choice has not seen what is
-claimed. Policies learn from the first part of the routing pool alone (`tiers.fit_share`).
+What short runs have left is judged by longer ones on other requests. The best of these few (`_MOST_FINAL` and one an
+engine at most) is chosen by the figure that is claimed of it, so where several are equally good the claim is the best
+of them, within their interval. Policies learn from the first part of the routing pool alone (`tiers.fit_share`).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -162,9 +164,9 @@ def _what_if(ask: Ask, player: Player, chosen: Candidate, scenario: Scenario) ->
     model = scenario.model
     for dtype in ("fp8_block", "int4"):
         if model.with_dtypes(expert_dtype=dtype).expert_bytes() < model.expert_bytes():
-            name = scenario.raw["model"] if isinstance(scenario.raw["model"], str) else scenario.raw["model"]["name"]
-            value = f'model={{"name": "{name}", "expert_dtype": "{dtype}"}}'
-            asked.append((f"experts in {dtype} (other results of the model)", (value,)))
+            written = scenario.raw["model"]
+            changed = {**({"name": written} if isinstance(written, str) else written), "expert_dtype": dtype}
+            asked.append((f"experts in {dtype} (other results of the model)", (f"model={json.dumps(changed)}",)))
     out = []
     for label, changes in asked:
         played = player.play(chosen.plus(label, *changes), ask.short, ask.seed)

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moesim.engine_spec import EngineSpec
 from moesim.errors import BadInput, Problem
 from moesim.scenario.files import find_named
 from moesim.scenario.load import Scenario, load_model, load_profile, load_scenario, scenario_from_dict
+from moesim.scenario.tier_checks import TIER_POLICIES
 
 __all__ = ["Ask", "Base", "Size"]
 
@@ -54,8 +56,9 @@ class Ask:
 
     @property
     def kv_tokens(self) -> int:
-        """Of all requests served at a time, to their last token."""
-        return self.concurrency * (self.prompt_tokens + self.output_tokens)
+        """Of all requests served at a time, to their last token, each in whole blocks of the engine's usual size."""
+        block = int(EngineSpec().block_size)
+        return self.concurrency * -(-(self.prompt_tokens + self.output_tokens) // block) * block
 
     @property
     def short(self) -> Size:
@@ -88,6 +91,8 @@ class Base:
     def scenario(self, changes: Sequence[str], size: Size, seed: int) -> Scenario:
         """With `changes` (`key=value`) on top of what was asked."""
         ask = self.ask
+        whole = "policies.offload=none" in changes
+        asked = tuple(o for o in ask.overrides if not (whole and _only_tiers(o)))
         requests = {
             "format": "closed_loop", "concurrency": ask.concurrency, "num_requests": size.requests,
             "prompt_tokens": size.prompt, "output_tokens": size.output,
@@ -97,18 +102,19 @@ class Base:
             "routing.fidelity": "token",
             "engine.max_num_seqs": ask.concurrency,
             "routing.path": None if ask.trace is None else ask.trace.resolve(),
-            **(self._whole() if "policies.offload=none" in changes else self._tiers()),
+            **(self._whole() if whole else self._tiers()),
         }
         own = [f"{key}={value}" for key, value in given.items() if value is not None]
         if self._file is not None:
             named = [] if ask.model is None else [f"model={ask.model}"]
-            return load_scenario(self._file, (*named, *own, *changes, *ask.overrides), seed)
+            return load_scenario(self._file, (*named, *own, *changes, *asked), seed)
         data: dict[str, Any] = {"name": "explain", "model": ask.model, "cluster": {"device": ask.device}}
-        return scenario_from_dict(data, Path.cwd(), (*own, *changes, *ask.overrides), seed)
+        return scenario_from_dict(data, Path.cwd(), (*own, *changes, *asked), seed)
 
     def _tiers(self) -> dict[str, Any]:
         ask = self.ask
         return {
+            "tiers.experts": "rest",
             "tiers.kv_tokens": ask.kv_tokens,
             "tiers.vram": None if ask.vram_gib is None else f"{ask.vram_gib} GiB",
             "tiers.dram": None if ask.dram_gib is None else f"{ask.dram_gib} GiB",
@@ -116,18 +122,28 @@ class Base:
         }
 
     def _whole(self) -> dict[str, Any]:
-        """No tiers: the device holds all, in the same memory."""
+        """No tiers, and no policies that only they have: the device holds all, in the same memory."""
         ask = self.ask
+        out = {"tiers": "null", **{f"policies.{key}": idle for key, idle in TIER_POLICIES.items()}}
         if ask.vram_gib is None:
-            return {"tiers": "null"}
+            return out
         if self._file is None:
             memory = load_profile(find_named(ask.device, "hw_profiles", Path.cwd(), "--device", "device")).memory_bytes
         else:
             named = () if ask.model is None else (f"model={ask.model}",)
-            changes = (*named, "tiers=null", "policies.offload=none", *ask.overrides)
+            asked = (o for o in ask.overrides if not _only_tiers(o))
+            changes = (*named, *(f"{key}={value}" for key, value in out.items()), "policies.offload=none", *asked)
             memory = load_scenario(self._file, changes).cluster.profile.memory_bytes
         if ask.vram_gib * 2**30 > memory:
             raise BadInput(
                 Problem("--vram", f"{ask.vram_gib:g} GiB is more than {ask.device} has: {memory / 2**30:g} GiB")
             )
-        return {"tiers": "null", "engine.gpu_memory_utilization": f"{ask.vram_gib * 2**30 / memory:.9f}"}
+        return {**out, "engine.gpu_memory_utilization": f"{max(ask.vram_gib * 2**30 / memory, 1e-9):.9f}"}
+
+
+def _only_tiers(override: str) -> bool:
+    """A change that says something only where there are tiers."""
+    key = override.partition("=")[0].strip()
+    return key.split(".")[0] == "tiers" or any(
+        key == name or key.startswith(f"{name}.") for name in (f"policies.{policy}" for policy in TIER_POLICIES)
+    )

@@ -14,12 +14,13 @@ __all__ = ["device_experts", "engine_flags"]
 
 
 def device_experts(scenario: Scenario, summary: dict[str, Any]) -> int:
-    """Experts of all layers that a rank has room for: fixed ones and the cache's."""
+    """Experts of all layers that a replica has room for: fixed ones and the cache's. Ranks hold parts of all experts
+    (what fits on one fits on all), or each its own."""
     if summary["cache"] is None:
         return scenario.model.num_experts * scenario.model.num_moe_layers
     slots = summary["cache"]["slots"]
     a_layer = float(slots["fixed_per_layer"]) + float(slots["cache_per_layer"])
-    return math.floor(a_layer * scenario.model.num_moe_layers + 1e-6)
+    return math.floor(a_layer * scenario.model.num_moe_layers * scenario.parallel.ep + 1e-6)
 
 
 def engine_flags(answer: Answer) -> dict[str, str]:
@@ -53,7 +54,8 @@ def _llama_cpp(answer: Answer, played: Played) -> str:
     on_cpu = model.num_moe_layers - layers
     blocks = model.moe_layers[on_cpu - 1] + 1 if on_cpu else 0
     chunk = _chunk(answer, played)
-    return f"-ngl 999 --n-cpu-moe {blocks} -c {answer.ask.kv_tokens} -ub {chunk} -b {chunk}"
+    context = f"-c {answer.ask.kv_tokens} -np {answer.ask.concurrency}"  # all slots together share the context
+    return f"-ngl 999 --n-cpu-moe {blocks} {context} -ub {chunk} -b {chunk}"
 
 
 def _ktransformers(answer: Answer, played: Played) -> str:
@@ -93,6 +95,7 @@ def _cache(answer: Answer, played: Played) -> str:
     offload = max(scenario.model.num_experts - slots, 0)
     memory = played.summary["memory"]["hbm"]
     share = (memory["by"].get("expert_weights", 0) + memory["by"].get("expert_cache", 0)) / memory["capacity"]
+    share = math.floor(share * 100) / 100  # never more than there is
     return f"MoE-Infinity device_memory_ratio={share:.2f}; Mixtral-offloading offload_per_layer={offload}"
 
 

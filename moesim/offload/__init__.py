@@ -109,8 +109,9 @@ class Upcoming(Protocol):
 @dataclass(frozen=True, slots=True)
 class MissCosts:
     """ns, for policies that weigh them. transfer_ns: one expert over the slowest link to the device. gpu_ns, cpu_ns:
-    rows of one expert -> ns there. sync_ns: what a layer pays for having any expert on the CPU. layer_ns: a layer
-    without stalls."""
+    rows of one expert -> ns there. Where drives are the home, both ways hold what reading an expert takes on average
+    (none for those that have room in host memory). sync_ns: what a layer pays for having any expert on the CPU.
+    layer_ns: a layer without stalls."""
 
     transfer_ns: float
     gpu_ns: Callable[[int], float]

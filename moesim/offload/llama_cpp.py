@@ -83,7 +83,8 @@ class Policy(Spec):
     def _placed(self, block_L: IntArray) -> BoolArray:
         """Which layers' experts are in host memory: bool [L]."""
         rules = [_split(text) for text in self.override_tensor]
-        rules += [(re.compile(rf"blk\.{i}{EXPERTS}"), True) for i in range(self.n_cpu_moe or 0)]
+        first = min(self.n_cpu_moe or 0, int(block_L.max(initial=-1)) + 1)
+        rules += [(re.compile(rf"blk\.{i}{EXPERTS}"), True) for i in range(first)]
         if self.cpu_moe:
             rules.append((re.compile(EXPERTS), True))
         out = np.zeros(len(block_L), bool)

@@ -35,7 +35,7 @@ from moesim.workload.scores_tail import (
     uniform,
 )  # fmt: skip
 
-__all__ = ["DrawnScores", "RecordedScores", "ScoreModel", "ScoreSpec", "WholeScores", "score_model"]
+__all__ = ["AsChosen", "DrawnScores", "RecordedScores", "ScoreModel", "ScoreSpec", "WholeScores", "score_model"]
 
 Floats32 = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -297,6 +297,36 @@ class DrawnScores(_Pool):
             out_NE = _below(score_NK.min(1, keepdims=True), depth_NE)
         np.put_along_axis(out_NE, taken_NK, score_NK, 1)
         return out_NE
+
+
+class AsChosen:
+    """Recorded scores of a router that chose the recorded experts by them alone. A trace holds logits without the bias
+    (or the groups) that its router selected by, too; experts that it took in spite of lower logits are raised just
+    above the best of those that it left."""
+
+    def __init__(self, source: RoutingSource, inner: WholeScores) -> None:
+        self.source, self.inner = source, inner
+        self.name, self.num_experts, self.num_layers = inner.name, inner.num_experts, inner.num_layers
+        rows = np.unique(np.linspace(0, source.num_tokens - 1, min(source.num_tokens, 256)).astype(np.int64))
+        differ = any((self.scores(rows, layer) != inner.scores(rows, layer)).any() for layer in range(self.num_layers))
+        self.assumed = (
+            "The recorded router chose by more than its recorded scores (a bias, or groups), so those of its choices "
+            "that others exceed are raised above them."
+            if differ
+            else inner.assumed
+        )
+
+    def scores(self, rows_N: Ints, layer: int, progress: float = 1.0) -> Floats32:
+        """See `ScoreModel.scores`."""
+        rows = np.asarray(rows_N, np.int64)
+        out_NE = np.pad(self.inner.scores(rows, layer, progress), ((0, 0), (0, 1)), constant_values=-np.inf)
+        taken_NK = np.minimum(self.source.expert_TLK[rows, layer].astype(np.int64), self.num_experts)
+        left_NE = out_NE.copy()
+        np.put_along_axis(left_NE, taken_NK, np.float32(-np.inf), 1)
+        edge_N1 = np.nextafter(left_NE.max(axis=1, keepdims=True), np.float32(np.inf))
+        raised_NK = np.maximum(np.take_along_axis(out_NE, taken_NK, 1), edge_N1)
+        np.put_along_axis(out_NE, taken_NK, raised_NK, 1)
+        return np.ascontiguousarray(out_NE[:, :-1])
 
 
 def _below(edge_N1: Floats32, depth_NE: Floats32) -> Floats32:

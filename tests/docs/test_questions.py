@@ -146,9 +146,29 @@ def less_is_faster(printed: str) -> None:
     assert dropped[0] > dropped[1] > dropped[2]
 
 
+def hardly_more_are_found(printed: str) -> None:
+    """13: six times the experts gain a few per cent; the same number by popularity finds more than twice as many."""
+    tokens, found = values(printed, "output tokens/s"), values(printed, "experts found there")
+    assert 1 < tokens[1] / tokens[0] < 1.15
+    assert found[0] < found[1] < 0.15
+    assert found[2] > 2 * found[1]
+    assert tokens[2] > 1.1 * tokens[1]
+
+
+def so_many_layers_fit(printed: str) -> None:
+    """14: fewer layers than the model has, and the flags of both engines for as many experts as fit."""
+    held, total = (int(n.replace(",", "")) for n in re.findall(r"([\d,]+) of ([\d,]+) \(\d+%\)\s+fit", printed)[0])
+    assert 0 < held < total == 48 * 128
+    (on_cpu,) = re.findall(r"--n-cpu-moe (\d+) ", printed)
+    (a_layer,) = re.findall(r"--kt-num-gpu-experts (\d+) ", printed)
+    assert int(a_layer) == held // 48
+    assert (48 - int(on_cpu)) * 128 <= held < (48 - int(on_cpu) + 1) * 128
+
+
 ANSWERS = {
     1: is_enabled, 2: is_none, 3: names_legal_counts, 4: waits_cost, 5: skips, 6: hardly_in_bytes, 7: four_is_ahead,
-    8: whole_experts_are_ahead, 10: gathering_is_ahead, 11: the_largest_does_not_fit, 15: less_is_faster,
+    8: whole_experts_are_ahead, 10: gathering_is_ahead, 11: the_largest_does_not_fit,
+    13: hardly_more_are_found, 14: so_many_layers_fit, 15: less_is_faster,
 }  # fmt: skip
 
 
@@ -157,8 +177,8 @@ def test_the_page_shows_the_answer_that_is_asked_for(number: int) -> None:
     ANSWERS[number](SECTIONS[number][3])
 
 
-def test_the_page_has_the_eleven_questions() -> None:
-    assert tuple(SECTIONS) == (1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 15)
+def test_the_page_has_the_thirteen_questions() -> None:
+    assert tuple(SECTIONS) == (1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 13, 14, 15)
     for _, link, command, _, _ in SECTIONS.values():
         assert re.fullmatch(r"https://github\.com/[\w.-]+/[\w.-]+/(issues|pull)/\d+", link)
         assert "\n" not in command

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 
 from moesim.cost.offload_figures import hit_bounds
+from moesim.cost.offload_setup import RankPlan
 from moesim.cost.offloaded import KINDS
-from moesim.offload import CacheSemantics, MissCosts, OffloadContext, OffloadPlan
+from moesim.offload import CacheSemantics, Compressed, MissCosts, OffloadContext, OffloadPlan
 
 LAYERS, EXPERTS, SIZE = 2, 4, 10
 
 
-def rank(slots: int, pooled: bool, start: set[int], fixed: set[int]) -> Any:
+def rank(slots: int, pooled: bool, start: set[int], fixed: set[int]) -> RankPlan:
     """What `hit_bounds` looks at of a rank. slots: of a layer, or of the pool."""
     shape = (LAYERS, EXPERTS)
     costs = MissCosts(1.0, lambda rows: 1.0, lambda rows: 1.0, 0.0, 1.0)
@@ -25,7 +24,8 @@ def rank(slots: int, pooled: bool, start: set[int], fixed: set[int]) -> Any:
     )
     there, good = (np.isin(np.arange(LAYERS * EXPERTS), sorted(keys)).reshape(shape) for keys in (start, fixed))
     capacity = np.full(1 if pooled else LAYERS, slots * SIZE + 3)
-    return SimpleNamespace(context=context, plan=OffloadPlan(capacity, good, there, np.zeros(shape, bool)))
+    stored = Compressed(np.full(shape, 16.0), np.tile(np.arange(EXPERTS), (LAYERS, 1)))
+    return RankPlan(context, stored, OffloadPlan(capacity, good, there, np.zeros(shape, bool)))
 
 
 def most(calls: list[set[int]], slots: int, start: frozenset[int]) -> int:

@@ -11,7 +11,7 @@ from moesim.errors import BadInput, Infeasible
 from moesim.explain_offload import Answer, Ask, explain_offload, render, to_json
 from moesim.explain_offload.ask import Base
 from moesim.explain_offload.candidates import RESIDENT, Candidate, kinds
-from moesim.explain_offload.flags import engine_flags
+from moesim.explain_offload.flags import device_experts, engine_flags
 from moesim.explain_offload.play import Player
 from moesim.policy import policy_kinds
 
@@ -113,7 +113,7 @@ def test_flags_by_hand(answer: Answer) -> None:
     assert f"--n-cpu-moe {4 - layers} " in flags["llama.cpp"]
     number = kt["memory"]["hbm"]["by"]["expert_weights"] // EXPERT // 4
     assert f"--kt-num-gpu-experts {number} " in flags["KTransformers"]
-    assert "--max-total-tokens 28" in flags["KTransformers"]  # 16 + 12 of one request
+    assert "--max-total-tokens 32" in flags["KTransformers"]  # 16 + 12 of one request, in blocks of 16
 
 
 def test_everything_fits() -> None:
@@ -171,7 +171,7 @@ def test_a_scenario_file_is_changed_by_what_was_asked() -> None:
     assert scenario.requests is not None
     assert scenario.requests.concurrency == 3
     assert scenario.tiers is not None
-    assert scenario.tiers.kv_tokens == 3 * (100 + 256)
+    assert scenario.tiers.kv_tokens == 3 * 23 * 16  # 356 tokens are 23 blocks
     assert scenario.policies.kinds["eviction"] == "lfu"
 
 
@@ -182,3 +182,71 @@ def test_a_player_remembers_runs() -> None:
     assert player.runs == 1
     assert again.summary is first.summary
     assert again.candidate.label == "by another name"
+
+
+def test_a_question_about_a_whole_device_is_answered() -> None:
+    """No memory is left to ask what more of it would buy."""
+    told = explain_offload(Ask("rtx_4090", "mixtral-8x7b", 24.0, None, 1, 8, 4, kinds=("llama_cpp",)))
+    assert told.what_if[0].label == "0.75 times the device memory"
+    assert not any("memory" in w.label for w in told.what_if[1:])
+    part = explain_offload(Ask("rtx_4090", "mixtral-8x7b", None, None, 1, 8, 4, kinds=("llama_cpp",)))
+    assert "1.11 times the device memory" in [w.label for w in part.what_if]  # an engine takes 0.9 of it
+    flags = engine_flags(part)["llama.cpp"]
+    assert "-c 16 -np 1 " in flags
+
+
+def test_what_a_scenario_says_of_tiers_is_no_hindrance(tmp_path: Path) -> None:
+    """Its policies and its division of memory are what is searched; dtypes of its model stay in what-ifs."""
+    file = tmp_path / "s.yaml"
+    file.write_text(
+        "model: {name: mixtral-8x7b, weight_dtype: fp8_block}\n"
+        "cluster: {device: rtx_4090, gpus_per_node: 1}\n"
+        "requests: {format: closed_loop, concurrency: 1, num_requests: 1, prompt_tokens: 8, output_tokens: 4}\n"
+        "tiers: {experts: 2 GiB}\n"
+        "policies: {offload: cached, eviction: lfu, prefetch: markov, precision: {kind: uniform, width: 8}}\n"
+    )
+    overrides = ("tiers.cpu.gb_per_s=100", "policies.precision={kind: mote}")
+    asked = Ask(str(file), None, 16.0, None, 1, 8, 4, kinds=("llama_cpp",), overrides=overrides)
+    base = Base(asked)
+    whole = base.scenario(RESIDENT.changes, asked.short, 0)
+    assert whole.tiers is None
+    assert "precision" not in whole.policies.kinds
+    told = explain_offload(asked)
+    assert told.scenario.tiers is not None
+    assert told.scenario.tiers.cpu.gb_per_s == 100
+    assert told.scenario.policies.kinds["precision"] == "mote"
+
+
+def test_dtypes_of_the_model_stay_in_what_ifs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(
+        "model: {name: mixtral-8x7b, weight_dtype: fp8_block}\n"
+        "cluster: {device: rtx_4090, gpus_per_node: 1}\n"
+        "requests: {format: closed_loop, concurrency: 1, num_requests: 1, prompt_tokens: 8, output_tokens: 4}\n"
+    )
+    seen: list[str] = []
+    play = Player.play
+
+    def watched(self: Player, candidate: Candidate, *more: Any) -> Any:
+        seen.extend(c for c in candidate.changes if c.startswith("model="))
+        return play(self, candidate, *more)
+
+    monkeypatch.setattr(Player, "play", watched)
+    explain_offload(Ask(str(file), None, 16.0, None, 1, 8, 4, kinds=("llama_cpp",)))
+    assert seen
+    assert all('"weight_dtype": "fp8_block"' in change for change in seen)
+
+
+def test_a_trace_that_cannot_be_read_is_bad_input_not_a_device_that_is_too_small(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.npz"
+    broken.write_bytes(b"nothing")
+    with pytest.raises(BadInput, match="not a readable"):
+        explain_offload(ask(6, trace=broken))
+
+
+def test_ranks_with_experts_of_their_own_hold_more_together() -> None:
+    """Two ranks with half of the experts each, four fixed a layer on each."""
+    asked = ask(6, overrides=(*SMALL, "cluster.gpus_per_node=2", "parallel.tp=2", "parallel.ep=2"))
+    scenario = Base(asked).scenario(("policies.offload=fiddler",), asked.short, 0)
+    summary = {"cache": {"slots": {"experts_per_layer": 8.0, "fixed_per_layer": 4.0, "cache_per_layer": 0.0}}}
+    assert device_experts(scenario, summary) == 2 * 4 * 4

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moesim.errors import BadInput, Infeasible
-from moesim.offload import CacheSemantics, MissCosts, OffloadContext
+from moesim.offload import CacheSemantics, MissCosts, OffloadContext, llama_cpp
 from moesim.offload.shares import layer_capacity, shortest_layer
 from moesim.policy import load_policy
 
@@ -279,3 +279,12 @@ def test_moe_lightning_needs_room_for_its_buffers():
         plan(ctx, "moe_lightning")
     with pytest.raises(Infeasible, match=r"r_w 0\.5"):
         plan(ctx, "moe_lightning", r_w=0.6)
+
+
+def test_llama_cpp_looks_at_no_more_blocks_than_there_are(monkeypatch):
+    """A pattern a block; a number beyond them all means all of them."""
+    seen = []
+    real = llama_cpp.re.compile
+    monkeypatch.setattr(llama_cpp.re, "compile", lambda text, *more: seen.append(text) or real(text, *more))
+    assert on_device(n_cpu_moe=1 << 20) == [0, 0, 0, 0]
+    assert len([text for text in seen if text.startswith("blk")]) <= 4

@@ -15,7 +15,8 @@ import pytest
 
 from moesim.cost.offload_times import CpuPrices
 from moesim.cost.offloaded import COUNTERS, OffloadDetail, OffloadedPricer
-from moesim.scenario.load import Scenario
+from moesim.errors import BadInput
+from moesim.scenario.load import Scenario, scenario_from_dict
 from moesim.simulate import RunResult, simulate
 from moesim.tiers.links import LANES, REASONS
 from moesim.tiers.records import PARTS
@@ -317,3 +318,105 @@ def test_counters_are_those_of_the_steps_that_ran(tmp_path: Path) -> None:
     known = [d.counters for d in details(whole)]
     np.testing.assert_array_equal([d.counters for d in details(cut)], known[: len(details(cut))])
     assert len(details(cut)) < len(known)
+
+
+# ---- what compressed experts count for
+
+
+def traced(kind: str, **parts: Any) -> Scenario:
+    """The small model with its recorded routing, whose gate weights are known; half of its experts fit."""
+    root = Path(__file__).resolve().parents[2]
+    data: dict[str, Any] = {
+        "model": "stdlib-moe-16e",
+        "cluster": {"device": "rtx_4090", "gpus_per_node": 1},
+        "requests": {**CLOSED, "concurrency": 1, "num_requests": 2},
+        "routing": {"path": str(root / "workloads" / "routing" / "stdlib_moe_loss_free.npz")},
+        "engine": {"max_num_batched_tokens": 64, "max_num_seqs": 1},
+        "tiers": {"experts": 32 * 3 * 128 * 128 * 4 / 2**30, **parts.pop("tiers", {})},
+        "policies": {"offload": "cached", "precision": kind, **parts},
+    }
+    return scenario_from_dict(data, root)
+
+
+def test_pruned_and_merged_experts_take_no_place(tmp_path: Path) -> None:
+    """8 of 64 are left, and room for 16: all are there, in 8 places and not in 64."""
+    for offload in ("cached", "fiddler"):
+        precision = {"kind": "premoe", "kept": 8}
+        result = run(tiered(tmp_path, 16, policies={"offload": offload, "precision": precision}))
+        slots = result.to_json()["summary"]["cache"]["slots"]
+        assert slots["experts_per_layer"] == 8.0
+        assert slots["fixed_per_layer"] + slots["cache_per_layer"] == pytest.approx(8.0, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["none", {"kind": "edgemoe", "average": 12, "widths": [16, 8]}])
+def test_no_run_beats_its_bounds_where_first_touches_are_hits(tmp_path: Path, precision: Any) -> None:
+    policies = {"offload": {"kind": "cached", "warm": False}, "precision": precision}
+    colds = [run(tiered(tmp_path, 32, policies=policies, tiers={"cold": cold})) for cold in ("miss", "hit")]
+    miss, hit = (one.to_json()["summary"]["cache"] for one in colds)
+    assert hit["cold"] > 0
+    assert hit["hit_rate"] <= hit["bound"]["min"] <= hit["bound"]["min_bypass"]
+    assert hit["hit_rate"] - miss["hit_rate"] == pytest.approx(hit["cold"] / hit["look_ups"])
+    assert hit["bound"]["bytes"] == miss["bound"]["bytes"]  # a first touch travels, whatever it is called
+
+
+def test_copies_of_fewer_bits_keep_the_bound_a_bound() -> None:
+    cache = run(traced("hobbit")).to_json()["summary"]["cache"]
+    moved_bytes = sum(cache["bytes"]["to_device"].values())
+    assert cache["bound"]["bytes"] <= moved_bytes
+    assert moved_bytes < (cache["found"]["load"] + cache["found"]["stream"]) * 3 * 128 * 128 * 4
+
+
+def test_copies_of_fewer_bits_need_gate_weights_and_host_copies(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"gate weights, which .* lacks"):
+        simulate(tiered(tmp_path, policies={"precision": "hobbit"}))
+    with pytest.raises(BadInput, match=r"tiers\.host_copies"):
+        simulate(traced("hobbit", tiers={"host_copies": False}))
+
+
+def test_what_policies_learn_from_keeps_its_gate_weights_when_it_is_a_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long traces are sampled; weights are those of the tokens taken."""
+    monkeypatch.setattr("moesim.cost.placing._SAMPLE_IDS", 2000)
+    result = run(traced("none"))
+    assert result.experts is not None
+    assert result.experts.fit is not None
+    assert result.offload is not None
+    sample, fit = result.offload.ranks[0].context.fit, result.experts.fit
+    assert sample is not None
+    assert 0 < len(sample.expert_TLK) < fit.num_tokens
+    assert sample.weight_TLK is not None
+    assert fit.weight_TLK is not None
+    assert sample.weight_TLK.shape == sample.expert_TLK.shape
+    first = fit.sequence_start[1:3] - fit.sequence_start[:2]
+    assert first.min() > 0
+    np.testing.assert_array_equal(sample.weight_TLK[0], fit.weight_TLK[0])
+    last = np.flatnonzero((fit.expert_TLK == sample.expert_TLK[-1]).all(axis=(1, 2)))
+    assert any((fit.weight_TLK[row] == sample.weight_TLK[-1]).all() for row in last)
+
+
+def test_an_experts_way_from_the_drives_is_weighed(tmp_path: Path) -> None:
+    """As long as host memory has room for all they cost nothing; with a quarter of it, three reads in four are."""
+    whole_gib = LAYERS * EXPERTS * EXPERT / 2**30
+    at_home, roomy, tight = (
+        run(tiered(tmp_path, tiers=tiers)).offload
+        for tiers in ({}, {"home": "nvme"}, {"home": "nvme", "dram": whole_gib / 4})
+    )
+    assert at_home is not None
+    assert roomy is not None
+    assert tight is not None
+    home, room, few = (one.ranks[0].context.costs for one in (at_home, roomy, tight))
+    assert home.transfer_ns == room.transfer_ns == float(roomy.fetch.ns)
+    read_ns = 0.75 * (tight.rates.nvme_latency_ns + EXPERT / tight.rates.nvme)
+    assert few.transfer_ns - home.transfer_ns == pytest.approx(read_ns)
+    assert few.cpu_ns(3) - home.cpu_ns(3) == pytest.approx(read_ns)
+    assert float(tight.fetch.ns) == few.transfer_ns
+
+
+@pytest.mark.parametrize("rerouting", ["kept", {"kind": "cache_conditional", "bias": 0.0}])
+def test_recorded_scores_without_their_routers_bias_reroute_nobody(rerouting: Any) -> None:
+    """The trace's router was balanced by a bias, which its scores lack; with nobody gone and no bonus for what is in
+    the cache every token takes what it took."""
+    result = run(traced("none", rerouting=rerouting))
+    cache, plain = (one.to_json()["summary"]["cache"] for one in (result, run(traced("none"))))
+    assert cache["rerouted"] == 0
+    assert cache["found"] == plain["found"]
+    assert any("chose by more than its recorded scores" in text for text in result.warnings)
