@@ -9,7 +9,8 @@ often a layer has one is not put in, it comes out of the routes. Not stated ther
 What is not public is the popularity of that model's experts over that traffic. Its stand-in: the counts of DeepSeek-V3
 (layers 3-18, 256 experts, each count twice), shuffled, which nothing was fitted to. What a request's own popularity
 is, only the dynamic column can tell: its log weight has normal noise of standard deviation TILT, and its prompt counts
-like PROMPT independent tokens; both were fitted to three cells of that column (`fit_dynamic`).
+like PROMPT independent tokens; both were fitted to three cells of that column (`fit_dynamic`), after looking at all of
+it, and the grid of the fit was made anew twice: results on the dynamic column are fits, not predictions.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ COLUMNS = dict(
 RATIOS = tuple(i / 10 for i in range(11))
 FITTED_AT = (0.0, 0.6, 1.0)
 ORDERED = ("random", "front_loading", "frequency", "dynamic")
-TILT, PROMPT = 1.9, 9
+TILT, PROMPT = 1.9, 10
 """of a request's log weights; tokens that a prompt counts for: from `fit_dynamic`"""
 DYNAMIC_AT = (0.1, 0.3, 0.5)
 REQUESTS, TOKENS, PLACEMENTS = 16, 2, 4
@@ -152,21 +153,43 @@ def errors(name: str) -> FloatArray:
     return out
 
 
-def right_orders() -> list[tuple[float, list[str]]]:
-    """By ratio from 0.1 to 1: pairs of ORDERED that stand the other way round than in the table."""
+def noise() -> float:
+    """How far the table's own columns are apart where all placements are one, at 1: relative."""
+    at_one = [published()[name][-1] for name in ORDERED]
+    return max(at_one) / min(at_one) - 1
+
+
+def right_orders(tie: float = 0.0, dynamic: FloatArray | None = None) -> list[tuple[float, list[str]]]:
+    """By ratio from 0.1 to 1: pairs of ORDERED that stand the other way round than in the table, or are equal. tie:
+    pairs that the table puts no further apart than that (relative) are not asked. dynamic: its column, instead of
+    `table()`'s."""
+    theirs, ours = published(), dict(table())
+    if dynamic is not None:
+        ours["dynamic"] = dynamic
     out = []
     for i, ratio in enumerate(RATIOS[1:], start=1):
-        theirs, ours = published(), table()
-        pairs = itertools.combinations(ORDERED, 2)
-        wrong = [f"{a} and {b}" for a, b in pairs if (theirs[a][i] - theirs[b][i]) * (ours[a][i] - ours[b][i]) <= 0]
+        asked = [
+            (a, b)
+            for a, b in itertools.combinations(ORDERED, 2)
+            if abs(theirs[a][i] / theirs[b][i] - 1) > tie or not tie
+        ]
+        wrong = [f"{a} and {b}" for a, b in asked if (theirs[a][i] - theirs[b][i]) * (ours[a][i] - ours[b][i]) <= 0]
         out.append((ratio, wrong))
     return out
+
+
+def other_prompts(prompts: tuple[int, ...]) -> dict[int, FloatArray]:
+    """The dynamic column with prompts that count like so many tokens."""
+    return {
+        prompt: np.array([1e3 / ms(simulate("dynamic", r, fitted(), requests(TILT, prompt))) for r in RATIOS])
+        for prompt in prompts
+    }
 
 
 def fit_dynamic(cells: tuple[float, ...] = DYNAMIC_AT) -> tuple[float, int]:
     """TILT and PROMPT: of a grid, those with the least sum of squared errors at these cells of dynamic."""
     best = (np.inf, 0.0, 0)
-    for tilt, prompt in itertools.product((1.7, 1.9, 2.1), (3, 6, 9, 12, 15)):
+    for tilt, prompt in itertools.product((1.8, 1.9, 2.0), range(8, 13)):
         traffic = requests(tilt, prompt)
         found = 0.0
         for ratio in cells:

@@ -18,6 +18,7 @@ from moesim.offload.cache import ExpertCache
 from moesim.offload.compression import stored_LE
 from moesim.offload.eviction.belady import Policy as Belady
 from moesim.offload.future import Future
+from moesim.offload.stacks import hits_by_slots
 from moesim.scenario.load import Scenario
 from moesim.tiers.links import LANES, REASONS
 from moesim.tiers.records import PARTS
@@ -140,8 +141,8 @@ def _slots(offload: Offload) -> dict[str, float]:
 def _bound(
     scenario: Scenario, offload: Offload, pricers: list[OffloadedPricer], compute_ns: int, total_ns: int
 ) -> dict[str, Any] | None:
-    """Belady's MIN on the run's own look-ups, with and without bypass, and the time that computing takes or that the
-    transfers take which the best of them needs, whichever is longer. None where no cache was looked up in."""
+    """Belady's MIN on the run's own look-ups, the most that any cache could find of them, and the time that computing
+    takes or the transfers that the latter needs, whichever is longer. None where no cache was looked up in."""
     if offload.plan.paged or not any(rank.plan.capacity_G.sum() for rank in offload.ranks):
         return None
     hits = np.zeros(2, np.int64)
@@ -178,10 +179,11 @@ def _least_copy(rank: RankPlan) -> float:
 
 
 def hit_bounds(rank: RankPlan, table: AnyArray) -> tuple[IntArray, int, int]:
-    """Hits of MIN and of MIN with bypass [2] on the look-ups of one rank (experts that the CPU computed apart), bytes
-    that the latter fetches, and look-ups. Caches start as the plan's did, and keep what a call found until it is over.
-    First touches into free room count as in the run (`tiers.cold`); they are fetched either way. table: of a
-    `LookUpLog`.
+    """Hits [2] on the look-ups of one rank (experts that the CPU computed apart), bytes that the second one fetches,
+    and look-ups. First: MIN, in a cache that keeps what a call found until it is over. Second: the most that any cache
+    of the capacity finds, whatever misses do (`stacks.hits_by_slots`, policy `bound`); MIN with bypass where a call
+    asks for one expert, a little more where it asks for several. Caches start as the plan's did. First touches into
+    free room count as in the run (`tiers.cold`); they are fetched either way. table: of a `LookUpLog`.
     """
     asked = table[table[:, 3] != KINDS.index("cpu")]
     key_N = asked[:, 2].astype(np.int64)
@@ -201,9 +203,8 @@ def hit_bounds(rank: RankPlan, table: AnyArray) -> tuple[IntArray, int, int]:
     for group, capacity in enumerate(rank.plan.capacity_G.tolist()):
         mine = (group_N == group) & ~fixed_N
         look_ups, before = _look_ups(rank, group, key_N[mine], call_N[mine])
-        for number, bypass in enumerate((False, True)):
-            found = fast.found(look_ups, capacity // size, "opt", bypass=bypass)
-            hits[number] += int(found[before:].sum())
+        hits[0] += int(fast.found(look_ups, capacity // size, "opt")[before:].sum())
+        hits[1] += int(hits_by_slots(look_ups, "bound", [capacity // size])[0])  # none of the first calls can hit
         new = np.unique(look_ups.id_N[before:])
         cold += min(capacity // size - before, len(new) - int(np.isin(new, look_ups.id_N[:before]).sum()))
     needed = (len(asked) - int(hits[1])) * size
@@ -226,7 +227,8 @@ def _look_ups(rank: RankPlan, group: int, key_N: IntArray, call_N: IntArray) -> 
 
 
 def _replayed(rank: RankPlan, key_N: IntArray, call_N: IntArray) -> tuple[IntArray, int, int]:
-    """The same for experts of several sizes, look-up by look-up (where MIN is no bound in the strict sense)."""
+    """The same for experts of several sizes, look-up by look-up: MIN, and MIN with bypass (where neither is a bound in
+    the strict sense)."""
     context, plan = rank.context, rank.plan
     size: list[int] = context.size_K.tolist()
     ends = np.flatnonzero(np.diff(call_N, append=-1)) + 1

@@ -89,7 +89,14 @@ class CacheMachine(RuleBasedStateMachine):
     # -- what may happen ----------------------------------------------------------------------------------------
     @rule(data=st.data())
     def look_up(self, data):
-        keys = data.draw(st.lists(st.sampled_from(sorted(self.state)), unique=True, max_size=5))
+        self.ask(data.draw(st.lists(st.sampled_from(sorted(self.state)), unique=True, max_size=5)))
+
+    @precondition(lambda self: self.in_state("loading"))
+    @rule(data=st.data())
+    def look_up_what_is_on_its_way(self, data):
+        self.ask([data.draw(st.sampled_from(self.in_state("loading")))])
+
+    def ask(self, keys):
         before = dict(self.state)
         found = self.cache.look_up(keys)
         assert [one.key for one in found] == keys
@@ -215,6 +222,46 @@ class CacheMachine(RuleBasedStateMachine):
         assert (np.array(taken) <= self.capacity).all()
 
 
+class LruMachine(RuleBasedStateMachine):
+    """The same calls in a smaller and a larger LRU cache: whatever is asked for, the larger one has all that the
+    smaller one has, and never hits less."""
+
+    @initialize(pooled=st.booleans(), least=st.integers(2, 4), more=st.integers(1, 4))
+    def start(self, pooled, least, more):
+        experts, layers = 6, 2
+        steps = chunks(np.zeros((1, layers, 1), int))
+        self.caches, self.hits = [], [0, 0]
+        for slots in (least, least + more):
+            context = context_of(steps, experts, slots * layers, semantics=CacheSemantics(pooled=pooled))
+            capacity = np.array([slots] if pooled else [slots] * layers)
+            eviction = load_policy("eviction", "lru").start(context)
+            self.caches.append(ExpertCache(context.size_K, context.group_K, capacity, eviction))
+        self.most = least
+
+    @rule(data=st.data())
+    def look_up(self, data):
+        keys = data.draw(st.lists(st.integers(0, 11), unique=True, max_size=self.most))
+        found = [[one.kind for one in cache.look_up(keys)] for cache in self.caches]
+        for number, kinds in enumerate(found):
+            self.hits[number] += kinds.count("hit")
+            assert "stream" not in kinds
+            self.caches[number]._check()
+            self.caches[number].release()
+        assert all(large == "hit" for small, large in zip(*found, strict=True) if small == "hit")
+
+    @invariant()
+    def the_larger_has_all(self):
+        if hasattr(self, "caches"):
+            small, large = self.caches
+            small._check()
+            large._check()
+            assert set(small.resident()) <= set(large.resident())
+            assert self.hits[0] <= self.hits[1]
+
+
+LruMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestLruMachine = LruMachine.TestCase
+
 CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
 TestCacheMachine = CacheMachine.TestCase
 
@@ -325,6 +372,18 @@ def test_a_use_that_did_not_happen_is_not_waited_for(kind):
         found = cache.look_up(keys)
         cache.release()
     assert found[0].evicted == (1,)
+
+
+def test_what_was_waited_for_cannot_leave_when_it_arrives():
+    context = context_of(chunks(np.zeros((1, 1, 1), int)), 3, 1)
+    cache = ExpertCache(context.size_K, context.group_K, np.array([1]), load_policy("eviction", "lru").start(context))
+    assert cache.prefetch(0, arrived=False) == ()
+    assert cache.look_up([0])[0].kind == "late"
+    cache.arrived(0)
+    cache._check()
+    assert cache.prefetch(1, arrived=True) is None  # it computes
+    cache.release()
+    assert cache.prefetch(1, arrived=True) == (0,)
 
 
 def test_a_key_asked_for_twice_in_a_call_is_refused():

@@ -89,6 +89,13 @@ def test_what_is_used_more_has_more_bits():
     error = [[1.0, 1, 1, 9, 1, 1, 1, 1, 1, 1, 1, 1]]
     chosen = compress(context(np.ones((1, 4))), kind="mc_moe", average=2.0, group=None, error=error).bits_LE
     assert chosen[0, 1] >= 2
+    # one bit costs expert 0 8 - 4 and expert 1 1.5 - 0.2 in error; of their tenth powers 0.082 and 0.190
+    error = [[8.0, 4, 4, 1.5, 0.2, 0.2, 9, 0.1, 0.05, 9, 0.1, 0.05]]
+    for gamma, least in ((1.0, 1), (0.1, 0)):
+        given = compress(
+            context(np.ones((1, 4))), kind="mc_moe", average=2.0, group=None, error=error, gamma=gamma, alpha=1.0
+        )
+        assert given.bits_LE[0].argmin() == least
 
 
 def test_edgemoe_lowers_the_least_sensitive_first():
@@ -176,6 +183,8 @@ def test_the_second_expert_is_dropped_where_it_weighs_little():
 def test_hobbit_skips_what_hardly_counts():
     policy = load_policy("precision", {"kind": "hobbit", "skip": 0.2})
     assert policy.prune(step([[0.9, 0.1], [0.8, 0.2]]), 0).tolist() == [[False, True], [False, False]]
+    # of the token's largest, not of all: 0.15 is more than a fifth of 0.5, 0.07 is not
+    assert policy.prune(step([[0.5, 0.15, 0.35], [0.5, 0.43, 0.07]]), 0).tolist() == [[False] * 3, [False, False, True]]
 
 
 def test_routes_drift_to_the_next_best():
