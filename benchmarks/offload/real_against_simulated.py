@@ -128,7 +128,7 @@ def campaign(link: str, folder: Path, steps: int, rounds: int, raced_runs: int) 
     """Parts 2 and 3."""
     sizes = SIZES[link]
     file = model(folder / f"{link}.moe", sizes)
-    judged, other = synthetic_routes(ROUTES, sizes, 11), synthetic_routes(ROUTES, sizes, 12)
+    judged, other = synthetic_routes(ROUTES, sizes, 21), synthetic_routes(ROUTES, sizes, 12)
     replay, fit = make_replay(judged, sizes, BATCH, steps, LEARN), sample(judged, sizes, range(LEARN))
     before = make_replay(other, sizes, BATCH, steps)
     cases = cases_of(sizes, POLICIES, CACHES)

@@ -174,10 +174,11 @@ class OffloadPlan:
 
     capacity_G: bytes of the cache of each group (one entry where pooled). fixed_LE: on the device for good, outside
     the cache (their bytes count besides capacity_G). initial_LE: in the cache at the start. cpu_LE: computed on the CPU
-    whenever not on the device, never fetched. deferred: last choices of a token whose results, where the CPU
-    computes them, are added one layer later, so that they run beside the next layer (`drive.Driver`). write_back: an evicted expert travels back over the link (a load swaps).
-    paged: all weights of a layer are streamed, layer after layer, `look_ahead` layers before they are used; the cache
-    serves nothing. update_tokens: a prompt step of at least so many tokens makes fixed_LE anew from its own counts.
+    whenever not on the device, never fetched. deferred: last choices of a token whose results, where the CPU computes
+    them, are added one layer later, so that they run beside the next layer (`drive.Driver`). write_back: an evicted
+    expert travels back over the link (a load swaps). paged: all weights of a layer are streamed, layer after layer,
+    `look_ahead` layers before they are used; the cache serves nothing. update_tokens: a prompt step of at least so many
+    tokens makes fixed_LE anew from its own counts.
     """
 
     capacity_G: IntArray
