@@ -9,11 +9,7 @@ Legend: N look-ups, C calls (ends of them: call_C has one more), W windows (like
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 import itertools
-import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +18,7 @@ from numpy.typing import NDArray
 
 from moesim.arrays import AnyArray, BoolArray, FloatArray, IntArray
 from moesim.errors import BadInput
+from moesim.optional import compiled
 from moesim.rng import generator
 
 __all__ = ["MOST_EXPERTS", "Counts", "LookUps", "OnePolicy", "compiled_for", "first_uses", "found", "next_uses"]
@@ -73,19 +70,9 @@ class LookUps:
 
 def compiled_for(look_ups: int) -> Any:
     """The module `compiled` where it is there, wanted (MOESIM_COMPILED is not 0) and worth it, else None."""
-    if look_ups < _COMPILED_LOOK_UPS or os.environ.get("MOESIM_COMPILED") == "0":
+    if look_ups < _COMPILED_LOOK_UPS:
         return None
-    return _load_compiled()
-
-
-@functools.cache
-def _load_compiled() -> Any:
-    if importlib.util.find_spec("numba") is None:
-        return None
-    try:
-        return importlib.import_module("moesim.offload.compiled")
-    except ImportError:  # a numba that does not go with this NumPy or Python
-        return None
+    return compiled("moesim.offload.compiled")
 
 
 def next_uses(look_ups: LookUps) -> NDArray[np.int32]:

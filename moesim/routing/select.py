@@ -7,15 +7,13 @@ it, because nothing that decides one is rounded differently.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moesim.optional import compiled
 
 __all__ = [
     "NONE", "check_top_k", "chosen", "close_as", "each_chunk", "gates_of", "kth_highest", "load_of", "normalised",
@@ -42,19 +40,9 @@ _PASSES = 32
 def _compiled(score_NM: Floats) -> Any:
     """The module `compiled` where it is there, wanted and worth it, else None. That depends on the size alone, so that
     one machine gives one answer."""
-    if score_NM.size < _COMPILED_CELLS or score_NM.dtype != np.float32 or os.environ.get("MOESIM_COMPILED") == "0":
+    if score_NM.size < _COMPILED_CELLS or score_NM.dtype != np.float32:
         return None
-    return _load_compiled()
-
-
-@functools.cache
-def _load_compiled() -> Any:
-    if importlib.util.find_spec("numba") is None:
-        return None
-    try:
-        return importlib.import_module("moesim.routing.compiled")
-    except ImportError:  # a numba that does not go with this NumPy or Python
-        return None
+    return compiled("moesim.routing.compiled")
 
 
 def each_chunk(score_NM: Floats, work: Callable[[slice], None]) -> None:
