@@ -185,29 +185,7 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
     files = _input_files(source, spec, base, problems)
     cpu, cpu_hash = _find_cpu(source, spec.full, base, problems)
     if model is not None and cluster is not None and spec.parallel is not None:
-        engine = spec.engine if spec.engine is not None else EngineSpec()
-        placement = policies.placement if policies is not None else None
-        router = policies.routing if policies is not None else None
-        limits = spec.full.capacity if spec.full is not None else None
-        problems += cross_checks(source.where, model, cluster, spec.parallel, engine, placement, router, limits)
-        if spec.full is not None and spec.full.communication is not None:
-            how, mode = spec.full.communication, spec.full.mode
-            problems += communication_checks(source.where, model, cluster, spec.parallel, how, mode)
-            problems += overlap_checks(source.where, model, cluster, spec.parallel, how.overlap, training)
-        if training and spec.training is not None:
-            capacity = spec.full.capacity if spec.full is not None else None
-            routing = spec.routing if spec.routing is not None else RoutingSpec()
-            problems += training_checks(source.where, model, spec.parallel, spec.training, placement, capacity, routing)
-        if spec.full is not None and not training:
-            problems += serving_checks(
-                source.where, model, spec.full, placement, None if policies is None else policies.balancer
-            )
-            problems += tier_checks(
-                source.where, model, cluster, spec.full, policies, source.data.get("policies") or {}
-            )
-        if source.data.get("routing") and not model.is_moe:
-            message = f"routing: {model.name} is a dense model, so nothing is routed; remove routing"
-            problems.append(Problem(source.where(("routing",), key=True), message))
+        problems += _disagreements(source, spec, spec.parallel, model, cluster, policies, training)
     if problems:
         raise BadInput(_sorted(problems))
     assert model is not None
@@ -257,6 +235,35 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
         tiers=spec.full.tiers,
         cpu=cpu,
     )
+
+
+def _disagreements(
+    source: Source, spec: _Parts, parallel: ParallelSpec, model: MoEModel, cluster: Cluster,
+    policies: Policies | None, training: bool,
+) -> list[Problem]:  # fmt: skip
+    """What the parts of a scenario must agree on, as far as they could be read."""
+    engine = spec.engine if spec.engine is not None else EngineSpec()
+    placement = policies.placement if policies is not None else None
+    router = policies.routing if policies is not None else None
+    limits = spec.full.capacity if spec.full is not None else None
+    problems = cross_checks(source.where, model, cluster, parallel, engine, placement, router, limits)
+    if spec.full is not None and spec.full.communication is not None:
+        how, mode = spec.full.communication, spec.full.mode
+        problems += communication_checks(source.where, model, cluster, parallel, how, mode)
+        problems += overlap_checks(source.where, model, cluster, parallel, how.overlap, training)
+    if training and spec.training is not None:
+        capacity = spec.full.capacity if spec.full is not None else None
+        routing = spec.routing if spec.routing is not None else RoutingSpec()
+        problems += training_checks(source.where, model, parallel, spec.training, placement, capacity, routing)
+    if spec.full is not None and not training:
+        problems += serving_checks(
+            source.where, model, spec.full, placement, None if policies is None else policies.balancer
+        )
+        problems += tier_checks(source.where, model, cluster, spec.full, policies, source.data.get("policies") or {})
+    if source.data.get("routing") and not model.is_moe:
+        message = f"routing: {model.name} is a dense model, so nothing is routed; remove routing"
+        problems.append(Problem(source.where(("routing",), key=True), message))
+    return problems
 
 
 def _reconstructed(preset: Preset | None) -> tuple[str, ...]:
