@@ -312,6 +312,29 @@ def simulated_kv() -> int:
     return memory.kv_cache // sum(model.kv_bytes_per_token(1))
 
 
+def weave_table(ten: ExpertAdapters) -> list[str]:
+    """Expert weights of the base and its ten adapters, as Markdown."""
+    padded, mapped, held = ten.padded_bytes(), ten.mapped_bytes(), ten.held_bytes()
+    return [
+        "Expert weights of the base and its ten adapters:",
+        "",
+        *table(
+            ("tensor", "GB", "over what exists"),
+            [
+                ("a merged model each", f"{ten.merged_bytes() / GB:.1f}", f"{ten.merged_bytes() / held:.3f}"),
+                ("padded to E_max", f"{padded / GB:.1f}", f"{padded / held:.3f}"),
+                (
+                    "rows padded to pages",
+                    f"{ten.mapped_bytes(False) / GB:.1f}",
+                    f"{ten.mapped_bytes(False) / held:.3f}",
+                ),
+                ("pages shared by neighbours", f"{mapped / GB:.1f}", f"{mapped / held:.3f}"),
+                ("what exists", f"{held / GB:.1f}", "1"),
+            ],
+        ),
+    ]
+
+
 def expert_weave() -> Section:
     """Memory of adapters that share a base model."""
     ten = adapters()
@@ -330,7 +353,7 @@ def expert_weave() -> Section:
     weights = model.num_moe_layers * model.num_experts * model.expert_bytes() + model.weight_bytes_dense_rank(1)
     merged = (free - weights) / token
     simulated = simulated_kv()
-    padded, mapped, held = ten.padded_bytes(), ten.mapped_bytes(), ten.held_bytes()
+    mapped, held = ten.mapped_bytes(), ten.held_bytes()
     rows = [
         Row(
             WEAVE,
@@ -391,22 +414,4 @@ def expert_weave() -> Section:
             "two merged models leave less than 2 % of 572K: shape",
         ),
     ]
-    lines = [
-        "Expert weights of the base and its ten adapters:",
-        "",
-        *table(
-            ("tensor", "GB", "over what exists"),
-            [
-                ("a merged model each", f"{ten.merged_bytes() / GB:.1f}", f"{ten.merged_bytes() / held:.3f}"),
-                ("padded to E_max", f"{padded / GB:.1f}", f"{padded / held:.3f}"),
-                (
-                    "rows padded to pages",
-                    f"{ten.mapped_bytes(False) / GB:.1f}",
-                    f"{ten.mapped_bytes(False) / held:.3f}",
-                ),
-                ("pages shared by neighbours", f"{mapped / GB:.1f}", f"{mapped / held:.3f}"),
-                ("what exists", f"{held / GB:.1f}", "1"),
-            ],
-        ),
-    ]
-    return Section("expert-weave", "Adapters that share a base", rows, lines)
+    return Section("expert-weave", "Adapters that share a base", rows, weave_table(ten))
