@@ -8,15 +8,12 @@ and measured tables are read from ../shared/data where they are there.
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "routing"))
 
-from claim_page import TARGET, Section, page, shown
+from claim_page import command
 
 TITLE = "Claims about placement, dispatch and communication beside the simulator's figures"
 INTRO = [
@@ -76,22 +73,5 @@ SECTIONS: dict[str, str] = {
 """Name of a section -> module and function that make it."""
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="NAME", help=", ".join(SECTIONS))
-    options = parser.parse_args()
-    made: list[Section] = []
-    for name in options.only or SECTIONS:
-        module, _, function = SECTIONS[name].partition(".")
-        began = time.process_time()
-        made.append(getattr(importlib.import_module(module), function)())
-        print(f"{name}: {time.process_time() - began:.1f} CPU s", file=sys.stderr)
-        if options.only:
-            print(shown(made[-1]))
-    if not options.only:
-        (TARGET / "placement.md").write_text(page(TITLE, INTRO, made), "utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, SECTIONS, "placement.md", TITLE, INTRO)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import sys
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,3 +112,21 @@ def shown(section: Section) -> str:
 def _reasons(section: Section) -> list[str]:
     out = [f"- **{row.verdict}** ({row.paper}): {row.why}" for row in section.rows if row.why and row.verdict != MISSED]
     return [*out, ""] if out else []
+
+
+def command(doc: str | None, sections: Mapping[str, str], name: str, title: str, intro: Sequence[str]) -> None:
+    """The command line of a page: make all sections and write results/validation/`name`, or print those of `--only`.
+    sections: name -> `module.function` that makes it. doc: of the script, for --help."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=sections, metavar="NAME", help=", ".join(sections))
+    options = parser.parse_args()
+    made: list[Section] = []
+    for section in options.only or sections:
+        module, _, function = sections[section].partition(".")
+        began = time.process_time()
+        made.append(getattr(importlib.import_module(module), function)())
+        print(f"{section}: {time.process_time() - began:.1f} CPU s", file=sys.stderr)
+        if options.only:
+            print(shown(made[-1]))
+    if not options.only:
+        (TARGET / name).write_text(page(title, intro, made), "utf-8")
