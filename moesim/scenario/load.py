@@ -44,7 +44,6 @@ from moesim.scenario.source import Source, rebase
 from moesim.scenario.spec import (
     NOT_YET,
     ONLY_SERVING,
-    RESERVED,
     SERVING_POLICIES,
     ModelRef,
     ParallelSpec,
@@ -58,6 +57,7 @@ from moesim.scenario.yamlio import Marks, YamlPath, load_yaml, parse_yaml
 from moesim.spec import Spec
 from moesim.tiers_spec import TiersSpec
 from moesim.training_spec import TrainingSpec
+from moesim.tune_spec import TuneSpec
 from moesim.workload.requests import RequestsSpec
 from moesim.workload.routing import RoutingSpec
 
@@ -137,6 +137,8 @@ class Scenario:
     communication: CommunicationSpec = field(default_factory=CommunicationSpec)
     rebalance: RebalanceSpec | None = None
     tiers: TiersSpec | None = None
+    tune: TuneSpec | None = None
+    """what `moesim tune` searches; no result depends on it"""
     cpu: DeviceProfile | None = None
     """the profile that `tiers.cpu.profile` names"""
 
@@ -233,6 +235,7 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
         communication=spec.full.communication or CommunicationSpec(),
         rebalance=spec.full.rebalance,
         tiers=spec.full.tiers,
+        tune=spec.full.tune,
         cpu=cpu,
     )
 
@@ -288,12 +291,8 @@ def _rebase_overrides(source: Source, base: Path) -> None:
 
 
 def _not_yet(source: Source) -> list[Problem]:
-    """Refuse what is reserved or not simulated yet, one sentence each; such keys are taken out."""
+    """Refuse what is not simulated yet, one sentence each; such keys are taken out."""
     problems = []
-    for key in [k for k in source.data if k in RESERVED]:
-        where = source.where((key,), key=True)
-        problems.append(Problem(where, f"{key}: {RESERVED[key]} is not simulated yet; remove the key {key}"))
-        del source.data[key]
     parts: list[tuple[YamlPath, dict[str, Any]]] = [((), source.data)]
     parts += [((k,), source.data[k]) for k in ("parallel", "engine") if isinstance(source.data.get(k), dict)]
     for prefix, part in parts:
@@ -538,7 +537,7 @@ def _input_files(source: Source, spec: _Parts, base: Path, problems: list[Proble
 def _resolved(spec: ScenarioSpec, model: MoEModel, policies: Policies, files: dict[str, str]) -> dict[str, Any]:
     """Everything that decides the result, with no path in it."""
     training = spec.mode == "training"
-    unused: dict[str, Any] = dict.fromkeys(ONLY_SERVING if training else ("mode", "training"), True)
+    unused: dict[str, Any] = dict.fromkeys(("tune", *(ONLY_SERVING if training else ("mode", "training"))), True)
     if not training:
         unused["routing"] = {"training_scores"}
     for key in ("capacity", "placement_from", "communication", "rebalance", "tiers"):

@@ -20,6 +20,7 @@ from moesim.routing.capacity import CapacitySpec
 from moesim.spec import Spec
 from moesim.tiers_spec import TiersSpec
 from moesim.training_spec import TrainingSpec
+from moesim.tune_spec import TuneSpec
 from moesim.units import Ms
 from moesim.workload.requests import RequestsSpec
 from moesim.workload.routing import RoutingSpec
@@ -27,7 +28,6 @@ from moesim.workload.routing import RoutingSpec
 __all__ = [
     "NOT_YET",
     "ONLY_SERVING",
-    "RESERVED",
     "SERVING_POLICIES",
     "EngineSpec",
     "ModelRef",
@@ -41,11 +41,6 @@ __all__ = [
 
 _MAX_RANKS = 1 << 20
 _Degree = Annotated[int, Field(ge=1, le=_MAX_RANKS)]
-
-RESERVED = {
-    "tune": "searching settings",
-}
-"""Top-level keys kept for later -> what they will ask for."""
 
 NOT_YET = {
     "prefix_caching": "prefix caching",
@@ -189,3 +184,4 @@ class ScenarioSpec(Spec):
     tiers: TiersSpec | None = None
     engine: EngineSpec = Field(default_factory=EngineSpec)
     slo: SloSpec | None = None
+    tune: TuneSpec | None = None

@@ -97,13 +97,6 @@ mode: search
     assert lines == sorted(lines, key=lambda line: int(line.split(":")[1]))
 
 
-@pytest.mark.parametrize("key", ["tune"])
-def test_reserved_keys_are_refused_in_one_sentence(key: str, tmp_path: Path) -> None:
-    lines = problems(GOOD + f"{key}: anything\n", tmp_path)
-    assert lines == [f"s.yaml:12:1: {lines[0].split(': ', 1)[1]}"]
-    assert f"not simulated yet; remove the key {key}" in lines[0]
-
-
 @pytest.mark.parametrize(
     ("extra", "place", "words"),
     [
