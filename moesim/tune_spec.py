@@ -16,6 +16,7 @@ __all__ = ["JudgeSpec", "LimitSpec", "ParameterSpec", "RungSpec", "TuneSpec"]
 
 _Name = Annotated[str, Field(min_length=1, max_length=200)]
 _Number = Annotated[int | float, Field(allow_inf_nan=False)]
+_Two = Annotated[list[_Number], Field(min_length=2, max_length=2)]
 
 
 class ParameterSpec(Spec):
@@ -29,8 +30,8 @@ class ParameterSpec(Spec):
     """
 
     choices: Annotated[list[Any], Field(min_length=1, max_length=1000)] | dict[str, dict[str, Any]] | None = None
-    range: tuple[_Number, _Number] | None = None
-    log_range: tuple[_Number, _Number] | None = None
+    range: _Two | None = None
+    log_range: _Two | None = None
     step: _Number | None = None
     factor: Annotated[float | int, Field(gt=1)] | None = None
     when: dict[str, Any] | None = None

@@ -1,5 +1,5 @@
-"""The coordinator: one process owns a study. It asks the strategy for a batch, has it simulated rung by rung, keeps each
-trial as it ends, tells the strategy, until the trials are done.
+"""The coordinator: one process owns a study. It asks the strategy for a batch, has it simulated rung by rung, keeps
+each trial as it ends, tells the strategy, until the trials are done.
 
 What makes a study repeatable: a batch is proposed from the trials of all batches before it and from nothing else; its
 trials are told in the order of their numbers, whichever ended first; every draw is keyed by the study's seed. So any
@@ -132,11 +132,10 @@ class _Run:
             for climber in [c for c in climbers if all(f.done() for f in c.asked)]:
                 climber.rows.append([f.result() for f in climber.asked])
                 trial = finish(self.definition, climber.number, climber.candidate, climber.rows, climber.began)
-                top = len(climber.rows) == len(self.definition.rungs)
-                if trial.state == "pruned" and not top:
-                    if self.ladder.climbs(len(climber.rows) - 1, trial, before(climber)):
-                        self._ask(climber)
-                        continue
+                below = trial.state == "pruned"  # done so far, with rungs above
+                if below and self.ladder.climbs(len(climber.rows) - 1, trial, before(climber)):
+                    self._ask(climber)
+                    continue
                 climbers.remove(climber)
                 ended.append(trial)
             if ended:
