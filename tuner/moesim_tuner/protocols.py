@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Any, Protocol
 
 from moesim_tuner.records import Candidate, Row, Task, Trial
 
@@ -70,6 +70,14 @@ class Store(Protocol):
 
     def append(self, trials: Sequence[Trial]) -> None:
         """Keep finished trials. Raises BadInput or OSError where that cannot be, with nothing half kept."""
+        ...
+
+    def note(self, name: str, value: Any) -> None:
+        """Keep something else of the study under a name, as JSON, in place of what the name had: the judgement."""
+        ...
+
+    def notes(self) -> dict[str, Any]:
+        """What `note` kept."""
         ...
 
     def close(self) -> None:
