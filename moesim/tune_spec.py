@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from moesim.spec import Spec
+from moesim.tune_values import Scalar, grid, identity, label, series
 
 __all__ = ["JudgeSpec", "LimitSpec", "ParameterSpec", "RungSpec", "TuneSpec"]
 
@@ -35,6 +36,45 @@ class ParameterSpec(Spec):
     step: _Number | None = None
     factor: Annotated[float | int, Field(gt=1)] | None = None
     when: dict[str, Any] | None = None
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Lowest and highest of a range; (0, 0) for choices."""
+        return self.range or self.log_range or (0, 0)
+
+    @property
+    def whole(self) -> bool:
+        """A range of whole numbers."""
+        return self.choices is None and all(isinstance(v, int) for v in (*self.bounds, self.step or 0))
+
+    @property
+    def stride(self) -> float | None:
+        """What is between values of a range; None where it is continuous, or in equal ratios."""
+        return self.step if self.step is not None else 1 if self.whole else None
+
+    @property
+    def values(self) -> tuple[Scalar, ...] | None:
+        """Every value, in order; None where it is continuous or has over `MOST_VALUES`."""
+        if self.choices is not None:
+            return tuple(self.choices) if isinstance(self.choices, dict) else tuple(map(label, self.choices))
+        low, high = self.bounds
+        if self.factor is not None:
+            return series(low, high, self.factor, self.whole)
+        if self.stride is not None:
+            return grid(low, high, self.stride, self.whole)
+        return (low,) if low == high else None
+
+    def matching(self, wanted: Any) -> tuple[Scalar, ...]:
+        """The values that a `when` names: one value, or a list; a policy by its kind, whatever its parameters."""
+        names = {identity(label(one)) for one in (wanted if isinstance(wanted, list) else [wanted])}
+        kinds: list[Any] = [None] * len(self.values or ())
+        if isinstance(self.choices, list):
+            kinds = [one.get("kind") if isinstance(one, dict) else None for one in self.choices]
+        return tuple(
+            value
+            for value, kind in zip(self.values or (), kinds, strict=True)
+            if identity(value) in names or (isinstance(kind, str) and identity(kind) in names)
+        )
 
 
 class LimitSpec(Spec):

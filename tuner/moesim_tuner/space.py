@@ -3,120 +3,410 @@
 A point maps parameter to a scalar: the value itself, or the label of a choice that is a mapping or sets several fields.
 Parameters whose `when` does not hold are not in the point. Everything here is plain Python: Optuna's view of a space is
 made in `moesim_tuner.search`.
+
+Counting does not enumerate. Parameters are visited in order; what a value decides about those to come is only which of
+them are *dead* (their `when` cannot hold any more), a set of bits. The number of points from a parameter on is a
+function of those bits, kept once computed; drawing, `at` and `index` walk down the same counts.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import re
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
+
+import numpy as np
 
 from moesim.errors import BadInput
 from moesim.tune_spec import ParameterSpec
+from moesim.tune_values import MOST_VALUES, Scalar, identity
 from moesim_tuner.records import Point, canonical
 
 __all__ = ["MOST_VALUES", "Parameter", "Scalar", "Space"]
 
-Scalar: TypeAlias = str | int | float | bool | None
-MOST_VALUES = 100_000
-"""a range of more steps counts as continuous"""
+_MOST_POINTS = 10_000_000
+_MOST_STATES = 200_000
+_LEVELS = 100
+"""a continuous parameter counts as so many values where a draw weighs branches of a space"""
+_FAR = 20
+"""beside the next values, neighbours are so many to a range"""
 
 
 @dataclass(frozen=True)
 class Parameter:
     """One parameter. values: all of them in order, None where it is continuous (floats between low and high, in equal
-    ratios where log). sets: value -> the fields it sets, dotted path to value. ordered: near values are alike. when:
-    other parameter -> the values with which this one means something."""
+    ratios where log; whole: integers; step: only low + i * step). sets: the fields that each of `values` sets, dotted
+    path to value; None: the field that has the parameter's name. ordered: near values are alike. when: other parameter
+    -> the values with which this one means something."""
 
     name: str
     values: tuple[Scalar, ...] | None
-    sets: Mapping[Scalar, Mapping[str, Any]] | None = None
+    sets: tuple[Mapping[str, Any], ...] | None = None
     low: float = 0.0
     high: float = 0.0
     log: bool = False
     ordered: bool = False
     when: Mapping[str, tuple[Scalar, ...]] | None = None
+    whole: bool = False
+    step: float | None = None
+
+    @cached_property
+    def _positions(self) -> dict[tuple[bool, Scalar], int]:
+        return {identity(value): i for i, value in enumerate(self.values or ())}
+
+    def position(self, value: Any) -> int | None:
+        """Where `value` stands in `values`; None where it does not. 1.0 is 1, True is not."""
+        if not isinstance(value, str | int | float | bool) and value is not None:
+            return None
+        return self._positions.get(identity(value))
+
+    def __contains__(self, value: Any) -> bool:
+        """Is it one of the parameter's values?"""
+        if self.values is not None:
+            return self.position(value) is not None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
+            return False
+        steps = (value - self.low) / (self.step or 1.0)
+        return not (self.whole or self.step) or abs(steps - round(steps)) <= 1e-9 * max(1.0, abs(steps))
+
+    def own(self, value: Any) -> Scalar:
+        """The parameter's spelling of a value (1 for 1.0 where it lists 1). Raises ValueError where it has none."""
+        at = self.position(value)
+        if self.values is not None and at is not None:
+            return self.values[at]
+        if self.values is not None or value not in self:
+            raise ValueError(f"{self.name} does not take {value!r}")
+        return round(value) if self.whole else float(value)
 
     def fields(self, value: Scalar) -> Mapping[str, Any]:
-        """Dotted path -> value that `value` sets."""
-        return {self.name: value} if self.sets is None else self.sets[value]
+        """Dotted path -> value that `value` sets. Raises ValueError for none of its values."""
+        if self.sets is None:
+            return {self.name: self.own(value)}
+        at = self.position(value)
+        if at is None:
+            raise ValueError(f"{self.name} does not take {value!r}")
+        return self.sets[at]
+
+    def nearest(self, value: Any) -> Scalar:
+        """The value nearest to `value`, by ratio where log, the smaller of two; of unordered ones, and of what is no
+        number, the value itself. Raises ValueError where there is none."""
+        if value in self:
+            return self.own(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or (self.values is not None and not self.ordered):
+            raise ValueError(f"{self.name} does not take {value!r}, nor anything near")
+        if self.values is None:
+            inside = min(max(value, self.low), self.high)
+            if self.step is not None:
+                inside = self.low + min(round((inside - self.low) / self.step), self._steps) * self.step
+            return round(inside) if self.whole else float(inside)
+        by = sorted(v for v in self.values if isinstance(v, int | float))
+        at = bisect_left(by, value)
+        near = by[max(at - 1, 0) : at + 1]
+        far = (lambda v: abs(math.log(v / value))) if self.log and value > 0 else (lambda v: abs(v - value))
+        return self.own(min(near, key=far))
+
+    @property
+    def _steps(self) -> int:
+        return math.floor((self.high - self.low) / (self.step or 1.0) + 1e-9)
+
+    def draw(self, rng: np.random.Generator) -> Scalar:
+        """One of its values, each as likely; of a continuous one uniform, in equal ratios where log."""
+        if self.values is not None:
+            return self.values[int(rng.integers(len(self.values)))]
+        if self.log:
+            value = math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
+            return self.nearest(min(max(value, self.low), self.high) if not self.whole else round(value))
+        if self.whole or self.step is not None:
+            found = self.low + int(rng.integers(self._steps + 1)) * (self.step or 1)
+            return round(found) if self.whole else float(min(found, self.high))
+        return float(rng.uniform(self.low, self.high))
+
+    def near(self, value: Scalar) -> list[Scalar]:
+        """What `Space.neighbours` puts in the place of `value`."""
+        if self.values is not None:
+            at = self.position(value)
+            assert at is not None
+            if not self.ordered:
+                return [v for i, v in enumerate(self.values) if i != at]
+            far = len(self.values) // _FAR
+            steps = sorted({-1, 1, -far, far} - {0})
+            return [self.values[at + d] for d in steps if 0 <= at + d < len(self.values)]
+        assert isinstance(value, int | float)
+        if self.log:
+            by = (self.high / self.low) ** (1 / _FAR)
+            beside = (value / by, value * by)
+        else:
+            beside = (value - (self.high - self.low) / _FAR, value + (self.high - self.low) / _FAR)
+        found = [self.nearest(round(v) if self.whole else v) for v in beside]
+        return [v for v in dict.fromkeys(found) if v != value]
 
 
 class Space:
-    """The parameters of a `tune` block. Raises BadInput with every problem: no values, a `when` that names no
-    parameter or no value of it, or one that depends on itself."""
+    """The parameters of a `tune` block, those that a `when` names before those it belongs to. Raises BadInput with
+    every problem: a `when` that names no parameter or no value of it, one that depends on itself."""
 
     def __init__(self, specs: Mapping[str, ParameterSpec]) -> None:
-        self.parameters = tuple(_parameter(name, spec) for name, spec in _in_order(specs))
+        self.parameters = tuple(_parameter(name, specs) for name in _in_order(specs))
+        self.named: Mapping[str, Parameter] = {p.name: p for p in self.parameters}
+        self._memo: dict[tuple[int, int], int] = {}
+
+    # ---- points
 
     def active(self, point: Point) -> list[Parameter]:
         """Parameters that mean something beside the values of `point`, those they depend on before them."""
         out: list[Parameter] = []
         on: set[str] = set()
         for p in self.parameters:
-            if all(name in on and point.get(name) in values for name, values in (p.when or {}).items()):
+            if p.when is None or all(name in on and _among(point, name, values) for name, values in p.when.items()):
                 out.append(p)
                 on.add(p.name)
         return out
 
+    def __contains__(self, point: object) -> bool:
+        """Is it a point of the space: a value of its own for every parameter that means something, and no other?"""
+        if not isinstance(point, Mapping):
+            return False
+        active = self.active(point)
+        return {p.name for p in active} == set(point) and all(point[p.name] in p for p in active)
+
+    def complete(self, point: Point, defaults: Point | None = None) -> dict[str, Scalar]:
+        """`point` without what means nothing in it, and with what is missing: the value of `defaults` where it is one,
+        else the first. Raises ValueError for a value that its parameter does not take."""
+        out: dict[str, Scalar] = {}
+        for p in self.parameters:
+            if p.when is not None and not all(_among(out, name, values) for name, values in p.when.items()):
+                continue
+            if p.name in point:
+                out[p.name] = p.own(point[p.name])
+            elif defaults is not None and p.name in defaults and defaults[p.name] in p:
+                out[p.name] = p.own(defaults[p.name])
+            else:
+                out[p.name] = p.nearest(p.low) if p.values is None else p.values[0]
+        return out
+
+    def neighbours(self, point: Point, defaults: Point | None = None) -> list[dict[str, Scalar]]:
+        """Points with one parameter changed: an ordered one to its next values and to a 20th of its range away, any
+        other to every other value; completed by `defaults`."""
+        return [
+            self.complete({**point, p.name: value}, defaults)
+            for p in self.active(point)
+            if p.name in point
+            for value in p.near(p.own(point[p.name]))
+        ]
+
     def overrides(self, point: Point) -> tuple[str, ...]:
-        """`a.b=c` texts that turn the scenario into this point, in the order of the parameters."""
-        return tuple(
-            f"{path}={json.dumps(value)}"
+        """`a.b=c` texts that turn the scenario into this point: a field before those inside it, else in the order of
+        the parameters. Raises ValueError for a value that its parameter does not take."""
+        fields = [
+            (path, value)
             for p in self.active(point)
             if p.name in point
             for path, value in p.fields(point[p.name]).items()
-        )
+        ]
+        return tuple(f"{path}={_yaml(value)}" for path, value in sorted(fields, key=lambda f: f[0].count(".")))
 
     def key(self, point: Point) -> str:
         """One spelling of a point."""
-        return canonical({p.name: point[p.name] for p in self.active(point) if p.name in point})
+        on = [p for p in self.active(point) if p.name in point]
+        return canonical({p.name: p.own(point[p.name]) if point[p.name] in p else point[p.name] for p in on})
+
+    # ---- counting
 
     @cached_property
-    def size(self) -> int | None:
-        """How many points there are; None where a parameter is continuous or there are over 10 million."""
+    def _kills(self) -> tuple[tuple[tuple[int, tuple[int, ...]], ...], ...]:
+        """By parameter: (parameters that cannot mean anything any more, positions of the values that have it so), in
+        the order of the values; a continuous one has no value and kills none."""
+        out = []
+        for p in self.parameters:
+            groups: dict[int, list[int]] = {}
+            after = [(1 << j, c.when[p.name]) for j, c in enumerate(self.parameters) if c.when and p.name in c.when]
+            among = [(bit, {identity(v) for v in values}) for bit, values in after]
+            for at, value in enumerate(p.values or ()):
+                dead = sum(bit for bit, values in among if identity(value) not in values)
+                groups.setdefault(dead, []).append(at)
+            out.append(tuple((dead, tuple(ats)) for dead, ats in groups.items()) or ((0, ()),))
+        return tuple(out)
+
+    @cached_property
+    def _below(self) -> tuple[int, ...]:
+        """By parameter: those that name it in their `when`."""
+        return tuple(
+            sum(1 << j for j, c in enumerate(self.parameters) if c.when and p.name in c.when) for p in self.parameters
+        )
+
+    def _count(self, index: int, dead: int) -> int:
+        """How many ways there are to go on from parameter `index`, where those of the bits `dead` mean nothing."""
+        if index == len(self.parameters):
+            return 1
+        known = self._memo.get((index, dead))
+        if known is not None:
+            return known
+        if len(self._memo) > _MOST_STATES:
+            raise _TooEntangledError
+        if dead >> index & 1:
+            count = self._count(index + 1, dead & ~(1 << index) | self._below[index])
+        else:
+            count = sum((len(ats) or _LEVELS) * self._count(index + 1, dead | more) for more, ats in self._kills[index])
+        self._memo[index, dead] = count
+        return count
+
+    @cached_property
+    def count(self) -> int | None:
+        """How many points there are, exactly, however many; None where a parameter is continuous (or conditions are
+        entangled beyond counting)."""
         if any(p.values is None for p in self.parameters):
             return None
-        if not any(p.when for p in self.parameters):
-            size = math.prod(len(p.values or ()) for p in self.parameters)
-            return size if size <= 10_000_000 else None
-        count = 0
-        for count, _ in enumerate(self.points(), 1):
-            if count > 10_000_000:
-                return None
-        return count
+        try:
+            return self._count(0, 0)
+        except _TooEntangledError:
+            return None
+
+    @property
+    def size(self) -> int | None:
+        """How many points there are; None where a parameter is continuous or there are over 10 million."""
+        return self.count if self.count is not None and self.count <= _MOST_POINTS else None
 
     def points(self) -> Iterator[dict[str, Scalar]]:
         """Every point, each once, in the order of the values. Raises BadInput for a continuous space."""
         if any(p.values is None for p in self.parameters):
-            raise BadInput("a continuous parameter has no list of values; give it a step")
-        yield from self._points(0, {})
+            raise BadInput("a continuous parameter has no list of values; give it a step, or a factor")
+        if not any(p.when for p in self.parameters):
+            names = [p.name for p in self.parameters]
+            yield from (
+                dict(zip(names, v, strict=True)) for v in itertools.product(*(p.values or () for p in self.parameters))
+            )
+        else:
+            yield from self._points(0, 0, {})
 
-    def _points(self, index: int, point: dict[str, Scalar]) -> Iterator[dict[str, Scalar]]:
+    def _points(self, index: int, dead: int, point: dict[str, Scalar]) -> Iterator[dict[str, Scalar]]:
+        while index < len(self.parameters) and dead >> index & 1:
+            index, dead = index + 1, dead & ~(1 << index) | self._below[index]
         if index == len(self.parameters):
             yield dict(point)
             return
         p = self.parameters[index]
-        if not all(point.get(name) in values for name, values in (p.when or {}).items()):
-            yield from self._points(index + 1, point)
-            return
-        for value in p.values or ():
-            yield from self._points(index + 1, {**point, p.name: value})
+        kills = {at: more for more, ats in self._kills[index] for at in ats}
+        for at, value in enumerate(p.values or ()):
+            point[p.name] = value
+            yield from self._points(index + 1, dead | kills[at], point)
+        del point[p.name]
+
+    def index(self, point: Point) -> int:
+        """Where a point stands in `points()`. Raises ValueError for what is no point."""
+        if point not in self or self.count is None:
+            raise ValueError(f"not a point of a space that can be enumerated: {dict(point)}")
+        found, dead = 0, 0
+        for i, p in enumerate(self.parameters):
+            if dead >> i & 1:
+                dead = dead & ~(1 << i) | self._below[i]
+                continue
+            place, chosen = p.position(point[p.name]), 0
+            assert place is not None
+            for more, ats in self._kills[i]:
+                found += bisect_left(ats, place) * self._count(i + 1, dead | more)
+                chosen = more if place in ats else chosen
+            dead |= chosen
+        return found
+
+    def at(self, index: int) -> dict[str, Scalar]:
+        """The point that stands at `index` in `points()`. Raises IndexError."""
+        if self.count is None or not 0 <= index < self.count:
+            raise IndexError(f"{index}: the space has {self.count} points that can be listed")
+        point: dict[str, Scalar] = {}
+        dead = 0
+        for i, p in enumerate(self.parameters):
+            if dead >> i & 1:
+                dead = dead & ~(1 << i) | self._below[i]
+                continue
+            groups = self._kills[i]
+            more, place = groups[0][0], 0
+            if len(groups) == 1:
+                place, index = divmod(index, self._count(i + 1, dead | more))
+            else:
+                for place, more in sorted((place, more) for more, ats in groups for place in ats):  # noqa: B007
+                    size = self._count(i + 1, dead | more)
+                    if index < size:
+                        break
+                    index -= size
+            assert p.values is not None
+            point[p.name] = p.values[place]
+            dead |= more
+        return point
+
+    def random(self, rng: np.random.Generator) -> dict[str, Scalar]:
+        """A point, each as likely. A continuous parameter is drawn uniformly (in equal ratios where log), and weighs
+        as much as 100 values where branches of a space are chosen between."""
+        point: dict[str, Scalar] = {}
+        dead = 0
+        for i, p in enumerate(self.parameters):
+            if dead >> i & 1:
+                dead = dead & ~(1 << i) | self._below[i]
+                continue
+            groups = self._kills[i]
+            more, ats = groups[0]
+            if len(groups) > 1:
+                more, ats = groups[_pick([len(ats) * self._weight(i + 1, dead | more) for more, ats in groups], rng)]
+            point[p.name] = p.draw(rng) if p.values is None else p.values[ats[int(rng.integers(len(ats)))]]
+            dead |= more
+        return point
+
+    def _weight(self, index: int, dead: int) -> int:
+        try:
+            return self._count(index, dead)
+        except _TooEntangledError:  # then each parameter alone is uniform
+            return 1
+
+    # ---- the scenario as it is written
 
     def point_of(self, raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Scalar]:
         """The point that a scenario stands at, as far as its values are in the space: `raw` as written, `defaults`
-        the fields it leaves out (both nested mappings)."""
+        the fields it leaves out (both nested mappings: `Scenario.raw`, `Scenario.resolved`)."""
         point: dict[str, Scalar] = {}
         for p in self.parameters:
-            if not all(point.get(name) in values for name, values in (p.when or {}).items()):
-                continue
-            found = _value_at(p, raw, defaults)
-            if found is not None:
-                point[p.name] = found[0]
+            if p.when is None or all(_among(point, name, values) for name, values in p.when.items()):
+                found = _value_at(p, raw, defaults)
+                if found is not None:
+                    point[p.name] = found[0]
         return point
+
+    def outside(self, point: Point) -> tuple[str, ...]:
+        """Parameters that a point of `point_of` lacks though they mean something there: the scenario's values for them
+        are not in the space."""
+        return tuple(p.name for p in self.active(point) if p.name not in point)
+
+
+class _TooEntangledError(Exception):
+    pass
+
+
+def _among(point: Mapping[str, Any], name: str, values: tuple[Scalar, ...]) -> bool:
+    return name in point and any(identity(point[name]) == identity(v) for v in values)
+
+
+def _pick(weights: list[int], rng: np.random.Generator) -> int:
+    """An index, as likely as its weight (whole numbers of any size)."""
+    total = sum(weights)
+    left = rng.random()
+    for i, weight in enumerate(weights):
+        left -= weight / total
+        if left < 0:
+            return i
+    return max(i for i, weight in enumerate(weights) if weight)
+
+
+_CONTROL = re.compile("[\x7f-\x9f\ufeff\ufffe\uffff\u2028\u2029]")
+
+
+def _yaml(value: Any) -> str:
+    """JSON that YAML reads as the same: characters as they are, but for those that YAML wants escaped."""
+    return _CONTROL.sub(lambda m: f"\\u{ord(m[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
 def _value_at(p: Parameter, raw: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[Scalar] | None:
@@ -142,60 +432,53 @@ def _value_at(p: Parameter, raw: Mapping[str, Any], defaults: Mapping[str, Any])
     return None
 
 
-def _in_order(specs: Mapping[str, ParameterSpec]) -> list[tuple[str, ParameterSpec]]:
-    """Parameters after those that their `when` names."""
-    left, out = dict(specs), []
-    done: set[str] = set()
-    while left:
-        ready = [name for name, spec in left.items() if set(spec.when or ()) <= done]
-        if not ready:
-            name = next(iter(left))
-            missing = sorted(set(left[name].when or ()) - set(specs))
-            why = f"names {missing[0]}, which is no parameter" if missing else "depends on itself"
-            raise BadInput(f"tune.space.{name}: its `when` {why}")
-        for name in ready:
-            out.append((name, left.pop(name)))
-            done.add(name)
+# ---- from the spec
+
+
+def _in_order(specs: Mapping[str, ParameterSpec]) -> list[str]:
+    """Parameters in the file's order, but each right after the last of those that its `when` names: so few conditions
+    are open at a time."""
+    out: list[str] = []
+    problems = []
+    for name, spec in specs.items():
+        problems += [
+            f"tune.space.{name}: its `when` names {other}, which is no parameter"
+            for other in spec.when or ()
+            if other not in specs
+        ]
+
+    def place(name: str) -> None:
+        out.append(name)
+        for other, spec in specs.items():
+            if other not in out and spec.when and name in spec.when and set(spec.when) <= set(out):
+                place(other)
+
+    for name, spec in specs.items():
+        if name not in out and not spec.when:
+            place(name)
+    if not problems:
+        problems += [f"tune.space.{name}: its `when` depends on itself" for name in specs if name not in out]
+    if problems:
+        raise BadInput("; ".join(problems))
     return out
 
 
-def _parameter(name: str, spec: ParameterSpec) -> Parameter:
+def _parameter(name: str, specs: Mapping[str, ParameterSpec]) -> Parameter:
+    spec = specs[name]
     when = None
     if spec.when:
-        when = {k: tuple(map(_label, v if isinstance(v, list) else [v])) for k, v in spec.when.items()}
+        when = {other: specs[other].matching(wanted) for other, wanted in spec.when.items()}
+        for other, found in when.items():
+            if not found:
+                raise BadInput(f"tune.space.{name}: its `when` names no value of {other}: {spec.when[other]!r}")
+    values = spec.values
     if isinstance(spec.choices, dict):
-        labelled: dict[Scalar, Mapping[str, Any]] = dict(spec.choices.items())
-        return Parameter(name, tuple(labelled), labelled, when=when)
+        return Parameter(name, values, tuple(spec.choices.values()), when=when)
     if spec.choices is not None:
-        sets = {_label(value): {name: value} for value in spec.choices}
-        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in spec.choices)
-        return Parameter(name, tuple(sets), sets, ordered=numbers, when=when)
-    if spec.range is not None:
-        low, high = spec.range
-        step = spec.step if spec.step is not None else (1 if isinstance(low, int) and isinstance(high, int) else None)
-        if step is None:
-            return Parameter(name, None, low=low, high=high, when=when)
-        steps = math.floor((high - low) / step + 1e-9) + 1
-        whole = all(isinstance(v, int) for v in (low, high, step))
-        values = tuple(low + i * step if whole else round(low + i * step, 12) for i in range(steps))
-        return Parameter(name, values, low=low, high=high, ordered=True, when=when)
-    assert spec.log_range is not None
-    low, high = spec.log_range
-    if spec.factor is None:
-        return Parameter(name, None, low=low, high=high, log=True, when=when)
-    out: list[Scalar] = []
-    value: float = low
-    while value <= high * (1 + 1e-12):
-        out.append(round(value) if isinstance(low, int) and isinstance(high, int) else value)
-        value *= spec.factor
-    return Parameter(name, tuple(dict.fromkeys(out)), low=low, high=high, log=True, ordered=True, when=when)
-
-
-def _label(value: Any) -> Scalar:
-    """A scalar as it is; a policy as `kind(parameter=value)`; else JSON."""
-    if isinstance(value, str | int | float | bool) or value is None:
-        return value
-    if isinstance(value, Mapping) and "kind" in value:
-        rest = ", ".join(f"{k}={json.dumps(v)}" for k, v in value.items() if k != "kind")
-        return f"{value['kind']}({rest})" if rest else str(value["kind"])
-    return json.dumps(value)
+        assert values is not None
+        ordered = all(isinstance(v, int | float) and not isinstance(v, bool) for v in spec.choices)
+        return Parameter(name, values, tuple({name: v} for v in spec.choices), ordered=ordered, when=when)
+    low, high = spec.bounds
+    log = spec.log_range is not None
+    step = None if values is not None or log else spec.stride
+    return Parameter(name, values, None, low, high, log, True, when, spec.whole, step)
