@@ -167,6 +167,12 @@ def training_checks(
             "routing.training_scores draws the scores of a training run, but routing gives a pool whose scores are "
             "used over and over; remove one",
         )
+    if routing.sequences is not None and not routing.names_pool:
+        refuse(
+            ("routing", "sequences"),
+            "routing.sequences is a part of a pool, and here the scores of every step are drawn anew; remove it, or "
+            "give routing.path",
+        )
     for phase in ("prefill", "decode"):
         if getattr(capacity, phase, None) is not None:
             refuse(("capacity", phase), f"capacity.{phase}: training has no {phase}; set capacity.factor")

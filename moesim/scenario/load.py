@@ -544,6 +544,9 @@ def _resolved(spec: ScenarioSpec, model: MoEModel, policies: Policies, files: di
         if getattr(spec, key) is None:
             unused[key] = True
     out: dict[str, Any] = spec.model_dump(mode="json", exclude=unused)
+    for block in (out.get("routing"), (out.get("placement_from") or {}).get("routing")):
+        if block is not None and block["sequences"] is None:
+            del block["sequences"]  # the whole pool: what is not said is not in the hash
     for part, digest in files.items():
         block = out
         for key in part.split("."):

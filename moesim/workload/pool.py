@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moesim.errors import BadInput, Problem
+
 __all__ = ["Ids", "RoutingSource", "count_ids", "count_steps", "id_dtype", "ideal_counts"]
 
 Ids = NDArray[np.uint8] | NDArray[np.uint16] | NDArray[np.uint32]
@@ -107,6 +109,37 @@ class RoutingSource:
             source=source,
             ideal=ideal,
             ragged=ragged,
+        )
+
+    def part(self, share: tuple[float, float], where: str) -> RoutingSource:
+        """The sequences between two shares of the pool, in order; arrays and memory maps are views.
+
+        Shares are rounded to whole sequences each by itself, so parts that meet at a share leave none out and have none
+        twice. Raises BadInput, naming the place `where`, for a part without a sequence.
+        """
+        total = self.num_sequences
+        first, last = (round(end * total) for end in share)
+        if first == last:
+            message = (
+                f"a part of the pool needs a sequence: {list(share)} of {total:,} sequences is {first} to {last}. "
+                "Use shares further apart, or a trace of more sequences"
+            )
+            raise BadInput(Problem(where, message))
+        if last - first == total:
+            return self
+        start = self.sequence_start[first : last + 1]
+        rows, sequences = slice(int(start[0]), int(start[-1])), slice(first, last)
+        return replace(
+            self,
+            expert_TLK=self.expert_TLK[rows],
+            weight_TLK=None if self.weight_TLK is None else self.weight_TLK[rows],
+            score_TLE=None if self.score_TLE is None else self.score_TLE[rows],
+            token_T=None if self.token_T is None else self.token_T[rows],
+            phase_T=None if self.phase_T is None else self.phase_T[rows],
+            sequence_start=start - start[0],
+            domain_Q=None if self.domain_Q is None else self.domain_Q[sequences],
+            window_Q=None if self.window_Q is None else self.window_Q[sequences],
+            source=f"{self.source}, sequences {first:,} to {last - 1:,} of {total:,}",
         )
 
     def take_sequences(self, sequence_N: NDArray[np.int64]) -> RoutingSource:

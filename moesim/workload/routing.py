@@ -10,11 +10,11 @@ from __future__ import annotations
 import importlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from moesim.errors import BadInput, Problem
 from moesim.model import MoEModel
@@ -37,20 +37,33 @@ _READERS = {"trace": "moesim.traces.routing_npz", "counts": "moesim.traces.routi
 order)."""
 
 
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class RoutingSpec(SyntheticSpec):
     """`routing:` of a scenario.
 
     path: a trace (.npz or a converted folder) or per-layer counts (.csv, .json); none: the synthetic model alone.
     scores: where the scores come from that routers need and no trace holds. training_scores: how those of a training
     run change (`mode: training`), where neither a path nor a knob of the synthetic model is given. fidelity: `token`
-    follows every token's ids, `count` the tokens per expert, `auto` lets the engine choose. The other keys are the
-    synthetic model's knobs; with counts, the file gives the popularity.
+    follows every token's ids, `count` the tokens per expert, `auto` lets the engine choose. sequences: [from, to],
+    shares of the pool's sequences; only those between them exist for the run (what a search may see, and what is held
+    out for judging it). Counts have no sequences: those of the pool that is drawn from them are meant. The other keys
+    are the synthetic model's knobs; with counts, the file gives the popularity.
     """
 
     path: str | None = Field(default=None, min_length=1)
     scores: ScoreSpec = Field(default_factory=ScoreSpec)
     training_scores: TrainingScoresSpec = Field(default_factory=TrainingScoresSpec)
     fidelity: Literal["auto", "token", "count"] = "auto"
+    sequences: Annotated[tuple[_Share, _Share], Field(strict=False)] | None = None
+
+    @field_validator("sequences")
+    @classmethod
+    def _is_a_part(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not value[0] < value[1]:
+            raise ValueError(f"a part is [from, to], shares of the pool, from < to: {list(value)}; [0, 1] is all of it")
+        return value
 
     @property
     def names_pool(self) -> bool:
@@ -89,9 +102,9 @@ def load_routing(
 
     `base`: the folder that `spec.path` is relative to. `routing_policy` None: the model's own groups,
     recorded ids as recorded. A policy that replaces ids (`random`, `balanced`) keeps a trace's sequences and
-    takes its own experts. Raises BadInput for a file that cannot be used or does not agree with the model;
-    `where` names the YAML place. any_top_k: a trace's K may differ from
-    the model's, because a router chooses anew.
+    takes its own experts. Where `spec.sequences` is given, that part of the pool. Raises BadInput for a file
+    that cannot be used or does not agree with the model; `where` names the YAML place. any_top_k: a trace's
+    K may differ from the model's, because a router chooses anew.
     """
     if not model.moe_layers:
         raise BadInput(Problem(where, f"{model.name} is dense: no expert is routed. Leave `routing` out."))
@@ -103,12 +116,13 @@ def load_routing(
         source = _from_trace(spec, model, path, where, any_top_k)
     else:
         source = _from_model(spec, model, path, seed, groups, where)
-    if routing_policy is None or not routing_policy.replaces_ids:
-        return source
-    weight_LE = source.count_LE().astype(np.float64)
-    ids = routing_policy.draw(weight_LE, source.num_tokens, source.top_k, groups, seed)
-    name = type(routing_policy).__module__.rpartition(".")[2]
-    return source.with_ids(ids, f"{name} in place of {source.source}", ideal=routing_policy.ideal)
+    if routing_policy is not None and routing_policy.replaces_ids:
+        weight_LE = source.count_LE().astype(np.float64)
+        ids = routing_policy.draw(weight_LE, source.num_tokens, source.top_k, groups, seed)
+        name = type(routing_policy).__module__.rpartition(".")[2]
+        source = source.with_ids(ids, f"{name} in place of {source.source}", ideal=routing_policy.ideal)
+    # last, so that the parts of a pool are parts of one draw
+    return source if spec.sequences is None else source.part(spec.sequences, f"{where}.sequences")
 
 
 # ----------------------------------------------------------------------------------------------------- traces
