@@ -123,8 +123,8 @@ def close_gap(
 
 
 class Answer(NamedTuple):
-    """solver: with its values, None where it found nothing in time. bound: proven, -inf where there is none. units:
-    deterministic time it took."""
+    """solver: with its values, None where it found nothing in time. bound: proven; -inf where there is none, inf where
+    it has proven that there is no answer. units: deterministic time it took."""
 
     solver: Any
     bound: float
@@ -144,8 +144,9 @@ def cp_model() -> Any:
     return module
 
 
-def ask(model: Any, deterministic_time: float, seed: int = 0) -> Answer:
-    """Solve `model` with one worker, a fixed seed and deterministic time: the same answer on every machine."""
+def ask(model: Any, deterministic_time: float, seed: int = 0, may_fail: bool = False) -> Answer:
+    """Solve `model` with one worker, a fixed seed and deterministic time: the same answer on every machine. may_fail:
+    nobody knows yet whether it has an answer."""
     module = cp_model()
     solver = module.CpSolver()
     solver.parameters.num_workers = 1
@@ -158,6 +159,8 @@ def ask(model: Any, deterministic_time: float, seed: int = 0) -> Answer:
     if status == module.UNKNOWN:
         bound = float(solver.best_objective_bound)
         return Answer(None, bound if math.isfinite(bound) else -math.inf, units)
+    if may_fail and status == module.INFEASIBLE:
+        return Answer(None, math.inf, units)
     raise AssertionError(f"the solver calls its own model {solver.status_name(status)}")
 
 
