@@ -116,7 +116,7 @@ def offload_of(
     stored_L = np.stack([s.sum(axis=1) / np.maximum((s > 0).sum(axis=1), 1) for s in stored]).mean(axis=0) / base_bytes
     whole = float(np.mean([s[s > 0].mean() for s in stored])) * layout.expert_tp
     cpu = CpuPrices(tiers.cpu, scenario.cluster.node, model, whole, scenario.cpu, sharers)
-    costs = _costs(scenario, layout, ops, stream, experts, cpu, float(fetch.ns), read_ns)
+    costs = _costs(scenario, layout, ops, stream, experts, cpu, float(fetch.ns), read_ns, float(stored_L.mean()))
     ranks = []
     for (draft, local_LE), one, size_LE in zip(drafts, made, stored, strict=True):
         capacity = min(budget.expert_bytes, int(size_LE.sum()) + one.extra_bytes)
@@ -263,10 +263,10 @@ def _sample(fit: RoutingSource, local_LE: IntArray | None) -> RouteSample:
 
 def _costs(
     scenario: Scenario, layout: Layout, ops: Operators, stream: RequestStream, experts: Experts, cpu: CpuPrices,
-    transfer_ns: float, read_ns: float,
+    transfer_ns: float, read_ns: float, stored: float,
 ) -> MissCosts:  # fmt: skip
     """Costs in decode steps as full as the engine and the traffic let them be. read_ns: what an expert takes on its way
-    into host memory, on average."""
+    into host memory, on average. stored: bytes of an expert as stored over those of the model's format."""
     model, engine, tiers = scenario.model, scenario.engine, scenario.tiers
     assert tiers is not None
     running = max(1, min(engine.max_num_seqs, len(stream), stream.concurrency or len(stream)))
@@ -281,8 +281,14 @@ def _costs(
     def cpu_ns(rows: int) -> float:
         return float(cpu.ns([rows])) + read_ns if rows else 0.0
 
+    def product_ns(rows: Sequence[int]) -> float:
+        if not rows:
+            return 0.0
+        work = float(ops.moe_work(np.array(rows), shape.dtype).sum())
+        return float(ops.moe(float(sum(rows)), len(rows) * stored, work, 0.0, shape).ns)
+
     layer_ns = (float(dense.total_N[0]) + attention * model.num_layers) / model.num_moe_layers
-    return MissCosts(transfer_ns, gpu_ns, cpu_ns, tiers.cpu.sync_us * 1e3, layer_ns)
+    return MissCosts(transfer_ns, gpu_ns, cpu_ns, tiers.cpu.sync_us * 1e3, layer_ns, product_ns, running)
 
 
 def _rates(

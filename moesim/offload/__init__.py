@@ -35,6 +35,7 @@ __all__ = [
     "PrecisionPolicy",
     "Prefetch",
     "PrefetchPolicy",
+    "Proof",
     "RebatchingPolicy",
     "Reroute",
     "ReroutingPolicy",
@@ -111,13 +112,16 @@ class MissCosts:
     """ns, for policies that weigh them. transfer_ns: one expert over the slowest link to the device. gpu_ns, cpu_ns:
     rows of one expert -> ns there. Where drives are the home, both ways hold what reading an expert takes on average
     (none for those that have room in host memory). sync_ns: what a layer pays for having any expert on the CPU.
-    layer_ns: a layer without stalls."""
+    layer_ns: a layer without stalls. product_ns: rows of several experts -> ns of one product of them all on the device;
+    None: not said. running: requests that a decode step serves."""
 
     transfer_ns: float
     gpu_ns: Callable[[int], float]
     cpu_ns: Callable[[int], float]
     sync_ns: float
     layer_ns: float
+    product_ns: Callable[[Sequence[int]], float] | None = None
+    running: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +169,27 @@ class OffloadContext:
         return np.zeros_like(keys) if self.semantics.pooled else keys // self.num_experts
 
 
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What is proven of a policy's answer. objective: of the answer, less is better; of: what it is, in words. bound: no
+    answer that the policy chooses from has less. status: `optimal` (the bound is reached), `feasible` (a gap is left),
+    `too_large` (and no solver was asked). solver_units: deterministic time of a solver; 0: it was not needed."""
+
+    of: str
+    objective: float
+    bound: float
+    status: str
+    solver_units: float = 0.0
+
+    @property
+    def gap(self) -> float:
+        """(objective - bound) / objective."""
+        return 0.0 if self.objective <= self.bound else (self.objective - self.bound) / self.objective
+
+    def __str__(self) -> str:
+        return f"{self.of} {self.objective:.6g}, bound {self.bound:.6g}, gap {self.gap:.2%}, {self.status}"
+
+
 # ---- what is resident, and what a miss does
 
 
@@ -190,6 +215,7 @@ class OffloadPlan:
     paged: bool = False
     look_ahead: int = 1
     update_tokens: int | None = None
+    proof: Proof | None = None
 
     def device_bytes(self, size_LE: IntArray) -> int:
         """Of experts on the device: fixed ones and the caches."""
@@ -305,6 +331,7 @@ class Compressed:
     merged with, or num_experts: it is gone and its tokens lose it). miss_bits: bits of the copy that a miss fetches
     instead, by gate weight over the token's largest, highest threshold first: ((share, bits), ...); empty: the stored
     ones. extra_bytes: kept besides on the device. quality: what is published of accuracy, with its source, or "".
+    proof: how good the allocation is by the policy's own measure, where it can say.
     What follows of it for sizes, popularity and samples: `moesim.offload.compression.apply`.
     """
 
@@ -313,6 +340,7 @@ class Compressed:
     miss_bits: tuple[tuple[float, float], ...] = ()
     extra_bytes: int = 0
     quality: str = ""
+    proof: Proof | None = None
 
 
 class PrecisionPolicy(Protocol):

@@ -26,6 +26,7 @@ from moesim.errors import BadInput
 from moesim.offload import Compressed, OffloadContext, StepRoutes
 from moesim.offload.precision.allocation import allocate
 from moesim.offload.precision.base import Grid, Precision, own_map, scaled, the_grid
+from moesim.offload.precision.significance import mean_weight, significance
 
 __all__ = ["Policy"]
 
@@ -68,13 +69,13 @@ class Policy(Precision):
         frequency_LE = the_grid(self.frequency, "frequency", context)
         weight_LE = the_grid(self.weight, "weight", context)
         frequency_LE = context.popularity_LE if frequency_LE is None else frequency_LE
-        weight_LE = _mean_weight(context) if weight_LE is None else weight_LE
+        weight_LE = mean_weight(context) if weight_LE is None else weight_LE
+        # arXiv 2410.06270: f^alpha * w^beta * eps^gamma
+        significance_LE = significance(frequency_LE, weight_LE, self.alpha, self.beta)
         error_LEB = self._error(layers, experts)
         width_LE = np.zeros((layers, experts))
         for layer in range(layers):
-            # arXiv 2410.06270: f^alpha * w^beta * eps^gamma
-            significance_E = _shares(frequency_LE[layer]) ** self.alpha * _shares(weight_LE[layer]) ** self.beta
-            cost_EB = significance_E[:, None] * error_LEB[layer] ** self.gamma
+            cost_EB = significance_LE[layer][:, None] * error_LEB[layer] ** self.gamma
             budget = int(self.average * experts + 1e-9)
             width_LE[layer] = allocate(cost_EB, WIDTHS, budget, ALWAYS)
         extra = self.scale_bits / self.group if self.group else 0.0
@@ -109,22 +110,3 @@ class Policy(Precision):
             return True
         return layer in np.argsort(np.array(self.layer_loss), kind="stable")[: self.layers]
 
-
-def _shares(x_E: FloatArray) -> FloatArray:
-    total = x_E.sum()
-    return np.asarray(x_E / total) if total > 0 else np.full(len(x_E), 1.0 / len(x_E))
-
-
-def _mean_weight(context: OffloadContext) -> FloatArray:
-    """Mean gate weight of each expert where it was taken, [L, E]; 1 where no sample says."""
-    out = np.ones((context.num_layers, context.num_experts))
-    fit = context.fit
-    if fit is None or fit.weight_TLK is None:
-        return out
-    for layer in range(context.num_layers):
-        ids, weight = fit.expert_TLK[:, layer].ravel(), np.asarray(fit.weight_TLK[:, layer], np.float64).ravel()
-        real = ids < context.num_experts
-        count_E = np.bincount(ids[real], minlength=context.num_experts)
-        sum_E = np.bincount(ids[real], weights=weight[real], minlength=context.num_experts)
-        out[layer] = sum_E / np.maximum(count_E, 1)
-    return out

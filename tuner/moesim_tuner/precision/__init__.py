@@ -1,0 +1,1 @@
+"""Bit widths with a proof: one file a policy (`moesim.offload.PrecisionPolicy`)."""
