@@ -14,7 +14,8 @@ from moesim.compare import Entry
 from moesim.cost.routed import pool_source
 from moesim.errors import BadInput, Problem
 from moesim.observe import Observation, observe
-from moesim.scenario.load import FAMILY_KEYS, Scenario, load_scenario
+from moesim.scenario.fields import FAMILY_KEYS
+from moesim.scenario.load import Scenario, load_scenario
 from moesim.scenario.source import override_place
 from moesim.simulate import RunResult, simulate
 from moesim.training.result import TrainingResult

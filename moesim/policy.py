@@ -28,12 +28,14 @@ __all__ = [
     "FAMILIES",
     "FOLDERS",
     "Where",
+    "branches",
     "did_you_mean",
     "load_plugin",
     "load_policy",
     "policy_class",
     "policy_kinds",
     "spec_problems",
+    "step_into",
 ]
 
 FOLDERS = {
@@ -294,7 +296,7 @@ def _resolve(loc: Loc, model: type[BaseModel] | None, wrong_key: bool) -> tuple[
     parents: list[type[BaseModel]] = []
     for i, part in enumerate(loc):
         specs = [t for t in current if isinstance(t, type) and issubclass(t, BaseModel)]
-        inside = [a for t in current for a in _step(t, part)]
+        inside = [a for t in current for a in step_into(t, part)]
         if inside or (wrong_key and i == len(loc) - 1):
             path.append(part)
             parents, current = specs, inside
@@ -303,28 +305,28 @@ def _resolve(loc: Loc, model: type[BaseModel] | None, wrong_key: bool) -> tuple[
     return tuple(path), parents
 
 
-def _step(annotation: Any, part: str | int) -> list[Any]:
+def step_into(annotation: Any, part: str | int) -> list[Any]:
     """Types behind key or index `part` of a value of type `annotation`; [] where there is no such key."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         for name, field in annotation.model_fields.items():
             if part in (name, field.alias):
-                return _branches(field.annotation)
+                return branches(field.annotation)
         return []
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (list, tuple, set, frozenset) or (isinstance(origin, type) and issubclass(origin, Sequence)):
-        return [b for a in arguments if a is not Ellipsis for b in _branches(a)] if isinstance(part, int) else []
+        return [b for a in arguments if a is not Ellipsis for b in branches(a)] if isinstance(part, int) else []
     if isinstance(origin, type) and issubclass(origin, Mapping) and len(arguments) == 2:
-        return _branches(arguments[1])
+        return branches(arguments[1])
     return []
 
 
-def _branches(annotation: Any) -> list[Any]:
+def branches(annotation: Any) -> list[Any]:
     """The alternatives of a union, without Annotated."""
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
-        return _branches(typing.get_args(annotation)[0])
+        return branches(typing.get_args(annotation)[0])
     if origin in (typing.Union, types.UnionType):
-        return [b for a in typing.get_args(annotation) for b in _branches(a)]
+        return [b for a in typing.get_args(annotation) for b in branches(a)]
     if origin is Literal:
         return [str]
     return [annotation]

@@ -6,17 +6,28 @@ Here stands only what can be said, so that `moesim check` and `moesim schema` kn
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from moesim.spec import Spec
-from moesim.tune_values import Scalar, grid, identity, label, series
+from moesim.tune_values import Scalar, grid, identity, label, series, shown
 
 __all__ = ["JudgeSpec", "LimitSpec", "ParameterSpec", "RungSpec", "TuneSpec"]
 
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        text = isinstance(value, str) and re.fullmatch(r"\s*[-+]?[\d_.]+(e[-+]?\d+)?\s*", value, re.IGNORECASE)
+        hint = f"; write {value.strip()} without quotes" if isinstance(value, str) and text else ""
+        raise ValueError(f"a number is needed, got {value!r:.60}{hint}")
+    return value
+
+
 _Name = Annotated[str, Field(min_length=1, max_length=200)]
-_Number = Annotated[int | float, Field(allow_inf_nan=False)]
+_Number = Annotated[int | float, Field(allow_inf_nan=False), BeforeValidator(_number)]
 _Two = Annotated[list[_Number], Field(min_length=2, max_length=2)]
 
 
@@ -34,13 +45,29 @@ class ParameterSpec(Spec):
     range: _Two | None = None
     log_range: _Two | None = None
     step: _Number | None = None
-    factor: Annotated[float | int, Field(gt=1)] | None = None
-    when: dict[str, Any] | None = None
+    factor: _Number | None = None
+    when: Annotated[dict[str, Any], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ParameterSpec:
+        wrong = _wrong_kind(self) or [*_wrong_bounds(self), *_wrong_choices(self)]
+        if wrong:
+            raise ValidationError.from_exception_data(
+                "parameter",
+                [
+                    InitErrorDetails(
+                        type=PydanticCustomError("value_error", "{message}", {"message": message}), loc=loc, input=None
+                    )
+                    for loc, message in wrong
+                ],
+            )
+        return self
 
     @property
     def bounds(self) -> tuple[float, float]:
         """Lowest and highest of a range; (0, 0) for choices."""
-        return self.range or self.log_range or (0, 0)
+        low, high = self.range or self.log_range or (0, 0)
+        return low, high
 
     @property
     def whole(self) -> bool:
@@ -75,6 +102,61 @@ class ParameterSpec(Spec):
             for value, kind in zip(self.values or (), kinds, strict=True)
             if identity(value) in names or (isinstance(kind, str) and identity(kind) in names)
         )
+
+
+_Loc = tuple[str | int, ...]
+
+
+def _wrong_kind(spec: ParameterSpec) -> list[tuple[_Loc, str]]:
+    """What is given beside what it does not belong to: (place, message) of each."""
+    given = [name for name in ("choices", "range", "log_range") if getattr(spec, name) is not None]
+    if len(given) != 1:
+        what = f"got {' and '.join(given)}; keep one" if given else "got none"
+        return [((), f"a parameter needs exactly one of choices, range, log_range, {what}")]
+    belongs = {"step": "range", "factor": "log_range"}
+    instead = {"step": "factor: 2 (each value twice the last)", "factor": "step, or log_range in the place of range"}
+    return [
+        ((name,), f"{name} goes with {other}, and this parameter has {given[0]}; remove {name}"
+         + (f", or write {instead[name]}" if given[0] != "choices" else ""))
+        for name, other in belongs.items()
+        if getattr(spec, name) is not None and given[0] != other
+    ]  # fmt: skip
+
+
+def _wrong_bounds(spec: ParameterSpec) -> list[tuple[_Loc, str]]:
+    if spec.choices is not None:
+        return []
+    (low, high), key = spec.bounds, "range" if spec.range is not None else "log_range"
+    out: list[tuple[_Loc, str]] = []
+    if low > high:
+        out.append(((key,), f"the lowest stands first, and {low} is more than {high}; write [{high}, {low}]"))
+    if spec.step is not None and spec.step <= 0:
+        out.append((("step",), f"a step is more than 0, got {spec.step}"))
+    elif spec.step is not None and spec.step > high - low >= 0:
+        told = f"a step of {spec.step} leads out of {low} to {high} at once; use {high - low} or less"
+        out.append((("step",), told if high > low else f"{told}, or remove step"))
+    if key == "log_range" and low <= 0:
+        out.append(((key, 0), f"equal ratios start above 0, got {low}; raise it, or use range"))
+    if spec.factor is not None and spec.factor <= 1:
+        out.append((("factor",), f"each value is `factor` times the last, so it is more than 1, got {spec.factor}"))
+    return out
+
+
+def _wrong_choices(spec: ParameterSpec) -> list[tuple[_Loc, str]]:
+    out: list[tuple[_Loc, str]] = []
+    if isinstance(spec.choices, dict):
+        for name, fields in spec.choices.items():
+            if not fields:
+                out.append((("choices", name), f"{name} sets no field; write the value that stands there otherwise"))
+        if not spec.choices:
+            out.append((("choices",), "at least one choice is needed"))
+        return out
+    first: dict[tuple[bool, Scalar], int] = {}
+    for i, value in enumerate(spec.choices or ()):
+        same = first.setdefault(identity(label(value)), i)
+        if same != i:
+            out.append((("choices", i), f"{shown(value)} is a choice already, as number {same + 1}; remove one"))
+    return out
 
 
 class LimitSpec(Spec):

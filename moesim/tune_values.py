@@ -6,13 +6,14 @@ Python has them equal; 1 and 1.0 are the same number.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any, TypeAlias
 
-__all__ = ["MOST_VALUES", "Scalar", "grid", "identity", "label", "series"]
+__all__ = ["MOST_VALUES", "Scalar", "grid", "identity", "label", "nearest_name", "series", "shown"]
 
 Scalar: TypeAlias = str | int | float | bool | None
 MOST_VALUES = 100_000
@@ -29,6 +30,23 @@ def label(value: Any) -> Scalar:
         rest = ", ".join(f"{k}={json.dumps(v)}" for k, v in value.items() if k != "kind")
         return f"{value['kind']}({rest})" if rest else str(value["kind"])
     return json.dumps(value)
+
+
+def shown(value: Any) -> str:
+    """A value as YAML has it, at most 80 characters of it."""
+    text = str(label(value)) if isinstance(label(value), str) else json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like `name`, of two alike the one that begins like it; None where none is."""
+    near = difflib.get_close_matches(name, list(known), n=5, cutoff=0.5)
+
+    def like(other: str) -> tuple[float, int]:
+        alike = next((i for i, (a, b) in enumerate(zip(other, name, strict=False)) if a != b), len(other))
+        return difflib.SequenceMatcher(None, other, name).ratio(), alike
+
+    return max(near, key=like, default=None)
 
 
 def identity(value: Scalar) -> tuple[bool, Scalar]:

@@ -38,6 +38,7 @@ from moesim.scenario.checks import (
     serving_checks,
     training_checks,
 )
+from moesim.scenario.fields import FAMILY_KEYS
 from moesim.scenario.files import NAME, content_hash, find_named, shown
 from moesim.scenario.presets import Preset, apply_preset, presets
 from moesim.scenario.source import Source, rebase
@@ -53,6 +54,7 @@ from moesim.scenario.spec import (
     SloSpec,
 )
 from moesim.scenario.tier_checks import TIER_POLICIES, tier_checks
+from moesim.scenario.tune_checks import tune_checks
 from moesim.scenario.yamlio import Marks, YamlPath, load_yaml, parse_yaml
 from moesim.spec import Spec
 from moesim.tiers_spec import TiersSpec
@@ -71,21 +73,6 @@ __all__ = [
     "scenario_from_dict",
     "scenario_schema",
 ]
-
-FAMILY_KEYS = {
-    "routing": "routing",
-    "placement": "placement",
-    "dispatch": "dispatch",
-    "offload": "offload",
-    "eviction": "eviction",
-    "prefetch": "prefetch",
-    "precision": "precision",
-    "rebatching": "rebatching",
-    "rerouting": "rerouting",
-    "batching": "batching",
-    "balancing": "balancer",
-}
-"""Policy family -> its key under `policies`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +175,8 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
     cpu, cpu_hash = _find_cpu(source, spec.full, base, problems)
     if model is not None and cluster is not None and spec.parallel is not None:
         problems += _disagreements(source, spec, spec.parallel, model, cluster, policies, training)
+    if "tune" in source.data:
+        problems += tune_checks(source, spec.tune, base, training)
     if problems:
         raise BadInput(_sorted(problems))
     assert model is not None
@@ -342,6 +331,7 @@ class _Parts:
         self.routing: RoutingSpec | None = None
         self.policies: PoliciesSpec | None = None
         self.engine: EngineSpec | None = None
+        self.tune: TuneSpec | None = None
 
 
 _PART_SPECS: dict[str, type[Spec]] = {
@@ -353,7 +343,10 @@ _PART_SPECS: dict[str, type[Spec]] = {
     "routing": RoutingSpec,
     "policies": PoliciesSpec,
     "engine": EngineSpec,
+    "tune": TuneSpec,
 }
+
+_NO_DEFAULT = ("model", "cluster", "requests", "training", "tune")
 
 
 def _validate(source: Source, problems: list[Problem]) -> _Parts:
@@ -365,7 +358,7 @@ def _validate(source: Source, problems: list[Problem]) -> _Parts:
         problems += _located(error, source, ScenarioSpec)
     for name, cls in _PART_SPECS.items():
         part: Spec | None = getattr(parts.full, name) if parts.full is not None else None
-        if parts.full is None and (name in source.data or name not in ("model", "cluster", "requests", "training")):
+        if parts.full is None and (name in source.data or name not in _NO_DEFAULT):
             value = source.data.get(name, {})
             try:
                 part = cls.model_validate({"name": value} if name == "model" and isinstance(value, str) else value)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moesim_tuner.space import Space
 
-from moesim.errors import BadInput
 from moesim.rng import generator
-from moesim.scenario.yamlio import parse_yaml
 from moesim.tune_spec import ParameterSpec
 from moesim.tune_values import identity
-from moesim_tuner.space import Space
 
 
 def space(**parameters: Any) -> Space:
