@@ -151,9 +151,7 @@ def export(
     emit: Annotated[
         str | None, typer.Option(help="Engines, such as vllm,sglang; without: all that fit.", metavar="NAME,NAME")
     ] = None,
-    trial: Annotated[
-        int | None, typer.Option(help="This trial instead of the winner.", min=0, metavar="N")
-    ] = None,
+    trial: Annotated[int | None, typer.Option(help="This trial instead of the winner.", min=0, metavar="N")] = None,
     canonical: Annotated[
         bool, typer.Option("--canonical", help="Print the study itself, without clocks, and write nothing.")
     ] = False,
@@ -172,7 +170,9 @@ def export(
 
     number = trial if trial is not None else found.winner
     if number is None:
-        raise BadInput(Problem("moesim tune export", f"{found.name} has no feasible trial; `moesim tune report` says why"))
+        raise BadInput(
+            Problem("moesim tune export", f"{found.name} has no feasible trial; `moesim tune report` says why")
+        )
     if number >= len(found.trials):
         raise BadInput(Problem("--trial", f"{found.name} has trials 0 to {len(found.trials) - 1}, got {number}"))
     engines = None if emit is None else [name.strip() for name in emit.split(",")]

@@ -11,9 +11,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from moesim.observe import Observation
+if TYPE_CHECKING:  # the simulator takes two seconds to import; `moesim tune status` has no need of it
+    from moesim.observe import Observation
 
 __all__ = ["Candidate", "Point", "Row", "RowState", "Task", "Trial", "TrialState", "canonical", "derived_seed"]
 
