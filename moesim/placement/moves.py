@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from moesim.arrays import IntArray
 from moesim.placement import EMPTY, Placement
@@ -98,6 +97,8 @@ def _numbered(expert_LGC: NDArray[np.int32]) -> IntArray:
 
 def _relabelled(before_LGC: NDArray[np.int32], after_LGC: NDArray[np.int32], placement: Placement) -> IntArray:
     """For every rank, the rank of the new map whose set it takes: int64 [L, G], nodes kept whole."""
+    from scipy.optimize import linear_sum_assignment  # half a second, where experts move
+
     layers, ranks, _ = before_LGC.shape
     node_G = placement.node_of_rank_G
     members = [np.flatnonzero(node_G == n) for n in np.unique(node_G)]

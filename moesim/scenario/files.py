@@ -10,6 +10,7 @@ from pathlib import Path
 
 import moesim
 from moesim.errors import BadInput, Problem
+from moesim.reuse import file_key, reused
 
 __all__ = ["NAME", "content_hash", "find_named", "home", "names_in", "shown"]
 
@@ -75,6 +76,10 @@ def shown(path: Path) -> str:
 
 def content_hash(path: Path) -> str:
     """blake2b of a file, or of the names and contents of a folder's files. Raises BadInput if unreadable."""
+    return reused("content hash", lambda: file_key(path), lambda: _content_hash(path))
+
+
+def _content_hash(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     try:
         for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:

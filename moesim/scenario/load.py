@@ -30,6 +30,7 @@ from moesim.offload import (
 from moesim.placement import PlacementPolicy
 from moesim.policy import load_policy, policy_class, policy_kinds, spec_problems
 from moesim.rebalance_spec import RebalanceSpec
+from moesim.reuse import file_key, reused
 from moesim.routing.capacity import CapacitySpec
 from moesim.scenario.checks import (
     communication_checks,
@@ -436,6 +437,16 @@ def _find_model(
 
 def load_model(path: Path) -> MoEModel:
     """A model from a YAML file of `workloads/models`' form or a Hugging Face config.json. Raises BadInput."""
+
+    def key() -> tuple[Any, ...] | None:
+        beside = path.with_name("hf_quant_config.json")  # read with a config.json
+        files = [file_key(path), *([file_key(beside)] if path.suffix == ".json" and beside.exists() else [])]
+        return None if None in files else tuple(files)
+
+    return reused("model", key, lambda: _load_model(path))
+
+
+def _load_model(path: Path) -> MoEModel:
     name = shown(path)
     if path.suffix == ".json":
         return read_hf_config(path)
@@ -475,7 +486,8 @@ def _find_cluster(
         if spec is None:
             return None, ""
         profile, digest = _hashed_profile(path)
-        return Cluster.from_spec(spec, profile, source.where(("cluster",))), digest
+        place = source.where(("cluster",))
+        return reused("cluster", lambda: (spec, profile), lambda: Cluster.from_spec(spec, profile, place)), digest
     except BadInput as error:
         problems += error.problems
         return None, ""
@@ -483,7 +495,17 @@ def _find_cluster(
 
 def _hashed_profile(path: Path) -> tuple[DeviceProfile, str]:
     """A profile, and the hash of its files."""
-    written = _profile_spec(path)
+    written = reused("profile file", lambda: file_key(path), lambda: _profile_spec(path))
+    return reused("profile", lambda: _profile_key(path, written), lambda: _read_profile(path, written))
+
+
+def _profile_key(path: Path, written: ProfileSpec) -> tuple[Any, ...] | None:
+    """Its file, and the files of its curves."""
+    files = [file_key(file) for file in (path, *(path.parent / name for name in written.curves))]
+    return None if None in files else tuple(files)
+
+
+def _read_profile(path: Path, written: ProfileSpec) -> tuple[DeviceProfile, str]:
     profile = DeviceProfile.from_spec(written, path.parent, shown(path))
     return profile, content_hash(path) + "".join(content_hash(path.parent / name) for name in written.curves)
 

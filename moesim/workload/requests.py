@@ -20,6 +20,7 @@ from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from moesim.arrays import IntArray
 from moesim.errors import BadInput
+from moesim.reuse import file_key, reused
 from moesim.spec import Spec
 from moesim.units import Ms, PerS, Seconds, s_to_ns
 from moesim.workload.generators import (
@@ -278,10 +279,20 @@ def build_requests(spec: RequestsSpec, base: Path, seed: int) -> RequestStream:
     """The stream that `spec` describes; a relative path is relative to `base`.
 
     Order of the steps: sort by arrival (equal times keep the file's order), window, offset, limit, first
-    arrival to 0, rate_scale, clip. Raises BadInput with every problem of the file.
+    arrival to 0, rate_scale, clip. Raises BadInput with every problem of the file. Runs may share it
+    (`moesim.reuse`).
     """
     name = _ALIASES.get(spec.format, spec.format)
-    return _generate(spec, name, seed) if name in _GENERATORS else _replay(spec, name, base, seed)
+
+    def key() -> tuple[Any, ...] | None:
+        file = () if spec.path is None else file_key(Path(base) / spec.path)
+        return None if file is None else (file, spec, seed)
+
+    return reused(
+        "requests",
+        key,
+        lambda: _generate(spec, name, seed) if name in _GENERATORS else _replay(spec, name, base, seed),
+    )
 
 
 def _generate(spec: RequestsSpec, name: str, seed: int) -> RequestStream:

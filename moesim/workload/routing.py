@@ -18,6 +18,7 @@ from pydantic import Field, field_validator
 
 from moesim.errors import BadInput, Problem
 from moesim.model import MoEModel
+from moesim.reuse import file_key, reused
 from moesim.workload.pool import Ids, RoutingSource, count_ids, count_steps, ideal_counts
 from moesim.workload.replay import Replay, Shares
 from moesim.workload.scores import ScoreSpec
@@ -98,7 +99,8 @@ def load_routing(
     where: str = "routing",
     any_top_k: bool = False,
 ) -> RoutingSource:
-    """The pool that the tokens of a run take their routing from, one row a token, L = the model's MoE layers.
+    """The pool that the tokens of a run take their routing from, one row a token, L = the model's MoE layers. Runs may
+    share it (`moesim.reuse`).
 
     `base`: the folder that `spec.path` is relative to. `routing_policy` None: the model's own groups,
     recorded ids as recorded. A policy that replaces ids (`random`, `balanced`) keeps a trace's sequences and
@@ -108,6 +110,25 @@ def load_routing(
     """
     if not model.moe_layers:
         raise BadInput(Problem(where, f"{model.name} is dense: no expert is routed. Leave `routing` out."))
+
+    def key() -> tuple[Any, ...] | None:
+        """Everything that is looked at below."""
+        file = () if spec.path is None else file_key(base / spec.path)
+        knobs = tuple((name, getattr(spec, name)) for name in SyntheticSpec.model_fields)
+        given = sorted(spec.model_fields_set & set(SyntheticSpec.model_fields))
+        facts = (
+            model.name, model.moe_layers, model.moe_passes, model.num_moe_passes, model.num_experts, model.top_k,
+            model.num_expert_groups, model.top_groups,
+        )  # fmt: skip
+        return None if file is None else (file, spec.path, knobs, given, facts, seed, routing_policy, any_top_k)
+
+    return reused("pool", key, lambda: _load(spec, model, base, seed, routing_policy, where, any_top_k))
+
+
+def _load(
+    spec: RoutingSpec, model: MoEModel, base: Path, seed: int, routing_policy: PoolPolicy | None, where: str,
+    any_top_k: bool,
+) -> RoutingSource:  # fmt: skip
     groups = Groups(model.num_expert_groups, model.top_groups)
     if routing_policy is not None:
         groups = routing_policy.groups(groups.number, groups.kept)

@@ -1,0 +1,22 @@
+"""Who simulates: this process, or a pool of processes on this machine; one seam for all
+(`moesim_tuner.protocols.Workers`), one function behind it (`moesim_tuner.evaluate.evaluate`)."""
+
+from __future__ import annotations
+
+from moesim_tuner.protocols import Workers
+
+__all__ = ["make_workers"]
+
+
+def make_workers(number: int = 1, timeout_s: float = 600.0, *, debug: bool = False) -> Workers:
+    """number: tasks at a time; 1: in this process. timeout_s: a task's longest time. debug: show tracebacks.
+
+    A pool starts in the background: make it before other slow beginnings. Raises BadInput for a number below 1.
+    """
+    if number == 1:
+        from moesim_tuner.workers.inline import InlineWorkers
+
+        return InlineWorkers(timeout_s)
+    from moesim_tuner.workers.pool import PoolWorkers
+
+    return PoolWorkers(number, timeout_s, debug=debug)
