@@ -74,7 +74,7 @@ def run(
     load_plugins(plugin)
     from moesim_tuner.tune import begin, define
 
-    changed = {"trials": trials, "batch": batch, "seed": seed}
+    changed: dict[str, int | None] = {"trials": trials, "batch": batch, "seed": seed}
     definition, notes = define(file, overrides or (), plugin or (), changed, asynchronous)
     show_notes(notes)
     session = begin(definition, study or definition.name, storage)

@@ -19,7 +19,7 @@ import numpy as np
 
 from moesim.arrays import AnyArray, BoolArray, FloatArray, IntArray
 from moesim_tuner.knapsack import Choices, choose
-from moesim_tuner.solving import Part, joint_status, part_of
+from moesim_tuner.solving import Part, part_of
 
 __all__ = ["Problem", "Resident", "expected_ns", "solve"]
 
