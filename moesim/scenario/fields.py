@@ -23,7 +23,7 @@ from moesim.scenario.spec import NOT_YET, PoliciesSpec, ScenarioSpec
 from moesim.spec import Spec
 from moesim.tune_values import nearest_name
 
-__all__ = ["FAMILY_KEYS", "field_problem", "value_problems"]
+__all__ = ["FAMILY_KEYS", "field_problem", "normal_value", "value_problems"]
 
 FAMILY_KEYS = {
     "routing": "routing",
@@ -87,6 +87,28 @@ def value_problems(path: str, value: Any, base: Path, kinds: Kinds, below: Itera
         current = _inside(current, part)
     wrong = _wrong_value(current, parts[-1], value)
     return wrong or _no_file(path, value, base)
+
+
+def normal_value(path: str, value: Any) -> Any:
+    """`value` as loading reads it at `path`, as JSON has it: units converted, defaults of a policy filled in. What
+    cannot be read is returned as it is."""
+    parts = path.split(".")
+    try:
+        if parts[0] == "policies" and len(parts) == 2:
+            long = {"kind": value} if isinstance(value, str) else value
+            return {"kind": long["kind"], **load_policy(_family(parts[1]), long).model_dump(mode="json")}
+        if parts[0] == "policies":
+            return value
+        current: list[Any] = [ScenarioSpec]
+        for part in parts[:-1]:
+            current = _inside(current, part)
+        for spec in _specs(current):
+            if parts[-1] in spec.model_fields:
+                read = _alone(spec, parts[-1]).model_validate({parts[-1]: value})
+                return read.model_dump(mode="json")[parts[-1]]
+    except (BadInput, ValidationError, KeyError, TypeError, StopIteration):
+        pass
+    return value
 
 
 def _inside(current: Iterable[Any], part: str) -> list[Any]:
