@@ -30,7 +30,7 @@ from moesim_tuner.workers.pool import PoolWorkers
 
 __all__ = ["ClusterWorkers", "facts"]
 
-_CONNECT_S = 10
+_CONNECT_S = 5
 _IDLE_S = 120.0
 
 
@@ -58,7 +58,8 @@ class ClusterWorkers:
     @property
     def parallel(self) -> int:
         """Threads of all workers that are there now."""
-        return max(1, sum(self._client.nthreads().values()))
+        threads: dict[str, int] = self._client.nthreads()
+        return max(1, sum(threads.values()))
 
     def submit(self, task: Task) -> Future[Row]:
         """The row, some time."""
@@ -193,7 +194,9 @@ def _check_versions(client: Any, address: str) -> None:
 def _compare(here: dict[str, str], there: dict[str, str], worker: str) -> None:
     different = [f"{name} {there[name]} there, {here[name]} here" for name in here if there.get(name) != here[name]]
     if different:
-        raise BadInput(f"worker {worker} must run what this machine runs: {', '.join(different)}. Install the same there")
+        raise BadInput(
+            f"worker {worker} must run what this machine runs: {', '.join(different)}. Install the same there"
+        )
 
 
 @functools.cache
