@@ -42,10 +42,14 @@ class BadInput(MoesimError):
 
 
 class Infeasible(MoesimError):
-    """A legal deployment that cannot run: `reasons` say what does not fit, by how much, and what would."""
+    """A legal deployment that cannot run: `reasons` say what does not fit, by how much, and what would.
+
+    over: bytes that are missing as a share of those that are there; None where no number says so.
+    """
 
     exit_code = EXIT_INFEASIBLE
 
-    def __init__(self, reasons: list[str]) -> None:
+    def __init__(self, reasons: list[str], over: float | None = None) -> None:
         self.reasons: tuple[str, ...] = tuple(reasons)
+        self.over = over
         super().__init__("\n".join(reasons))

@@ -231,7 +231,7 @@ def require_fit(
         f"{short:,} bytes a rank are missing ({uses})."
     ]
     reasons.extend(_mends(model, cluster, layout, engine, slots_per_part))
-    raise Infeasible(reasons)
+    raise Infeasible(reasons, short / max(memory.usable, 1))
 
 
 def _mends(model: MoEModel, cluster: Cluster, layout: Layout, engine: EngineSpec, slots_per_part: float) -> list[str]:

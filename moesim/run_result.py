@@ -49,6 +49,8 @@ class RunResult:
     scenario: Scenario
     seed: int
     reasons: tuple[str, ...] = ()
+    over: float | None = None
+    """memory that is missing as a share of what is there, where it does not fit and a number says so"""
     stream: RequestStream | None = None
     outcome: Outcome | None = None
     memory: RankMemory | None = None

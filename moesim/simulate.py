@@ -44,7 +44,7 @@ from moesim.scenario.load import Scenario
 from moesim.training.result import TrainingResult
 from moesim.training.run import simulate_training
 from moesim.units import s_to_ns
-from moesim.workload.requests import RequestsSpec, build_requests
+from moesim.workload.requests import RequestsSpec, RequestStream, build_requests
 
 __all__ = ["SCHEMA_VERSION", "RunResult", "simulate"]
 
@@ -86,7 +86,7 @@ def _serve(
                 scenario.model, scenario.cluster, layout, scenario.engine, slots, copies, scenario.rebalance is not None
             )
     except Infeasible as error:
-        result.reasons = error.reasons
+        result.reasons, result.over = error.reasons, error.over
         return result
     result.memory, result.experts, result.offload = memory, experts, offload
     result.warnings = (
@@ -124,19 +124,27 @@ def _serve(
     outcome = run(stream, deployment, progress)
     result.loop_s = time.perf_counter() - began
     if (outcome.requests.target == REJECTED).all():
-        raise BadInput(
-            Problem(
-                "requests",
-                "every request is longer than max_model_len or than the KV cache holds, so none is served: the "
-                f"shortest has {int((stream.prompt_tokens + stream.output_tokens).min()):,} tokens, "
-                f"max_model_len is {deployment.max_model_len:,} and the KV cache holds {kv.token_capacity:,}; "
-                "shorten them or raise the limit that binds",
-            )
-        )
+        why = _none_served(stream, deployment, memory)
+        result.reasons, result.over = why.reasons, why.over
+        return result
     result.outcome = outcome
     result.peak_kv_units = outcome.peak_kv_units
     result.explanation = _explain(outcome, deployment.pricers, offload)
     return result
+
+
+def _none_served(stream: RequestStream, deployment: Deployment, memory: RankMemory) -> Infeasible:
+    """Why no request could be served: the KV cache is too small for any. Raises BadInput where max_model_len is."""
+    kv, shortest = deployment.kv, int((stream.prompt_tokens + stream.output_tokens).min())
+    told = (
+        "every request is longer than max_model_len or than the KV cache holds, so none is served: the "
+        f"shortest has {shortest:,} tokens, max_model_len is {deployment.max_model_len:,} and the KV cache holds "
+        f"{kv.token_capacity:,}; shorten them or raise the limit that binds"
+    )
+    if shortest > deployment.max_model_len:
+        raise BadInput(Problem("requests", told))
+    short_bytes = (kv.units(shortest) - kv.capacity) * memory.kv_unit * memory.kv_copies
+    return Infeasible([f"requests: {told}"], short_bytes / max(memory.usable, 1))
 
 
 def _splitter(

@@ -86,7 +86,8 @@ def apply(context: OffloadContext, compressed: Compressed, bits: float) -> Offlo
             [
                 f"What the precision policy keeps on the device ({compressed.extra_bytes:,} bytes) must fit into the"
                 f" memory for experts ({context.capacity_bytes:,} bytes): {-capacity:,} bytes are missing."
-            ]
+            ],
+            -capacity / max(context.capacity_bytes, 1),
         )
     fit = context.fit
     if fit is not None:

@@ -23,7 +23,8 @@ class Policy(Spec):
                 [
                     f"Without offloading all experts are in device memory: they need {needed:,} bytes, "
                     f"{context.capacity_bytes:,} are free. Set policies.offload to cached."
-                ]
+                ],
+                needed / max(context.capacity_bytes, 1) - 1,
             )
         every = np.ones(context.size_LE.shape, bool)
         groups = 1 if context.semantics.pooled else context.num_layers

@@ -72,7 +72,8 @@ def too_much(what: str, needed: int, context: OffloadContext, mend: str) -> Infe
         [
             f"What {what} keeps on the device must fit into the memory for experts: it takes {needed:,} bytes, "
             f"{context.capacity_bytes:,} are free. {mend}"
-        ]
+        ],
+        needed / max(context.capacity_bytes, 1) - 1,
     )
 
 

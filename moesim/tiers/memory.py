@@ -118,7 +118,7 @@ def require(
             if saved >= short:
                 reasons.append(f"Or engine.max_num_batched_tokens={tokens}.")
                 break
-    raise Infeasible(reasons)
+    raise Infeasible(reasons, short / max(memory.usable, 1))
 
 
 def with_plans(
@@ -136,7 +136,8 @@ def with_plans(
                 f"The policy of offload must keep within the memory for experts: it takes {taken[full]:,} bytes of "
                 f"{budget.expert_bytes:,}. Give experts more (tiers.experts, or a smaller tiers.kv_tokens), or the "
                 "policy fewer."
-            ]
+            ],
+            (taken[full] - budget.expert_bytes) / max(memory.usable, 1),
         )
     memory = replace(
         memory,
@@ -157,7 +158,8 @@ def home_use(cluster: Cluster, tiers: TiersSpec, stored_bytes: int, device_bytes
     if tiers.home == "nvme":
         nvme = TierUse("nvme", node.nvme_bytes, {"experts": stored_bytes})
         if nvme.used > nvme.capacity:
-            raise Infeasible([_short("NVMe", nvme, "Set model.expert_dtype to a narrower format.")])
+            mend = "Set model.expert_dtype to a narrower format."
+            raise Infeasible([_short("NVMe", nvme, mend)], _over(nvme))
         return [TierUse("dram", dram, {"expert_cache": min(dram, stored_bytes * replicas)}), nvme]
     kept = stored_bytes if tiers.host_copies else stored_bytes - device_bytes
     host = TierUse("dram", dram, {"experts": kept * replicas})
@@ -165,8 +167,12 @@ def home_use(cluster: Cluster, tiers: TiersSpec, stored_bytes: int, device_bytes
         mends = ["Set tiers.home to nvme (host memory is then a cache), or model.expert_dtype to a narrower format."]
         if tiers.dram is not None and host.used <= node.host_memory_bytes:
             mends.insert(0, f"Set tiers.dram to {host.used / _GIB:.1f} GiB, which the node has.")
-        raise Infeasible([_short("host memory", host, " ".join(mends))])
+        raise Infeasible([_short("host memory", host, " ".join(mends))], _over(host))
     return [host]
+
+
+def _over(use: TierUse) -> float:
+    return use.used / max(use.capacity, 1) - 1
 
 
 def _short(name: str, use: TierUse, mend: str) -> str:

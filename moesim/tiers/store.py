@@ -142,7 +142,8 @@ class TierStore:
                 [
                     f"Experts need {used:,} bytes of host memory, {self.home.dram_bytes:,} are there for them. Set "
                     "tiers.home to nvme, or give them more memory (tiers.dram)."
-                ]
+                ],
+                used / max(self.home.dram_bytes, 1) - 1,
             )
 
     # -- what is where ------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def require_fit(
         f"rank are missing ({uses})."
     ]
     reasons += _mends(model, cluster, layout, training, replicas, rows_L)
-    raise Infeasible(reasons)
+    raise Infeasible(reasons, memory.short / max(memory.usable, 1))
 
 
 def _mends(

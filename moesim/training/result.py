@@ -104,6 +104,8 @@ class TrainingResult:
     seed: int
     layout: Layout
     reasons: tuple[str, ...] = ()
+    over: float | None = None
+    """memory that is missing as a share of what is there, where it does not fit"""
     warnings: tuple[str, ...] = ()
     memory: TrainingMemory | None = None
     times: list[StepTime] = field(default_factory=list)

@@ -84,7 +84,7 @@ def simulate_training(
             most = max((load.most_rows_L for load in result.loads), key=lambda rows_L: float(rows_L.sum()))
             result.memory = require_fit(*place, most, "on the rank whose experts got most tokens")
     except Infeasible as error:
-        result.reasons = error.reasons
+        result.reasons, result.over = error.reasons, error.over
         result.times = []
     result.elapsed_s = time.perf_counter() - began
     return result

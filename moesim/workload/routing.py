@@ -112,7 +112,7 @@ def load_routing(
         raise BadInput(Problem(where, f"{model.name} is dense: no expert is routed. Leave `routing` out."))
 
     def key() -> tuple[Any, ...] | None:
-        """Everything that is looked at below."""
+        """Everything that `_load` looks at."""
         file = () if spec.path is None else file_key(base / spec.path)
         knobs = tuple((name, getattr(spec, name)) for name in SyntheticSpec.model_fields)
         given = sorted(spec.model_fields_set & set(SyntheticSpec.model_fields))
@@ -122,7 +122,12 @@ def load_routing(
         )  # fmt: skip
         return None if file is None else (file, spec.path, knobs, given, facts, seed, routing_policy, any_top_k)
 
-    return reused("pool", key, lambda: _load(spec, model, base, seed, routing_policy, where, any_top_k))
+    whole = reused("pool", key, lambda: _load(spec, model, base, seed, routing_policy, where, any_top_k))
+    part = spec.sequences
+    if part is None:
+        return whole
+    # last, so that the parts of a pool are parts of one draw
+    return reused("part of a pool", lambda: (whole, part), lambda: whole.part(part, f"{where}.sequences"))
 
 
 def _load(
@@ -142,8 +147,7 @@ def _load(
         ids = routing_policy.draw(weight_LE, source.num_tokens, source.top_k, groups, seed)
         name = type(routing_policy).__module__.rpartition(".")[2]
         source = source.with_ids(ids, f"{name} in place of {source.source}", ideal=routing_policy.ideal)
-    # last, so that the parts of a pool are parts of one draw
-    return source if spec.sequences is None else source.part(spec.sequences, f"{where}.sequences")
+    return source
 
 
 # ----------------------------------------------------------------------------------------------------- traces
