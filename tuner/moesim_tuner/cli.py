@@ -70,7 +70,7 @@ def run(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Search. A study of that name that has begun with the same file is gone on with."""
+    """Search what the `tune:` section of a scenario says, or go on with a study that began with it."""
     load_plugins(plugin)
     from moesim_tuner.tune import begin, define
 
