@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -37,6 +38,7 @@ __all__ = ["app", "main"]
 EXIT_RESOURCES = 5
 EXIT_INTERRUPTED = 130
 COMMANDS = "moesim.commands"
+CHECKS = "moesim.checks"
 
 
 class _Group(TyperGroup):
@@ -71,9 +73,10 @@ def _package(entry: metadata.EntryPoint) -> str:
     return entry.dist.name if entry.dist is not None else entry.value
 
 
-def _outside(entry: metadata.EntryPoint) -> Any:
+def _loaded(entry: metadata.EntryPoint) -> Any:
+    """What an entry point names. Raises BadInput where its package cannot be imported."""
     try:
-        loaded = entry.load()
+        return entry.load()
     except ImportError as error:
         raise BadInput(
             Problem(
@@ -81,6 +84,10 @@ def _outside(entry: metadata.EntryPoint) -> Any:
                 f"the package {_package(entry)} cannot be loaded: {error}. Install its extras",
             )
         ) from None
+
+
+def _outside(entry: metadata.EntryPoint) -> Any:
+    loaded = _loaded(entry)
     if not isinstance(loaded, typer.Typer):
         function, loaded = loaded, typer.Typer(add_completion=False, rich_markup_mode=None)
         loaded.command(entry.name)(function)
@@ -250,6 +257,9 @@ def check(file: _File, overrides: SetOption = None, plugin: PluginOption = None)
     """Check a scenario and the files it names without running it."""
     scenario = _load(file, overrides, None, plugin)
     notes, size = _check_training(scenario) if scenario.requests is None else _check_serving(scenario)
+    more = _outside_checks(file, overrides or (), scenario)
+    if scenario.tune is not None and not more:
+        more = [f"tune: {len(scenario.tune.space)} parameters, {scenario.tune.trials:,} trials"]
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     p = scenario.parallel
@@ -258,6 +268,15 @@ def check(file: _File, overrides: SetOption = None, plugin: PluginOption = None)
         f"{scenario.cluster.gpus_per_node} {scenario.cluster.profile.name}, tp {p.tp}, dp {p.dp}, ep {p.ep}, "
         f"replicas {p.replicas}; {size}"
     )
+    for line in more:
+        print(line)
+
+
+def _outside_checks(file: Path, overrides: Sequence[str], scenario: Scenario) -> list[str]:
+    """What packages beside this one say of a scenario, a line each. Raises BadInput where they refuse it."""
+    found = sorted(metadata.entry_points(group=CHECKS), key=lambda entry: entry.name)
+    lines = [_loaded(entry)(file, overrides, scenario) for entry in found]
+    return [line for line in lines if line is not None]
 
 
 def _check_serving(scenario: Scenario) -> tuple[list[str], str]:
