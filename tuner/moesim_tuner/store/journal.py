@@ -41,9 +41,7 @@ def line_of(kind: str, data: Any, seq: int) -> bytes:
     rest = (canonical({"data": data, "kind": kind, "seq": seq})[1:] + "\n").encode()
     line = _HEAD + _sum(rest) + b'",' + rest
     if len(line) > MAX_LINE_BYTES:
-        raise BadInput(
-            f"a record of {len(line)} bytes is longer than the {MAX_LINE_BYTES} that a journal's line may be"
-        )
+        raise BadInput(f"a record of {len(line)} bytes; a line of a journal has {MAX_LINE_BYTES} at most")
     return line
 
 
@@ -102,17 +100,14 @@ def _apply(kept: Kept | None, line: bytes, where: str, number: int) -> Kept:
     record = parse_json(line.decode("ascii", errors="replace"), where)
     try:
         if record["seq"] != number:
-            raise ValueError(
-                f"record {record['seq']} stands where {number} belongs: a line was removed, added or moved"
-            )
+            raise ValueError(f"record {record['seq']} stands in place of {number}: a line was removed, added or moved")
         if kept is None:
             return Kept.begin(record["kind"], record["data"], where)
         kept.apply(record["kind"], record["data"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         text = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-        raise BadInput(
-            f"{text}; restore the file as it was, or move it away to restore from the database", where
-        ) from None
+        mend = "restore the file as it was, or move it away and resume from the database"
+        raise BadInput(f"{text}; {mend}", where) from None
     return kept
 
 
@@ -172,9 +167,7 @@ class Journal:
             os.ftruncate(self._file, self._end)
             os.fsync(self._file)
         except OSError as error:
-            self._broken = (
-                f"what was half written could not be cut off ({error.strerror}); resume when the disk is well"
-            )
+            self._broken = f"a half written record could not be cut off ({error.strerror}); resume once it can"
 
     def _message(self, error: OSError) -> str:
         kept = self.num_trials
