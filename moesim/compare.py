@@ -27,7 +27,10 @@ from moesim.arrays import FloatArray
 from moesim.errors import BadInput, Problem
 from moesim.observe import DEFAULT_FIGURES, FIGURES, Figure, Observation, Seen
 
-__all__ = ["Comparison", "Entry", "Row", "Verdict", "chosen_figures", "compare", "difference"]
+__all__ = [
+    "Comparison", "Difference", "Entry", "Row", "Verdict", "chosen_figures", "compare", "difference", "interval_of",
+    "ratio_of", "slopes_of", "value_of",
+]  # fmt: skip
 
 SCHEMA_VERSION = 1
 _LEVEL = 0.9
@@ -143,7 +146,7 @@ def compare(entries: Sequence[Entry], figures: Sequence[str], seeds: Sequence[in
 def _row(runs: Sequence[tuple[Observation, ...]], figure: Figure) -> Row:
     known = [i for i, row in enumerate(runs) if row and all(figure.name in run.figures for run in row)]
     level = 1 - (1 - _LEVEL) / max(1, len(known) - 1)
-    values = {i: _value(runs[i], figure) for i in known}
+    values = {i: value_of(runs[i], figure) for i in known}
     if not known:
         return Row(figure, (None,) * len(runs), level)
     sign = -1 if figure.more_is_better else 1
@@ -156,18 +159,23 @@ def _row(runs: Sequence[tuple[Observation, ...]], figure: Figure) -> Row:
             verdicts.append(None)
             continue
         mark = None if i not in tied or len(known) == 1 else ("tie" if len(tied) > 1 else "best")
-        verdicts.append(Verdict(values[i], _interval(runs[i], figure), mark, *_ratio(found[i], figure, i == best)))
+        verdicts.append(Verdict(values[i], interval_of(runs[i], figure), mark, *ratio_of(found[i], figure, i == best)))
     return Row(figure, tuple(verdicts), level)
 
 
 class Difference(NamedTuple):
-    """Mean over seeds of a difference (of logarithms, or of an absolute figure), and half its interval's width."""
+    """Mean over seeds of a difference (of logarithms, or of an absolute figure), and half its interval's width.
+    chance: half of what chance alone would make; profile: 1 sigma of what errors of the profile do."""
 
     centre: float
     half: float
+    chance: float = 0.0
+    profile: float = 0.0
 
 
-def _ratio(found: Difference, figure: Figure, best: bool) -> tuple[float | None, tuple[float, float] | None]:
+def ratio_of(found: Difference, figure: Figure, best: bool = False) -> tuple[float | None, tuple[float, float] | None]:
+    """A difference as a ratio and its interval; None where the figure is compared by difference, the interval also
+    where nothing is known. best: of a candidate to itself."""
     if figure.absolute:
         return None, None
     if best:
@@ -202,7 +210,7 @@ def _values(runs: Sequence[Observation], figure: Figure) -> FloatArray:
     return _scaled(np.array([run.figures[figure.name].value for run in runs]), figure)
 
 
-def _value(runs: Sequence[Observation], figure: Figure) -> float:
+def value_of(runs: Sequence[Observation], figure: Figure) -> float:
     """The figure; over several seeds its mean, which is the geometric one where figures are compared by ratio."""
     if len(runs) == 1:
         return runs[0].figures[figure.name].value
@@ -210,14 +218,14 @@ def _value(runs: Sequence[Observation], figure: Figure) -> float:
     return mean if figure.absolute else math.exp(mean)
 
 
-def _interval(runs: Sequence[Observation], figure: Figure) -> tuple[float, float] | None:
+def interval_of(runs: Sequence[Observation], figure: Figure) -> tuple[float, float] | None:
     """The result's own with one seed; with several, chance over the seeds and the profile's whole error."""
     held = runs[0].figures[figure.name].interval90
     if len(runs) == 1 and held is not None:
         return held
     if len(runs) == 1 and figure.counted:
         return None
-    value = _value(runs, figure)
+    value = value_of(runs, figure)
     chance = _chance(runs, None, figure, _LEVEL)
     half = math.hypot(chance, float(_normal(_LEVEL)) * _alone(runs, figure))
     if not math.isfinite(half) or (half > _UNKNOWN and not figure.absolute):
@@ -235,8 +243,8 @@ def difference(a: Sequence[Observation], b: Sequence[Observation], figure: Figur
     centre = float((_values(a, figure) - _values(b, figure)).mean())
     if a is b:
         return Difference(0.0, 0.0)
-    chance = _chance(a, b, figure, level)
-    return Difference(centre, math.hypot(chance, float(_normal(level)) * _apart(a, b, figure)))
+    chance, profile = _chance(a, b, figure, level), _apart(a, b, figure)
+    return Difference(centre, math.hypot(chance, float(_normal(level)) * profile), chance, profile)
 
 
 def _chance(a: Sequence[Observation], b: Sequence[Observation] | None, figure: Figure, level: float) -> float:
@@ -299,7 +307,7 @@ def _normal(level: float) -> float:
 # ---- the profile's error
 
 
-def _slopes(runs: Sequence[Observation], figure: Figure) -> dict[str, float]:
+def slopes_of(runs: Sequence[Observation], figure: Figure) -> dict[str, float]:
     """d ln(figure) / d ln(time of an operator), mean over seeds."""
     out: dict[str, float] = {}
     for run in runs:
@@ -316,14 +324,14 @@ def _sigma(slopes: Mapping[str, float], run: Observation) -> float:
 
 def _alone(runs: Sequence[Observation], figure: Figure) -> float:
     """1 sigma of ln(figure) from the whole error of the profile."""
-    return _sigma(_slopes(runs, figure), _reference(runs))
+    return _sigma(slopes_of(runs, figure), _reference(runs))
 
 
 def _apart(a: Sequence[Observation], b: Sequence[Observation], figure: Figure) -> float:
     """1 sigma of the ratio from what the two do not share of the profile's error."""
     if a[0].profile != b[0].profile:
         return math.hypot(_alone(a, figure), _alone(b, figure))
-    one, other = _slopes(a, figure), _slopes(b, figure)
+    one, other = slopes_of(a, figure), slopes_of(b, figure)
     apart = {operator: one.get(operator, 0.0) - other.get(operator, 0.0) for operator in {**one, **other}}
     return _sigma(apart, _reference([*a, *b]))
 

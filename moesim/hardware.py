@@ -42,6 +42,7 @@ __all__ = [
     "Interval",
     "Node",
     "NodeSpec",
+    "PowerSpec",
     "ProfileSpec",
     "RowWork",
 ]
@@ -122,6 +123,21 @@ class Interval(Spec):
     method: Literal["split-conformal", "empirical"]
 
 
+class PowerSpec(Spec):
+    """What a device draws, in watts: busy_w while it steps, idle_w while it waits (None: not known). source: who says
+    so. No time depends on it, so it is not in a scenario's hash."""
+
+    busy_w: Annotated[float, Field(gt=0, le=1e5)]
+    idle_w: Annotated[float, Field(ge=0, le=1e5)] | None = None
+    source: Annotated[str, Field(min_length=1, max_length=500)]
+
+    @model_validator(mode="after")
+    def _check(self) -> PowerSpec:
+        if self.idle_w is not None and self.idle_w > self.busy_w:
+            raise ValueError(f"idle_w must not exceed busy_w, got {self.idle_w:g} and {self.busy_w:g}")
+        return self
+
+
 class ProfileSpec(Spec):
     """What `hw_profiles/*.yaml` says. `curves` names JSON files beside it, `fits` holds the physics' parameters."""
 
@@ -143,6 +159,7 @@ class ProfileSpec(Spec):
     intervals: Annotated[dict[str, dict[GradeName, Interval]], Field(default_factory=dict)]
     speed_error: Annotated[float, Field(ge=0, le=3)] = 0.0
     curves: Annotated[tuple[str, ...], Field(strict=False, max_length=16)] = ()
+    power: PowerSpec | None = None
     provenance: Annotated[dict[str, Any], Field(default_factory=dict)]
 
 
@@ -239,6 +256,7 @@ class DeviceProfile:
     speed_error: float
     curves: Mapping[str, tuple[Curve, ...]]
     provenance: Mapping[str, Any]
+    power: PowerSpec | None = None
 
     @classmethod
     def from_spec(cls, spec: ProfileSpec | Mapping[str, Any], base: Path, where: str = "") -> DeviceProfile:
@@ -285,6 +303,7 @@ class DeviceProfile:
             speed_error=parsed.speed_error,
             curves=MappingProxyType(curves),
             provenance=MappingProxyType(dict(parsed.provenance)),
+            power=parsed.power,
         )
 
     def flop_rate(self, dtype: str) -> float:

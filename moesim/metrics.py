@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from moesim.arrays import BoolArray, FloatArray, IntArray
-from moesim.record import RequestRecords, StepRecords
+from moesim.record import NOT_YET, RequestRecords, StepRecords
 from moesim.scenario.spec import SloSpec
 
-__all__ = ["Errors", "distribution", "interval", "latencies", "pacing", "request_latencies", "throughput"]
+__all__ = [
+    "Errors", "distribution", "interval", "latencies", "meets_slo", "pacing", "request_latencies", "throughput",
+]  # fmt: skip
 
 Z90 = 1.6448536269514722
 _BATCHES = 20
@@ -140,14 +142,16 @@ def pacing(requests: RequestRecords, closed_loop: bool) -> float:
 def throughput(
     requests: RequestRecords, closed_loop: bool, devices: int, slo: SloSpec | None, errors: Errors
 ) -> dict[str, Any]:
-    """duration_s, throughput{} and goodput_req_per_s with intervals."""
+    """duration_s, throughput{}, goodput_req_per_s and slo_met_share with intervals. The share is of the requests that
+    came: one that was refused, or was not done when the run was cut off, has missed its limits."""
     done = requests.completed
-    count = int(done.sum())
+    count, came = int(done.sum()), int((requests.target != NOT_YET).sum())
     if not count:
         empty: dict[str, Any] = dict.fromkeys(
             ("output_tok_per_s", "total_tok_per_s", "req_per_s", "output_tok_per_s_per_device")
         )
-        return {"duration_s": 0.0, "throughput": {**empty, "interval90": None}, "goodput_req_per_s": None}
+        return {"duration_s": 0.0, "throughput": {**empty, "interval90": None}, "goodput_req_per_s": None,
+                "slo_met_share": None if slo is None else 0.0}  # fmt: skip
     start = int(requests.arrival_ns[done].min())
     end = int(requests.finish_ns[done].max())
     duration = (end - start) / 1e9
@@ -160,21 +164,27 @@ def throughput(
         "req_per_s": count / duration,
         "output_tok_per_s_per_device": output / duration / devices,
     }
-    good = None if slo is None else int(_meets(requests, done, slo).sum()) / duration
+    good = spread = None
+    if slo is not None:
+        good = int(meets_slo(requests, slo).sum())
+        stretch = math.exp(Z90 * errors.step)
+        spread = sorted(int(meets_slo(requests, slo, s).sum()) for s in (stretch, 1 / stretch))
     return {
         "duration_s": duration,
         "throughput": {**rates, "interval90": {k: interval(v, relative) for k, v in rates.items()}},
-        "goodput_req_per_s": good,
+        "goodput_req_per_s": None if good is None else good / duration,
+        "slo_met_share": None if good is None else good / came,
         "interval90": {
             "duration_s": interval(duration, relative),
-            "goodput_req_per_s": None if good is None else _goodput_interval(requests, done, slo, duration, errors),
+            "goodput_req_per_s": None if spread is None else [n / duration for n in spread],
+            "slo_met_share": None if spread is None else [n / came for n in spread],
         },
     }
 
 
-def _meets(requests: RequestRecords, done: BoolArray, slo: SloSpec | None, stretch: float = 1.0) -> BoolArray:
+def meets_slo(requests: RequestRecords, slo: SloSpec, stretch: float = 1.0) -> BoolArray:
     """Which completed requests meet every limit when all their latencies are `stretch` times as long."""
-    assert slo is not None
+    done = requests.completed
     first, finish, arrival = (x[done] for x in (requests.first_token_ns, requests.finish_ns, requests.arrival_ns))
     gaps = np.maximum(requests.output_tokens[done] - 1, 1)
     measured: dict[str, Callable[[], FloatArray]] = {
@@ -188,10 +198,3 @@ def _meets(requests: RequestRecords, done: BoolArray, slo: SloSpec | None, stret
         if limit is not None:
             good &= values() * stretch <= limit
     return good
-
-
-def _goodput_interval(
-    requests: RequestRecords, done: BoolArray, slo: SloSpec | None, duration: float, errors: Errors
-) -> list[float]:
-    spread = math.exp(Z90 * errors.step)
-    return sorted(int(_meets(requests, done, slo, s).sum()) / duration for s in (spread, 1 / spread))

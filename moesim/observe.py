@@ -19,8 +19,9 @@ import numpy as np
 
 from moesim.arrays import FloatArray, IntArray
 from moesim.cost.explain import stats_by_draw
-from moesim.metrics import pacing, request_latencies
-from moesim.record import RequestRecords
+from moesim.metrics import meets_slo, pacing, request_latencies
+from moesim.record import NOT_YET, RequestRecords
+from moesim.scenario.spec import SloSpec
 from moesim.simulate import RunResult
 from moesim.training.result import TrainingResult
 
@@ -29,6 +30,8 @@ __all__ = ["DEFAULT_FIGURES", "FIGURES", "Figure", "Observation", "Seen", "obser
 _PARTS = 20
 _LOAD_RATIO, _NVLINK, _NIC, _TOKENS, _WANTED, _DROPPED = 2, 3, 4, 6, 7, 8  # rows of `cost.experts.MoESums.stats`
 _QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+_STRETCH = 1.05
+"""by which step times are stretched, and shrunk, to see how a count of good requests moves"""
 _LATENCIES = {"ttft": "TTFT", "tpot": "TPOT", "e2e": "whole request"}
 
 
@@ -62,6 +65,8 @@ def _figures() -> dict[str, Figure]:
             Figure(f"{short}_{at}_ms", f"{label} {at}, ms", "ms", (f"{short}_ms", at)) for at in ("mean", *_QUANTILES)
         ]
     out += [
+        Figure("goodput_req_per_s", "good requests/s", "requests/s", ("goodput_req_per_s",), True),
+        Figure("slo_met_share", "requests within SLO", "share", ("slo_met_share",), True, True, False, 5e-4),
         Figure("max_over_mean_load", "max/mean load", "", ("balance", "max_over_mean_load")),
         Figure(
             "hbm_used_bytes", "HBM at peak, GiB", "bytes", ("memory", "hbm", "used"), False, True, True, 0.1 * 2**30
@@ -103,7 +108,8 @@ DEFAULT_FIGURES = (
 @dataclass(frozen=True, slots=True)
 class Seen:
     """One figure of one run. `without_G`: the same with each of G parts left out, empty where the run is too short to
-    be cut, None where the figure is counted; `slope`: d ln(figure) / d ln(step time)."""
+    be cut, None where the figure is counted; `slope`: d ln(figure) / d ln(step time), of an absolute figure
+    d figure / d ln(step time)."""
 
     value: float
     interval90: tuple[float, float] | None = None
@@ -128,35 +134,43 @@ class Observation:
     traffic: str
 
 
-def observe(result: RunResult | TrainingResult) -> Observation:
-    """Look at a feasible run, of requests or of training steps."""
+def observe(result: RunResult | TrainingResult, left_out: bool = True) -> Observation:
+    """Look at a feasible run, of requests or of training steps. left_out: also at what the figures are without parts of
+    it; without these a run says nothing of chance."""
     digest = hashlib.blake2b(digest_size=8)
     if isinstance(result, TrainingResult):
         # every seed draws other tokens
         digest.update(f"{result.seed} {result.scenario.training!r}".encode())
-        return _observed(result, _without_steps(result), 1.0, digest.hexdigest())
+        return _observed(result, _without_steps(result) if left_out else {}, {}, 1.0, digest.hexdigest())
     assert result.outcome is not None
     assert result.stream is not None
     stream = result.stream
     for column in (stream.arrival_ns, stream.prompt_tokens, stream.output_tokens):
         digest.update(column.tobytes())
-    paced = pacing(result.outcome.requests, stream.concurrency is not None)
-    return _observed(result, _without(result), paced, digest.hexdigest())
+    paced, slo = pacing(result.outcome.requests, stream.concurrency is not None), result.scenario.slo
+    slopes = {} if slo is None else _good_slopes(result.outcome.requests, slo, paced)
+    return _observed(result, _without(result) if left_out else {}, slopes, paced, digest.hexdigest())
 
 
 def _observed(
-    result: RunResult | TrainingResult, left_out: Mapping[str, FloatArray], paced: float, traffic: str
+    result: RunResult | TrainingResult,
+    left_out: Mapping[str, FloatArray],
+    own: Mapping[str, float],
+    paced: float,
+    traffic: str,
 ) -> Observation:
-    """The figures that the result has. left_out: by figure, without each part; paced: how far rates go with steps."""
+    """The figures that the result has. left_out: by figure, without each part; own: slopes of single figures; paced:
+    how far rates go with steps."""
     profile, summary = result.scenario.cluster.profile, result.to_json()["summary"]
-    slopes = {"throughput": -paced, "mfu": -1.0, "balance": 0.0, "memory": 0.0, "drops": 0.0, "links": 0.0}
+    slopes = dict.fromkeys(("balance", "memory", "drops", "links", "cache"), 0.0)
+    slopes |= {"throughput": -paced, "mfu": -1.0}
     figures: dict[str, Seen] = {}
     for name, figure in FIGURES.items():
         value = _at(summary, figure.key)
         if value is None:
             continue
         held = _at(summary, (*figure.key[:-1], "interval90", figure.key[-1]))
-        slope = slopes.get(figure.key[0], 1.0)
+        slope = own.get(name, slopes.get(figure.key[0], 1.0))
         figures[name] = Seen(
             float(value),
             None if held is None else (float(held[0]), float(held[1])),
@@ -182,14 +196,28 @@ def _at(summary: Any, key: tuple[str, ...]) -> Any:
     return found
 
 
+def _good_slopes(requests: RequestRecords, slo: SloSpec, paced: float) -> dict[str, float]:
+    """How goodput and the share of good requests move with step time: who still meets the SLO is counted again with
+    all latencies a little longer, and shorter; goodput moves as rates do, too."""
+    more, less = (int(meets_slo(requests, slo, s).sum()) for s in (_STRETCH, 1 / _STRETCH))
+    width, came = 2 * math.log(_STRETCH), max(int((requests.target != NOT_YET).sum()), 1)
+    return {
+        "goodput_req_per_s": math.log(max(more, 0.5) / max(less, 0.5)) / width - paced,
+        "slo_met_share": (more - less) / came / width,
+    }
+
+
 # ---- figures without a part of the run
 
 
 def _without(result: RunResult) -> dict[str, FloatArray]:
     assert result.outcome is not None
     requests = result.outcome.requests
-    out = without_rates(requests)
+    slo = result.scenario.slo
+    out = without_rates(requests, slo)
     total = len(requests.arrival_ns)
+    if slo is not None:
+        out["slo_met_share"] = _share_met(requests, slo)
     for name, (row, values) in request_latencies(requests).items():
         short = name.removesuffix("_ms")
         part = row * (parts := _parts(total)) // total
@@ -266,9 +294,23 @@ def leave_out(values: FloatArray, part: IntArray, parts: int, figure: Callable[[
     return np.array([figure(ordered[part_of != g]) for g in range(parts)])
 
 
-def without_rates(requests: RequestRecords) -> dict[str, FloatArray]:
-    """Throughput without each of G stretches of time, in each of which a G-th of the requests end; also the time from
-    the last arrival to the last finish is in a stretch, so that a difference that only the end made is known as one."""
+def _share_met(requests: RequestRecords, slo: SloSpec) -> FloatArray:
+    """Share of requests that meet the SLO, of those that came, without each of G parts in the order of arrival."""
+    good, came = np.zeros(len(requests.arrival_ns)), (requests.target != NOT_YET).astype(np.float64)
+    good[requests.completed] = meets_slo(requests, slo)
+    parts = _parts(len(good))
+    if parts < 2:
+        return np.zeros(0)
+    part = np.arange(len(good)) * parts // len(good)
+    good_G, came_G = (np.bincount(part, weights=x, minlength=parts) for x in (good, came))
+    left_G = came_G.sum() - came_G
+    return (good_G.sum() - good_G) / left_G if left_G.all() else np.zeros(0)
+
+
+def without_rates(requests: RequestRecords, slo: SloSpec | None = None) -> dict[str, FloatArray]:
+    """Throughput (and, with an SLO, goodput) without each of G stretches of time, in each of which a G-th of the
+    requests end; also the time from the last arrival to the last finish is in a stretch, so that a difference that only
+    the end made is known as one."""
     done = np.flatnonzero(requests.completed)
     parts = _parts(len(done))
     if parts < 2:
@@ -283,6 +325,10 @@ def without_rates(requests: RequestRecords) -> dict[str, FloatArray]:
         "total_tok_per_s": output + requests.prompt_tokens[done],
         "req_per_s": np.ones(len(done)),
     }
+    if slo is not None:
+        good = np.zeros(len(requests.arrival_ns))
+        good[requests.completed] = meets_slo(requests, slo)
+        amounts["goodput_req_per_s"] = good[done]
     first = np.concatenate([[0], last[:-1] + 1])
     left_G = span_G.sum() - span_G
     if not (left_G > 0).all():

@@ -23,6 +23,7 @@ from moesim.cost.step import StepPricer
 from moesim.cost.tokens import TokenExperts
 from moesim.dispatch.plan import shares
 from moesim.engine.core import Outcome
+from moesim.engine.rank import KvShape
 from moesim.hardware import GRADES
 from moesim.layout import Layout
 from moesim.memory import RankMemory
@@ -63,6 +64,8 @@ class RunResult:
     ready_ns: int = 0
     peak_kv_units: int = 0
     groups: int = 1
+    kv: KvShape | None = None
+    """KV cache of one data-parallel rank"""
     loop_s: float = 0.0
     """seconds the event loop took, pricing included; set-up and metrics apart"""
 
@@ -138,7 +141,7 @@ class RunResult:
             **rates,
             **latencies(requests, steps, errors),
             "offered_req_per_s": self._offered(),
-            "busy_share": self._busy_share(),
+            "busy_share": self.busy_share,
             "steps": steps.steps,
             "runs": len(steps.run_steps),
             "ready_s": self.ready_ns / 1e9,
@@ -162,7 +165,8 @@ class RunResult:
         span = int(self.stream.arrival_ns[-1] - self.stream.arrival_ns[0])
         return None if self.stream.concurrency is not None or not span else (len(self.stream) - 1) / span * 1e9
 
-    def _busy_share(self) -> float:
+    @property
+    def busy_share(self) -> float:
         """Share of the time from the first arrival to the last step's end in which a group steps, mean of groups."""
         assert self.outcome is not None
         steps, arrival_ns = self.outcome.steps, self.outcome.requests.arrival_ns

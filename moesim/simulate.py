@@ -95,7 +95,7 @@ def _serve(
         *(routing_warnings(experts) if experts is not None else ()),
         *(offload_warnings(scenario, offload, experts, seed) if offload is not None and experts is not None else ()),
     )
-    kv = _kv_shape(scenario, layout, memory)
+    kv = result.kv = _kv_shape(scenario, layout, memory)
     shared = _tables(scenario, layout, ops, kv)
     groups = scenario.parallel.replicas * (1 if layout.meets else layout.dp)
     pricers = _pricers(scenario, layout, experts, shared, seed, groups)

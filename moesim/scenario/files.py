@@ -12,11 +12,12 @@ import moesim
 from moesim.errors import BadInput, Problem
 from moesim.reuse import file_key, reused
 
-__all__ = ["NAME", "content_hash", "find_named", "home", "names_in", "shown"]
+__all__ = ["NAME", "content_hash", "find_named", "home", "names_in", "profile_hash", "shown"]
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _WHOLE_BYTES = 256 << 20  # larger files are hashed by size and 256 samples of 1 MiB
 _SAMPLE_BYTES = 1 << 20
+_POWER = re.compile(rb"^power:[^\n]*\n(?:[ \t]+[^\n]*\n)*", re.MULTILINE)
 
 
 def home() -> Path:
@@ -87,6 +88,17 @@ def _content_hash(path: Path) -> str:
             _hash_file(file, digest)
     except OSError as error:
         raise BadInput(Problem(shown(path), f"the file cannot be read: {error.strerror}")) from None
+    return digest.hexdigest()
+
+
+def profile_hash(path: Path) -> str:
+    """`content_hash` of a device profile without its `power` block, on which no time depends."""
+    try:
+        data = _POWER.sub(b"", path.read_bytes())
+    except OSError as error:
+        raise BadInput(Problem(shown(path), f"the file cannot be read: {error.strerror}")) from None
+    digest = hashlib.blake2b(b".\0", digest_size=16)
+    digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
 
 

@@ -40,7 +40,7 @@ from moesim.scenario.checks import (
     training_checks,
 )
 from moesim.scenario.fields import FAMILY_KEYS
-from moesim.scenario.files import NAME, content_hash, find_named, shown
+from moesim.scenario.files import NAME, content_hash, find_named, profile_hash, shown
 from moesim.scenario.presets import Preset, apply_preset, presets
 from moesim.scenario.source import Source, rebase
 from moesim.scenario.spec import (
@@ -507,7 +507,7 @@ def _profile_key(path: Path, written: ProfileSpec) -> tuple[Any, ...] | None:
 
 def _read_profile(path: Path, written: ProfileSpec) -> tuple[DeviceProfile, str]:
     profile = DeviceProfile.from_spec(written, path.parent, shown(path))
-    return profile, content_hash(path) + "".join(content_hash(path.parent / name) for name in written.curves)
+    return profile, profile_hash(path) + "".join(content_hash(path.parent / name) for name in written.curves)
 
 
 def _find_cpu(

@@ -10,14 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from moesim.errors import BadInput, Infeasible
-from moesim.observe import observe
 from moesim.policy import load_plugin
 from moesim.record import REJECTED
 from moesim.reuse import Reuse, reusing
 from moesim.run_result import RunResult
 from moesim.scenario.load import Scenario, load_scenario_text
 from moesim.simulate import simulate
-from moesim_tuner.figures import figures_of
+from moesim_tuner.figures import figures_of, observed
 from moesim_tuner.records import Row, Task
 
 __all__ = ["evaluate"]
@@ -68,7 +67,7 @@ def _simulated(scenario: Scenario, watch: bool) -> Row:
         if rejected.any():
             told = f"{int(rejected.sum()):,} of {len(rejected):,} were rejected"
             warnings = (*warnings, f"requests: {told}: longer than max_model_len, or than the KV cache holds")
-    return Row("done", figures, {}, (), warnings, scenario.hash, 0.0, observe(result) if watch else None)
+    return Row("done", figures, {}, (), warnings, scenario.hash, 0.0, observed(result) if watch else None)
 
 
 def _infeasible(reasons: tuple[str, ...], over: float | None, warnings: tuple[str, ...], known: str) -> Row:
