@@ -26,6 +26,17 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _choices(value: Any) -> Any:
+    if not isinstance(value, list | dict) or not 1 <= len(value) <= 1000:
+        got = f"{len(value):,}" if isinstance(value, list | dict) else repr(value)[:60]
+        raise ValueError(f"1 to 1,000 values in a list are needed, or labels with the fields each sets; got {got}")
+    for name, fields in value.items() if isinstance(value, dict) else ():
+        if not isinstance(fields, dict):
+            told = f"{name!r:.80} is a label and needs the fields it sets"
+            raise ValueError(f"{told} ({{parallel.tp: 4}}), got {fields!r:.60}")
+    return value
+
+
 _Name = Annotated[str, Field(min_length=1, max_length=200)]
 _Number = Annotated[int | float, Field(allow_inf_nan=False), BeforeValidator(_number)]
 _Two = Annotated[list[_Number], Field(min_length=2, max_length=2)]
@@ -41,7 +52,7 @@ class ParameterSpec(Spec):
     each with which this one means something; elsewhere it is left alone. A policy's value may be named by its kind.
     """
 
-    choices: Annotated[list[Any], Field(min_length=1, max_length=1000)] | dict[str, dict[str, Any]] | None = None
+    choices: Annotated[list[Any] | dict[str, dict[str, Any]], BeforeValidator(_choices)] | None = None
     range: _Two | None = None
     log_range: _Two | None = None
     step: _Number | None = None
@@ -148,8 +159,6 @@ def _wrong_choices(spec: ParameterSpec) -> list[tuple[_Loc, str]]:
         for name, fields in spec.choices.items():
             if not fields:
                 out.append((("choices", name), f"{name} sets no field; write the value that stands there otherwise"))
-        if not spec.choices:
-            out.append((("choices",), "at least one choice is needed"))
         return out
     first: dict[tuple[bool, Scalar], int] = {}
     for i, value in enumerate(spec.choices or ()):

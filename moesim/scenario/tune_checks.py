@@ -138,7 +138,7 @@ class _Check:
             for other, wanted in (p.when or {}).items():
                 out += self._condition(("space", name, "when", other), name, other, wanted)
         for name in space:
-            round_ = _cycle(name, space)
+            round_ = [] if name in (space[name].when or {}) else _cycle(name, space)
             if round_ and round_[0] == min(round_[:-1], key=list(space).index):
                 told = f"depends on itself ({' -> '.join(round_)}); remove one of these conditions"
                 out.append(self.problem(("space", name, "when"), told, key=True))

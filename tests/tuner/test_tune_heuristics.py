@@ -129,12 +129,12 @@ tune:
     policies.offload: {choices: [fiddler, cached]}
     policies.eviction: {choices: [lru, lfu], when: {policies.offload: cached}}
     policies.prefetch: {choices: [none, next_layer], when: {policies.offload: cached}}
-    tiers.experts: {choices: [4, 8, 12 GiB, 16]}
+    tiers.experts: {choices: [4, 8, 16 GiB, 12]}
 """
     scenario = load_scenario_text(text, Path("workloads"))
     by_name = found(scenario)
     assert by_name["heuristic: lru cache, next layer fetched"].point["policies.prefetch"] == "next_layer"
-    assert by_name["heuristic: lru cache, next layer fetched"].point["tiers.experts"] == 16
+    assert by_name["heuristic: lru cache, next layer fetched"].point["tiers.experts"] == "16 GiB"
     assert by_name["heuristic: lfu cache"].point["policies.eviction"] == "lfu"
     assert by_name["default"].point == {"policies.offload": "fiddler"}  # 10 GiB is no choice
 

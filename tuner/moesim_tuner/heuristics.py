@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moesim.scenario.fields import normal_value
 from moesim.scenario.load import Scenario
 from moesim.tune_spec import ParameterSpec, TuneSpec
 from moesim.tune_values import Scalar, identity, label
@@ -239,8 +240,8 @@ def _applied(row: Heuristic, scenario: Scenario, space: Space, base: Point) -> d
 
 
 def _choice(p: Parameter, row: Heuristic, scenario: Scenario, look: Look, usual: Any) -> tuple[Scalar] | None:
-    """The value of `p` (in a tuple) whose fields are nearest to the row's; of equals the one that moves fewest fields. None where the row
-    says nothing of its fields, or wants what no value is."""
+    """The value of `p` (in a tuple) whose fields are nearest to the row's; of equals the one that moves fewest fields.
+    None where the row says nothing of its fields, or wants what no value is."""
 
     def wanted(path: str, fields: Mapping[str, Any]) -> Any:
         want = row.fields[path]
@@ -269,14 +270,15 @@ def _choice(p: Parameter, row: Heuristic, scenario: Scenario, look: Look, usual:
 def _leaves(fields: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     """Paths and values, a policy's kind at the policy's own path and its parameters below."""
     for path, value in fields.items():
-        if path.startswith("policies.") and path.count(".") == 1 and isinstance(value, Mapping):
-            yield path, value.get("kind")
-            yield from ((f"{path}.{key}", inner) for key, inner in value.items() if key != "kind")
+        if path.startswith("policies.") and path.count(".") == 1:
+            yield path, value.get("kind") if isinstance(value, Mapping) else value
+            if isinstance(value, Mapping):
+                yield from ((f"{path}.{key}", inner) for key, inner in value.items() if key != "kind")
         elif isinstance(value, Mapping):
             yield path, dict(value)
             yield from _leaves({f"{path}.{key}": inner for key, inner in value.items()})
         else:
-            yield path, value
+            yield path, normal_value(path, value) if isinstance(value, str) and "." in path else value
 
 
 def _gap(value: Any, want: Any) -> float | None:

@@ -6,6 +6,7 @@ is not written is what it is by default.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -88,6 +89,8 @@ def _same(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-12)  # 250 us is 249.99999999999997
     if isinstance(a, str | int | float | bool) and isinstance(b, str | int | float | bool):
         return identity(a) == identity(b)
     return a is None and b is None
