@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from moesim.errors import BadInput
 from moesim.observe import FIGURES, Figure, Observation, Seen, observe
+from moesim.record import REJECTED
 from moesim.scenario.load import Scenario
 from moesim.simulate import RunResult
 from moesim.training.result import TrainingResult
@@ -44,6 +45,7 @@ _OWN = {
         Figure("usd_per_mtok_total", "USD per million tokens, prompts too", "USD", ()),
         Figure("kv_tokens", "KV cache, tokens", "tokens", (), True, counted=True),
         Figure("joule_per_token", "joules a token", "J", ()),
+        Figure("rejected_share", "requests rejected", "share", (), absolute=True, counted=True, resolution=5e-4),
     )
 }
 _NEEDS = {
@@ -54,6 +56,7 @@ _NEEDS = {
     "slo_met_share": "needs an slo",
     "hit_rate": "needs tiers",
     "dropped_share": "needs a capacity",
+    "rejected_share": "requests longer than max_model_len, or than the KV cache holds",
 }
 _TRAINING = ("step_mean_ms", "tok_per_s", "mfu", "maxvio")
 _BOTH = (
@@ -149,6 +152,8 @@ def _derived(result: RunResult | TrainingResult, seen: Mapping[str, Seen]) -> di
         out["kv_tokens"] = Seen(float(result.kv.token_capacity * parallel.dp * parallel.replicas))
     rate = seen.get("output_tok_per_s", seen.get("tok_per_s"))
     total = seen.get("total_tok_per_s", seen.get("tok_per_s"))
+    if isinstance(result, RunResult) and result.outcome is not None:
+        out["rejected_share"] = Seen(float((result.outcome.requests.target == REJECTED).mean()))
     if rate is None or total is None:
         return out
     out["tok_per_s_per_device"] = _times(rate, 1 / devices)
