@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from moesim.arrays import AnyArray
     from moesim.scenario.load import Scenario
 
-__all__ = ["Result", "json_text", "replacing_file", "results_folder", "write_results", "write_texts"]
+__all__ = ["Result", "json_text", "rebased", "replacing_file", "results_folder", "write_results", "write_texts"]
 
 SCHEMA_VERSION = 1
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -65,7 +65,7 @@ def write_results(result: Result, scenario: Scenario, out: Path, command: list[s
     report = result.to_json()
 
     def fill(folder: Path) -> None:
-        (folder / "scenario.yaml").write_text(dump_yaml(_rebased(scenario, target)), encoding="utf-8")
+        (folder / "scenario.yaml").write_text(dump_yaml(rebased(scenario, target)), encoding="utf-8")
         (folder / "result.json").write_text(json_text(report), encoding="utf-8")
         for name, table in result.tables().items():
             _write_parquet(folder / f"{name}.parquet", table)
@@ -180,11 +180,11 @@ def _write_parquet(path: Path, table: Mapping[str, AnyArray]) -> None:
     parquet.write_table(arrow.replace_schema_metadata(schema_version), path, compression="zstd")
 
 
-def _rebased(scenario: Scenario, target: Path) -> dict[str, Any]:
+def rebased(scenario: Scenario, target: Path) -> dict[str, Any]:
     """The scenario as written, with the files it names as seen from `target`, so that it runs there too."""
     raw: dict[str, Any] = json.loads(json.dumps(scenario.raw))
     places = [("requests", "path"), ("routing", "path"), ("placement_from.routing", "path"), ("cluster", "device")]
-    places.append(("model", "name"))
+    places += [("model", "name"), ("tiers.cpu", "profile")]
     if isinstance(raw.get("model"), str):
         raw["model"] = _seen_from(raw["model"], scenario.base, target)
     for part, key in places:

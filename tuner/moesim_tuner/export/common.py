@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from moesim.exports import emit
 from moesim_tuner.export.sheet import Settings, Sheet, Winner
 
@@ -44,4 +42,4 @@ def finish(sheet: Sheet, winner: Winner) -> Settings:
     sheet.notes.append(f"simulated with weights in {'/'.join(formats)}: take a checkpoint of that format")
     if winner.untold:
         sheet.notes.append(winner.untold)
-    return dataclasses.replace(sheet.settings())
+    return sheet.settings()

@@ -23,7 +23,7 @@ def settings(winner: Winner) -> Settings:
     policy = s.policies.offload
     assert tiers is not None
     assert isinstance(policy, Policy)
-    sheet = Sheet("llama.cpp", winner, "llama-server")
+    sheet = Sheet("llama_cpp", winner, "llama-server")
     sheet.option("--model", f"{model.name}.gguf")
     sheet.option("--n-gpu-layers", 999)
     if policy.override_tensor:
@@ -43,5 +43,6 @@ def settings(winner: Winner) -> Settings:
     sheet.option("--ubatch-size", s.engine.max_num_batched_tokens)
     if tiers.cpu.cores is not None:
         sheet.option("--threads", tiers.cpu.cores, "tiers.cpu.cores")
-    sheet.notes.append(f"simulated with weights in {model.weight_dtype}/{model.expert_dtype}: take a file of that format")
+    formats = "/".join(dict.fromkeys((model.weight_dtype, model.expert_dtype)))
+    sheet.notes.append(f"simulated with weights in {formats}: take a file of that format")
     return sheet.settings()

@@ -18,7 +18,7 @@ SOURCES: Mapping[str, str] = {
     "vllm": "vllm-project/vllm vllm/engine/arg_utils.py (EngineArgs.add_cli_args), vllm/config/parallel.py",
     "sglang": "sgl-project/sglang python/sglang/srt/server_args.py (ServerArgs: a field a flag)",
     "ktransformers": "sgl-project/sglang python/sglang/srt/server_args.py (kt_*), kvcache-ai/ktransformers kt-kernel",
-    "llama.cpp": "ggml-org/llama.cpp common/arg.cpp",
+    "llama_cpp": "ggml-org/llama.cpp common/arg.cpp",
     "trtllm": "NVIDIA/TensorRT-LLM tensorrt_llm/commands/serve.py, tensorrt_llm/llmapi/llm_args.py",
     "megatron": (
         "NVIDIA/Megatron-LM megatron/training/arguments.py, megatron/core/transformer/transformer_config.py,"
@@ -92,7 +92,7 @@ OPTIONS: Mapping[str, Mapping[str, Kind]] = {
         "--kt-enable-dynamic-expert-update": "flag",
         "--kt-gpu-prefill-token-threshold": "int",
     },
-    "llama.cpp": {
+    "llama_cpp": {
         "--model": "str",
         "--n-gpu-layers": "int",
         "--n-cpu-moe": "int",

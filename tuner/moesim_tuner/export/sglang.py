@@ -118,6 +118,8 @@ def _placement(sheet: Sheet, winner: Winner) -> None:
         sheet.option("--init-expert-location", path)
     if path is not None or kind == "contiguous" or (moves is not None and kind == "eplb"):
         sheet.carries("policies.placement")
+    else:
+        sheet.cannot("policies.placement", kind, "SGLang places experts anew by EPLB's own rules (--eplb-algorithm)")
     if path is not None or redundant or moves is not None:
         dispatch = s.policies.kinds["dispatch"]
         if dispatch in _DISPATCH:

@@ -72,6 +72,7 @@ class Sheet:
         self.files: dict[str, str] = {}
         self.notes: list[str] = []
         self._varied = winner.varied
+        self._written = winner.scenario.raw
         self._carried: set[str] = set()
         self._unset: dict[str, str] = {}
 
@@ -91,12 +92,19 @@ class Sheet:
         self._unset[path] = f"{value if isinstance(value, str) else json.dumps(value)}: {why}"
 
     def settings(self) -> Settings:
-        """The sheet; fields of the study that nothing carries are listed."""
-        unset = dict(self._unset)
+        """The sheet. Listed are fields that the study set or the scenario says, and no option carries; what stands at
+        the simulator's default unsaid is the engine's own business."""
+        unset = {path: told for path, told in self._unset.items() if path in self._varied or self._says(path)}
         for path, value in self._varied.items():
             if path not in self._carried and path not in unset:
                 unset[path] = f"{value if isinstance(value, str) else json.dumps(value)}: {self.engine} has no option"
         return Settings(self.engine, tuple(self.words), self.files, unset, tuple(self.notes))
+
+    def _says(self, path: str) -> bool:
+        here: Any = self._written
+        for key in path.split("."):
+            here = here.get(key) if isinstance(here, Mapping) else None
+        return here is not None
 
 
 def leaves(path: str, value: Any) -> dict[str, Any]:

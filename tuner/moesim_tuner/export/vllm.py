@@ -126,7 +126,8 @@ def _eplb(sheet: Sheet, winner: Winner) -> None:
     if moves.threshold < 1:
         sheet.cannot("rebalance.threshold", moves.threshold, "vLLM rearranges at every interval")
     if moves.layers_per_chunk is not None:
-        sheet.cannot("rebalance.layers_per_chunk", moves.layers_per_chunk, "vLLM moves a layer at a time or all at once")
+        why = "vLLM moves a layer at a time or all at once"
+        sheet.cannot("rebalance.layers_per_chunk", moves.layers_per_chunk, why)
     if moves.start == "fitted":
         sheet.cannot("rebalance.start", "fitted", "vLLM starts from its own map")
     sheet.carries("rebalance.threshold", "rebalance.layers_per_chunk", "rebalance.start")
