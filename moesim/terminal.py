@@ -255,6 +255,18 @@ def _tiers(console: Console, found: dict[str, Any]) -> None:
         f"{chosen}; of {slots['experts_per_layer']:g} experts a layer {stay} stay on the device, {room} have room in "
         "its cache",
     )
+    for family, proof in cache["proof"].items():
+        if proof:
+            how = {"too_large": "too large for a solver", "feasible": "within the tolerance"}
+            how |= (
+                {"feasible": "solver's time is over", "optimal": "optimal by the solver"}
+                if proof["solver_units"]
+                else {}
+            )
+            text = (
+                f"{family} {kinds[family]}: {proof['of']} {proof['objective']:.5g}, proven bound {proof['bound']:.5g}"
+            )
+            _say(console, f"{text}, gap {proof['gap']:.2%} ({how.get(proof['status'], 'optimal, no solver needed')})")
     if cache["look_ups"]:
         names = {"hit": "there", "late": "on their way", "load": "fetched", "stream": "streamed", "cpu": "on the CPU"}
         parts = [

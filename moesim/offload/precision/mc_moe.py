@@ -109,4 +109,3 @@ class Policy(Precision):
         if self.layer_loss is None:
             return True
         return layer in np.argsort(np.array(self.layer_loss), kind="stable")[: self.layers]
-

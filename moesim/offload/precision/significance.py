@@ -1,4 +1,4 @@
-"""How much an expert's rounding matters: how often it is taken and how much it weighs then (MC-MoE, arXiv 2410.06270)."""
+"""How much an expert's rounding matters: how often it is taken and how much it weighs (MC-MoE, arXiv 2410.06270)."""
 
 from __future__ import annotations
 

@@ -188,7 +188,9 @@ class Policy(Precision):
     def _per_layer(name: str, given: Limits, none_L: IntArray, own_L: IntArray, bits: float) -> IntArray:
         if given is None:
             return none_L
-        each = np.broadcast_to(np.array(given, np.float64), own_L.shape) if isinstance(given, float) else np.array(given)
+        each = (
+            np.broadcast_to(np.array(given, np.float64), own_L.shape) if isinstance(given, float) else np.array(given)
+        )
         if len(each) != len(own_L):
             raise BadInput(
                 f"policies.precision.{name} is one number, or one for each of the {len(own_L)} MoE layers; got"
