@@ -257,16 +257,9 @@ def _tiers(console: Console, found: dict[str, Any]) -> None:
     )
     for family, proof in cache["proof"].items():
         if proof:
-            how = {"too_large": "too large for a solver", "feasible": "within the tolerance"}
-            how |= (
-                {"feasible": "solver's time is over", "optimal": "optimal by the solver"}
-                if proof["solver_units"]
-                else {}
-            )
-            text = (
-                f"{family} {kinds[family]}: {proof['of']} {proof['objective']:.5g}, proven bound {proof['bound']:.5g}"
-            )
-            _say(console, f"{text}, gap {proof['gap']:.2%} ({how.get(proof['status'], 'optimal, no solver needed')})")
+            text = f"{family} {kinds[family]}: {proof['of']} {proof['objective']:.5g}, bound {proof['bound']:.5g}, "
+            asked = "solver asked" if proof["solver_units"] else "no solver asked"
+            _say(console, f"{text}gap {proof['gap']:.2%} ({proof['status'].replace('_', ' ')}, {asked})")
     if cache["look_ups"]:
         names = {"hit": "there", "late": "on their way", "load": "fetched", "stream": "streamed", "cpu": "on the CPU"}
         parts = [

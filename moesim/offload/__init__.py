@@ -173,8 +173,8 @@ class OffloadContext:
 class Proof:
     """What is proven of a policy's answer. objective: of the answer, less is better; of: what it is, in words. bound:
     no answer that the policy chooses from has less. status: `optimal` (the bound is reached), `feasible` (a gap is
-    left), `too_large` (and the programme is too large for a solver). solver_units: deterministic time of a solver; 0: it
-    was not asked."""
+    left), `too_large` (and the programme is too large for a solver). solver_units: deterministic time of a solver; 0:
+    it was not asked."""
 
     of: str
     objective: float

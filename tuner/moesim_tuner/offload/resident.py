@@ -2,9 +2,9 @@
 
 min sum_l mean_s ns[active_sl, missing_sl] within a number of bytes: a layer's time depends on how many of a step's
 experts are missing *together*, so the popular ones are not all that counts. Where a layer has few experts, every set of
-them is an option, and the multiple-choice knapsack over layers (`moesim_tuner.knapsack`) is exact. Else a layer's
-options are the prefixes of three orders (by use; each next one what it saves most beside those before; the reverse of
-each next one what is missed least), and the bound is that of the relaxation in which experts may stay by parts and a
+them is an option, and the multiple-choice knapsack over layers (`moesim_tuner.knapsack`) is exact. Else there are too
+many sets: a layer's options are the prefixes of three orders (by use; each next expert the one that saves most beside
+those before; the reverse of each next one to go being missed least), and the bound is that of the relaxation in which experts may stay by parts and a
 layer's time is the convex envelope over missing experts; Frank and Wolfe's steps find it, and any step's is a bound.
 
 Legend: L layers, S steps, E experts, B options, A active, M missing.
@@ -70,7 +70,7 @@ def solve(problem: Problem, tolerance: float, deterministic_time: float) -> Resi
     if few:
         return Resident(stays_LE, part, None)
     bound = _envelope_bound(problem, stays_LE)
-    whole = part_of("any sets", part.objective, bound, "feasible", part.units)
+    whole = part_of("any sets", part.objective, bound, "too_large", part.units)
     return Resident(stays_LE, whole, part)
 
 

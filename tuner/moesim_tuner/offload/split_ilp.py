@@ -32,9 +32,9 @@ _LEAST_STEPS = 64
 
 class Policy(Spec):
     """sample: steps of one token that sets are judged by, at most; of n tokens 1/sqrt(n) of that. With an eighth of
-    them a set was better on these and worse on others. running: tokens of a step; None: as many requests as decode together
-    in the scenario. tolerance: a gap to the bound up to this share is left. deterministic_time: the solver's (a unit
-    took 1 to 9 seconds).
+    them a set was better on these and worse on others. running: tokens of a step; None: as many requests as decode
+    together in the scenario. tolerance: a gap to the bound up to this share is left. deterministic_time: the solver's
+    (a unit took 1 to 9 seconds).
     """
 
     sample: Annotated[int, Field(ge=1, le=1 << 20)] = 4096
