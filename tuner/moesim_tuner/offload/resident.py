@@ -4,8 +4,9 @@ min sum_l mean_s ns[active_sl, missing_sl] within a number of bytes: a layer's t
 experts are missing *together*, so the popular ones are not all that counts. Where a layer has few experts, every set of
 them is an option, and the multiple-choice knapsack over layers (`moesim_tuner.knapsack`) is exact. Else there are too
 many sets: a layer's options are the prefixes of three orders (by use; each next expert the one that saves most beside
-those before; the reverse of each next one to go being missed least), and the bound is that of the relaxation in which experts may stay by parts and a
-layer's time is the convex envelope over missing experts; Frank and Wolfe's steps find it, and any step's is a bound.
+those before; the reverse of each next one to go being missed least), and the bound is that of the relaxation in which
+experts may stay by parts and a layer's time is its convex envelope over missing experts. Frank and Wolfe's steps find
+it, and what any step finds is a bound.
 
 Legend: L layers, S steps, E experts, B options, A active, M missing.
 """
@@ -163,7 +164,8 @@ class _Walk:
         """Sum of the steps' values for each expert that they take, [E]."""
         ids = self._ids_SA[at]
         each = np.repeat(value, ids.shape[1])
-        return np.bincount(ids.reshape(-1), weights=each, minlength=self._experts + 1)[:-1]
+        out: FloatArray = np.bincount(ids.reshape(-1), weights=each, minlength=self._experts + 1)[:-1]
+        return out
 
     def _ns(self, active: IntArray, missing: IntArray) -> FloatArray:
         """Of each step; where nothing is left to be missing, or to come back, the nearest."""

@@ -100,7 +100,7 @@ class Policy(Precision):
         """Bits of each width with its scales, narrow to wide, and its place in `widths`. Widths that save nothing are
         left out; one of the model's own stands for the weights as they are."""
         scale = self.scale_bits / self.group if self.group else 0.0
-        found = {}
+        found: dict[float, int] = {}
         for place in sorted(range(len(self.widths)), key=lambda b: self.widths[b]):
             width = self.widths[place]
             if width >= bits:
