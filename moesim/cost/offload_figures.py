@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from moesim.cost.offload_setup import Offload, RankPlan
 from moesim.cost.offloaded import COUNTERS, KINDS, OffloadDetail, OffloadedPricer
 from moesim.cost.pricer import Run
 from moesim.hardware import GRADES
-from moesim.offload import fast
+from moesim.offload import Proof, fast
 from moesim.offload.cache import ExpertCache
 from moesim.offload.compression import stored_LE
 from moesim.offload.eviction.belady import Policy as Belady
@@ -61,6 +62,10 @@ def cache_figures(
         },
         "slots": _slots(offload),
         "bound": _bound(scenario, offload, pricers, total_ns - stall_ns, total_ns),
+        "proof": {
+            "offload": _proof([rank.plan.proof for rank in offload.ranks]),
+            "precision": _proof([rank.compressed.proof for rank in offload.ranks]),
+        },
     }
 
 
@@ -133,6 +138,18 @@ def _slots(offload: Offload) -> dict[str, float]:
         "fixed_per_layer": float((rank.plan.fixed_LE & own_LE).sum()) / layers,
         "cache_per_layer": 0.0 if rank.plan.paged else float(rank.plan.capacity_G.sum()) / size / layers,
     }
+
+
+def _proof(proofs: Sequence[Proof | None]) -> dict[str, float | str] | None:
+    """Of the rank with the widest gap; None where the policy says nothing of how good its answer is."""
+    said = [proof for proof in proofs if proof is not None]
+    if not said:
+        return None
+    worst = max(said, key=lambda proof: proof.gap)
+    return {
+        "of": worst.of, "objective": worst.objective, "bound": worst.bound, "gap": worst.gap, "status": worst.status,
+        "solver_units": worst.solver_units,
+    }  # fmt: skip
 
 
 # ---- bounds

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from moesim.compare import Comparison, Entry, compare
 from moesim.errors import BadInput, Infeasible, Problem
 from moesim.explain_offload.ask import Ask
-from moesim.explain_offload.candidates import BUFFERS, RESIDENT, Candidate, kinds, prefetches
+from moesim.explain_offload.candidates import BUFFERS, RESIDENT, Candidate, kinds, of_kind, prefetches
 from moesim.explain_offload.play import Played, Player
 from moesim.policy import did_you_mean, policy_kinds
 from moesim.scenario.load import Scenario
@@ -82,7 +82,9 @@ def explain_offload(ask: Ask, progress: Callable[[float], None] | None = None) -
 
 def _search(ask: Ask, player: Player) -> list[Played]:
     """Short runs of every kind asked for, and of the best cache with each prefetch; the best first."""
-    wanted = [c for c in kinds(ask.concurrency) if not ask.kinds or c.kind in ask.kinds]
+    known = kinds(ask.concurrency)
+    wanted = [c for c in known if not ask.kinds or c.kind in ask.kinds]
+    wanted += [of_kind(kind) for kind in ask.kinds if all(c.kind != kind for c in known)]
     tried = [player.play(c, ask.short, ask.seed) for c in wanted]
     caches = [p for p in tried if p.candidate.kind == "cached" and p.summary is not None]
     if caches:

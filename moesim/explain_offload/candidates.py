@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-__all__ = ["BUFFERS", "Candidate", "evictions", "kinds", "prefetches"]
+__all__ = ["BUFFERS", "Candidate", "evictions", "kinds", "of_kind", "prefetches"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,11 @@ def kinds(concurrency: int) -> list[Candidate]:
     if concurrency >= 8:
         out.append(Candidate("MoE-Lightning", "moe_lightning", "layers streamed", ("policies.offload=moe_lightning",)))
     return out
+
+
+def of_kind(kind: str) -> Candidate:
+    """A kind that was asked for and stands in no list: from another package, or a plugin."""
+    return Candidate("", kind, kind, (f"policies.offload={kind}",))
 
 
 def evictions() -> list[Candidate]:

@@ -112,8 +112,8 @@ class MissCosts:
     """ns, for policies that weigh them. transfer_ns: one expert over the slowest link to the device. gpu_ns, cpu_ns:
     rows of one expert -> ns there. Where drives are the home, both ways hold what reading an expert takes on average
     (none for those that have room in host memory). sync_ns: what a layer pays for having any expert on the CPU.
-    layer_ns: a layer without stalls. product_ns: rows of several experts -> ns of one product of them all on the device;
-    None: not said. running: requests that a decode step serves."""
+    layer_ns: a layer without stalls. product_ns: rows of several experts -> ns of one product of them all on the
+    device; None: not said. running: requests that a decode step serves."""
 
     transfer_ns: float
     gpu_ns: Callable[[int], float]
@@ -171,9 +171,10 @@ class OffloadContext:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What is proven of a policy's answer. objective: of the answer, less is better; of: what it is, in words. bound: no
-    answer that the policy chooses from has less. status: `optimal` (the bound is reached), `feasible` (a gap is left),
-    `too_large` (and no solver was asked). solver_units: deterministic time of a solver; 0: it was not needed."""
+    """What is proven of a policy's answer. objective: of the answer, less is better; of: what it is, in words. bound:
+    no answer that the policy chooses from has less. status: `optimal` (the bound is reached), `feasible` (a gap is
+    left), `too_large` (and the programme is too large for a solver). solver_units: deterministic time of a solver; 0:
+    it was not asked."""
 
     of: str
     objective: float

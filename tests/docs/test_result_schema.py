@@ -94,6 +94,12 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
             "tiers": {"experts": 0.01, "cpu": {"gb_per_s": 1}},
             "policies": {"offload": "ktransformers", "precision": "mole"},
         },
+        "tiers_proven": {
+            "model": model,
+            "requests": CLOSED,
+            "tiers": {"experts": 0.005},
+            "policies": {"offload": "split_ilp", "precision": "bits_ilp"},
+        },
         "does_not_fit": {"model": model, "engine": {"runtime_memory_gib": 100}},
     }
     out = {name: simulate(scenario(folder, **parts)).to_json() for name, parts in cases.items()}

@@ -308,8 +308,10 @@ def _asked(
     model.minimize(sum(int(u) * c for u, c in zip(unit_X.tolist(), chosen, strict=True)))
     found = ask(model, deterministic_time, may_fail=hint_N is None)
     known = float(cost_N.sum() + base.sum())
-    # each chosen cost was rounded by half a unit at most
-    bound = known + (found.bound - 0.5 * len(items)) / scale if np.isfinite(found.bound) else -np.inf
+    # each chosen cost may have been rounded up by as much
+    up_N = np.zeros(len(items))
+    np.maximum.at(up_N, at_item, unit_X - (cost - base[at_item]) * scale)
+    bound = known + (found.bound - float(up_N.sum())) / scale if np.isfinite(found.bound) else -np.inf
     if found.solver is None:
         return Better(None, None, bound, found.units)
     option_N = option_N.copy()

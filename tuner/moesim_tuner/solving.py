@@ -60,8 +60,7 @@ class Part:
         return relative_gap(self.objective, self.bound)
 
     def __str__(self) -> str:
-        asked = f", solver {self.units:.3g} units" if self.units else ", no solver needed"
-        asked = "" if self.status == "too_large" else asked
+        asked = f", solver {self.units:.3g} units" if self.units else ", solver not asked"
         return f"objective {self.objective:.6g}, bound {self.bound:.6g}, gap {self.gap:.2%}, {self.status}{asked}"
 
 

@@ -1,4 +1,4 @@
-"""How much an expert's rounding matters: how often it is taken and how much it weighs then (MC-MoE, arXiv 2410.06270)."""
+"""How much an expert's rounding matters: how often it is taken and how much it weighs (MC-MoE, arXiv 2410.06270)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ __all__ = ["mean_weight", "shares", "significance"]
 
 def significance(frequency_LE: FloatArray, weight_LE: FloatArray, alpha: float, beta: float) -> FloatArray:
     """f^alpha * w^beta with both divided by their layer's sum, [L, E] (arXiv 2410.06270)."""
-    return shares(frequency_LE) ** alpha * shares(weight_LE) ** beta
+    out: FloatArray = shares(frequency_LE) ** alpha * shares(weight_LE) ** beta
+    return out
 
 
 def shares(x_LE: FloatArray) -> FloatArray:

@@ -40,12 +40,14 @@ def layer_ns(costs: MissCosts, active: int, missing: int, rows: int) -> float:
     """ns of a layer's experts. rows: of each of them."""
     cpu_ns = costs.cpu_ns(rows)
     on_cpu = int(shortest_layer(np.full(missing, cpu_ns), costs.transfer_ns, costs.sync_ns).sum())
-    travel = missing - on_cpu
     start = costs.sync_ns if on_cpu else 0.0
-    here = _product_ns(costs, active - missing, rows)
-    device = max(start + here, travel * costs.transfer_ns)
-    if travel:
-        device += _product_ns(costs, 1, rows)
+    device = start + _product_ns(costs, active - missing, rows)
+    coming, came = missing - on_cpu, 0
+    while came < coming:  # those that have come meanwhile compute together
+        device = max(device, (came + 1) * costs.transfer_ns)
+        here = coming if costs.transfer_ns <= 0 else min(coming, int(device / costs.transfer_ns + 1e-9))
+        device += _product_ns(costs, here - came, rows)
+        came = here
     return max(device, start + on_cpu * cpu_ns)
 
 

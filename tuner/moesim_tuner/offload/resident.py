@@ -2,10 +2,11 @@
 
 min sum_l mean_s ns[active_sl, missing_sl] within a number of bytes: a layer's time depends on how many of a step's
 experts are missing *together*, so the popular ones are not all that counts. Where a layer has few experts, every set of
-them is an option, and the multiple-choice knapsack over layers (`moesim_tuner.knapsack`) is exact. Else a layer's
-options are the prefixes of three orders (by use; each next one what it saves most beside those before; the reverse of
-each next one what is missed least), and the bound is that of the relaxation in which experts may stay by parts and a
-layer's time is the convex envelope over missing experts; Frank and Wolfe's steps find it, and any step's is a bound.
+them is an option, and the multiple-choice knapsack over layers (`moesim_tuner.knapsack`) is exact. Else there are too
+many sets: a layer's options are the prefixes of three orders (by use; each next expert the one that saves most beside
+those before; the reverse of each next one to go being missed least), and the bound is that of the relaxation in which
+experts may stay by parts and a layer's time is its convex envelope over missing experts. Frank and Wolfe's steps find
+it, and what any step finds is a bound.
 
 Legend: L layers, S steps, E experts, B options, A active, M missing.
 """
@@ -25,7 +26,7 @@ __all__ = ["Problem", "Resident", "expected_ns", "solve"]
 
 _EVERY_SET = 8
 """experts of a layer up to which all its sets are options"""
-_ROUNDS = 60
+_ROUNDS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +60,10 @@ def expected_ns(problem: Problem, stays_LE: BoolArray) -> float:
 
 def solve(problem: Problem, tolerance: float, deterministic_time: float) -> Resident:
     """The best of the options, and a bound for any set."""
-    experts = problem.size_LE.shape[1]
-    few = experts <= _EVERY_SET
-    sets = [_every_set(experts)] * len(problem.size_LE) if few else [
-        _prefixes(problem, layer) for layer in range(len(problem.size_LE))
-    ]  # fmt: skip
-    cost_LB = np.stack([_mean_ns(problem, layer, sets_BE) for layer, sets_BE in enumerate(sets)])
+    few = problem.size_LE.shape[1] <= _EVERY_SET
+    options = [(_every_set if few else _prefixes)(problem, layer) for layer in range(len(problem.size_LE))]
+    sets = [sets_BE for sets_BE, _ in options]
+    cost_LB = np.stack([cost_B for _, cost_B in options])
     size_LB = np.stack([sets_BE @ problem.size_LE[layer] for layer, sets_BE in enumerate(sets)])
     option_L, part = choose(Choices(cost_LB, size_LB, problem.capacity), "sets", tolerance, deterministic_time)
     assert option_L is not None, "nothing at all on the device always fits"
@@ -72,74 +71,106 @@ def solve(problem: Problem, tolerance: float, deterministic_time: float) -> Resi
     if few:
         return Resident(stays_LE, part, None)
     bound = _envelope_bound(problem, stays_LE)
-    whole = part_of("any sets", part.objective, bound, "feasible", part.units)
-    return Resident(stays_LE, whole if whole.status == "optimal" else whole, part)
+    whole = part_of("any sets", part.objective, bound, "too_large", part.units)
+    return Resident(stays_LE, whole, part)
 
 
 # ---- options of a layer
 
 
-def _every_set(experts: int) -> BoolArray:
-    """All 2^E sets, bool [B, E]."""
-    return ((np.arange(1 << experts)[:, None] >> np.arange(experts)) & 1).astype(bool)
+def _every_set(problem: Problem, layer: int) -> tuple[BoolArray, FloatArray]:
+    """All 2^E sets, bool [B, E], and the layer's expected ns with each, [B]."""
+    active_SE, active_S = problem.active_LSE[layer], problem.active_LSE[layer].sum(axis=1)
+    experts = active_SE.shape[1]
+    sets_BE = ((np.arange(1 << experts)[:, None] >> np.arange(experts)) & 1).astype(bool)
+    missing_SB = active_SE.astype(np.int64) @ (~sets_BE).T.astype(np.int64)
+    return sets_BE, np.asarray(problem.ns_AM[active_S[:, None], missing_SB].mean(axis=0))
 
 
-def _prefixes(problem: Problem, layer: int) -> BoolArray:
-    """Prefixes of the three orders, bool [B, E]."""
-    active_SE, size_E = problem.active_LSE[layer], problem.size_LE[layer]
-    used = active_SE.sum(axis=0) / size_E
-    orders = (np.argsort(-used, kind="stable"), _forward(problem, layer), _backward(problem, layer))
-    experts = len(size_E)
-    sets = np.zeros((3, experts + 1, experts), bool)
+def _prefixes(problem: Problem, layer: int) -> tuple[BoolArray, FloatArray]:
+    """Prefixes of the three orders, bool [B, E], and the layer's expected ns with each, [B]."""
+    size_E = problem.size_LE[layer]
+    walk = _Walk(problem, layer)
+    orders = [np.argsort(-walk.used_E / size_E, kind="stable"), walk.forward(), walk.backward()]
+    sets_NBE = np.zeros((len(orders), len(size_E) + 1, len(size_E)), bool)
     for number, order in enumerate(orders):
-        place_E = np.empty(experts, np.int64)
-        place_E[order] = np.arange(experts)
-        sets[number] = place_E[None, :] < np.arange(experts + 1)[:, None]
-    return sets.reshape(-1, experts)
+        sets_NBE[number, :, order] = np.arange(len(size_E) + 1)[None, :] > np.arange(len(size_E))[:, None]
+    cost_NB = [walk.along(order) for order in orders]
+    return sets_NBE.reshape(-1, len(size_E)), np.concatenate(cost_NB)
 
 
-def _forward(problem: Problem, layer: int) -> IntArray:
-    """Experts in the order in which each next one saves most a byte beside those before it."""
-    active_SE, size_E = problem.active_LSE[layer], problem.size_LE[layer]
-    weigh_SE, active_S = active_SE.astype(np.float32), active_SE.sum(axis=1)
-    missing_S, left_E = active_S.copy(), np.ones(len(size_E), bool)
-    order = np.empty(len(size_E), np.int64)
-    for place in range(len(size_E)):
-        saved_S = _ns(problem, active_S, missing_S) - _ns(problem, active_S, missing_S - 1)
-        saved_E = (saved_S.astype(np.float32) @ weigh_SE) / size_E
-        order[place] = best = int(np.where(left_E, saved_E, -np.inf).argmax())
-        left_E[best] = False
-        missing_S -= active_SE[:, best]
-    return order
+class _Walk:
+    """A layer whose experts come and go one at a time. Only steps that take an expert mind whether it is there, so an
+    expert costs a look at those alone."""
 
+    def __init__(self, problem: Problem, layer: int) -> None:
+        active_SE = problem.active_LSE[layer]
+        self._ns_AM, self._size_E = problem.ns_AM, problem.size_LE[layer]
+        self._experts = active_SE.shape[1]
+        self._active_S = active_SE.sum(axis=1)
+        self.used_E = active_SE.sum(axis=0)
+        """steps that take each expert"""
+        of_expert, steps = np.nonzero(active_SE.T)
+        self._steps_E = np.split(steps, np.searchsorted(of_expert, np.arange(1, self._experts)))
+        # ids of each step, padded with the number of experts
+        order = np.argsort(~active_SE, axis=1, kind="stable")[:, : int(self._active_S.max(initial=0))]
+        self._ids_SA = np.where(np.arange(order.shape[1]) < self._active_S[:, None], order, self._experts)
 
-def _backward(problem: Problem, layer: int) -> IntArray:
-    """The reverse of the order in which each next one to go is missed least for its bytes."""
-    active_SE, size_E = problem.active_LSE[layer], problem.size_LE[layer]
-    weigh_SE, active_S = active_SE.astype(np.float32), active_SE.sum(axis=1)
-    missing_S, left_E = np.zeros_like(active_S), np.ones(len(size_E), bool)
-    order = np.empty(len(size_E), np.int64)
-    for place in range(len(size_E) - 1, -1, -1):
-        costs_S = _ns(problem, active_S, missing_S + 1) - _ns(problem, active_S, missing_S)
-        costs_E = (costs_S.astype(np.float32) @ weigh_SE) / size_E
-        order[place] = least = int(np.where(left_E, costs_E, np.inf).argmin())
-        left_E[least] = False
-        missing_S += active_SE[:, least]
-    return order
+    def along(self, order: IntArray) -> FloatArray:
+        """Mean ns with the first 0, 1, ... experts of an order on the device, [E + 1]."""
+        missing_S = self._active_S.copy()
+        ns_S = self._ns(self._active_S, missing_S)
+        out = np.empty(len(order) + 1)
+        out[0] = ns_S.sum()
+        for place, expert in enumerate(order.tolist()):
+            steps = self._steps_E[expert]
+            missing_S[steps] -= 1
+            now = self._ns(self._active_S[steps], missing_S[steps])
+            out[place + 1] = out[place] + (now - ns_S[steps]).sum()
+            ns_S[steps] = now
+        return out / max(len(ns_S), 1)
 
+    def forward(self) -> IntArray:
+        """Experts in the order in which each next one saves most a byte beside those before it."""
+        return self._one_by_one(self._active_S.copy(), -1)
 
-def _ns(problem: Problem, active_S: IntArray, missing_S: IntArray) -> FloatArray:
-    """Of each step; where nothing is left to be missing, or to come back, the nearest."""
-    return problem.ns_AM[active_S, np.clip(missing_S, 0, active_S)]
+    def backward(self) -> IntArray:
+        """The reverse of the order in which each next one to go is missed least for its bytes."""
+        return self._one_by_one(np.zeros_like(self._active_S), 1)[::-1]
 
+    def _one_by_one(self, missing_S: IntArray, change: int) -> IntArray:
+        """Experts in the order in which one after the other comes (change -1) or goes (1), the one that then costs
+        least for its bytes first."""
+        cost_S = self._cost(slice(None), missing_S, change)
+        cost_E = self._by_expert(slice(None), cost_S)
+        left_E = np.ones(self._experts, bool)
+        order = np.empty(self._experts, np.int64)
+        for place in range(self._experts):
+            order[place] = best = int(np.where(left_E, cost_E / self._size_E, np.inf).argmin())
+            left_E[best] = False
+            steps = self._steps_E[best]
+            missing_S[steps] += change
+            now = self._cost(steps, missing_S, change)
+            cost_E += self._by_expert(steps, now - cost_S[steps])
+            cost_S[steps] = now
+        return order
 
-def _mean_ns(problem: Problem, layer: int, sets_BE: BoolArray) -> FloatArray:
-    """Expected ns of a layer with each of its options, [B]."""
-    active_SE = problem.active_LSE[layer]
-    there_SB = active_SE.astype(np.float32) @ sets_BE.T.astype(np.float32)
-    active_S = active_SE.sum(axis=1)
-    missing_SB = active_S[:, None] - np.rint(there_SB).astype(np.int64)
-    return np.asarray(problem.ns_AM[active_S[:, None], missing_SB].mean(axis=0))
+    def _cost(self, at: IntArray | slice, missing_S: IntArray, change: int) -> FloatArray:
+        """What one more that comes, or goes, costs each step that takes it."""
+        active, missing = self._active_S[at], missing_S[at]
+        return self._ns(active, missing + change) - self._ns(active, missing)
+
+    def _by_expert(self, at: IntArray | slice, value: FloatArray) -> FloatArray:
+        """Sum of the steps' values for each expert that they take, [E]."""
+        ids = self._ids_SA[at]
+        each = np.repeat(value, ids.shape[1])
+        out: FloatArray = np.bincount(ids.reshape(-1), weights=each, minlength=self._experts + 1)[:-1]
+        return out
+
+    def _ns(self, active: IntArray, missing: IntArray) -> FloatArray:
+        """Of each step; where nothing is left to be missing, or to come back, the nearest."""
+        found: FloatArray = self._ns_AM[active, np.minimum(np.maximum(missing, 0), active)]
+        return found
 
 
 # ---- a bound for any sets
@@ -148,22 +179,23 @@ def _mean_ns(problem: Problem, layer: int, sets_BE: BoolArray) -> FloatArray:
 def _envelope_bound(problem: Problem, stays_LE: BoolArray) -> float:
     """The greatest lower bound that Frank and Wolfe's steps came to, from the set that was found."""
     slope_AM = _envelope(problem.ns_AM)
+    layers, steps, experts = problem.active_LSE.shape
     active_LS = problem.active_LSE.sum(axis=2)
-    weigh_LSE = problem.active_LSE.astype(np.float32)
+    step_X, expert_X = np.nonzero(problem.active_LSE.reshape(-1, experts))  # step_X: numbered over all layers
+    key_X = step_X // steps * experts + expert_X
     gone_LE = (~stays_LE).astype(np.float64)
     best = 0.0
     for number in range(_ROUNDS):
-        missing_LS = np.einsum("lse,le->ls", weigh_LSE, gone_LE.astype(np.float32)).astype(np.float64)
-        missing_LS = np.minimum(missing_LS, active_LS)
+        missing = np.bincount(step_X, weights=gone_LE.reshape(-1)[key_X], minlength=layers * steps)
+        missing_LS = np.minimum(missing.reshape(layers, steps), active_LS)
         # a supporting line of each step's envelope: value there, and slope
         value, slope_LS = _support(slope_AM, problem.ns_AM[:, 0], active_LS, missing_LS)
-        rise_LE = np.einsum("ls,lse->le", slope_LS.astype(np.float32), weigh_LSE).astype(np.float64)
-        rise_LE /= active_LS.shape[1]
+        rise = np.bincount(key_X, weights=slope_LS.reshape(-1)[step_X], minlength=layers * experts) / steps
         line = value - float((slope_LS * missing_LS).mean(axis=1).sum())
-        vertex_LE, cost = _cheapest_to_go(rise_LE, problem.size_LE, problem.capacity)
+        vertex_LE, cost = _cheapest_to_go(rise.reshape(layers, experts), problem.size_LE, problem.capacity)
         best = max(best, line + cost)
         gone_LE += 2.0 / (number + 2.0) * (vertex_LE - gone_LE)
-    return best * (1 - 1e-6)  # sums are in single precision
+    return best
 
 
 def _envelope(ns_AM: FloatArray) -> FloatArray:

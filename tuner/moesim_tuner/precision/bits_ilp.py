@@ -3,8 +3,8 @@
 MC-MoE's programme (arXiv 2410.06270) with its two bounds taken away: any widths, and one budget for all layers, so that
 layers with uneven use give bits to others. min sum_{l,i} f_{l,i}^alpha w_{l,i}^beta eps_{i,b}^gamma with f the
 frequency and w the mean gate weight of an expert (divided by its layer's sum), within bytes of the whole and, where
-asked for, of each layer. `moesim_tuner.knapsack` solves it: thousands of experts lie within 0.01 % of the bound after the greedy
-steps, so the solver is asked for small models and tight limits alone.
+asked for, of each layer. `moesim_tuner.knapsack` solves it: thousands of experts lie within 0.01 % of the bound after
+the greedy steps, so the solver is asked for small models and tight limits alone.
 
 Where arrays are not given: f is the popularity, w the mean gate weight in the sample, eps = 4^-b as in `mc_moe` (ours:
 the mean square error of uniform rounding falls to a quarter with each bit), and 0 for weights left in the model's own
@@ -100,7 +100,7 @@ class Policy(Precision):
         """Bits of each width with its scales, narrow to wide, and its place in `widths`. Widths that save nothing are
         left out; one of the model's own stands for the weights as they are."""
         scale = self.scale_bits / self.group if self.group else 0.0
-        found = {}
+        found: dict[float, int] = {}
         for place in sorted(range(len(self.widths)), key=lambda b: self.widths[b]):
             width = self.widths[place]
             if width >= bits:
@@ -159,8 +159,8 @@ class Policy(Precision):
         if budget < least:
             raise BadInput(
                 f"policies.precision.{said} is {budget:,} bytes for the experts, and with the least of the widths they"
-                f" take {least:,} ({least / int(size_LE.sum()) * bits:.3g} bits a weight, scales included). Raise it, or"
-                " add a smaller width."
+                f" take {least:,} ({least / int(size_LE.sum()) * bits:.3g} bits a weight, scales included). Raise it,"
+                " or add a smaller width."
             )
         return budget
 
@@ -176,11 +176,11 @@ class Policy(Precision):
         most_L = most_L + (0 if self.layer_most is None else context.num_experts)
         wrong = np.flatnonzero((most_L < low_L) | (least_L > most_L))
         if len(wrong):
+            first = int(wrong[0])
+            low, least, most = (x_L[first] / own_L[first] * bits for x_L in (low_L, least_L, most_L))
             raise BadInput(
-                f"layer {wrong[0]} can have {low_L[wrong[0]] / own_L[wrong[0]] * bits:.3g} bits a weight or more, and its"
-                f" limits are {least_L[wrong[0]] / own_L[wrong[0]] * bits:.3g} to"
-                f" {most_L[wrong[0]] / own_L[wrong[0]] * bits:.3g}: exchange or widen layer_least and layer_most of"
-                " policies.precision."
+                f"layer {first} can have {low:.3g} bits a weight or more, scales included, and its limits are"
+                f" {least:.3g} to {most:.3g}: exchange or widen layer_least and layer_most of policies.precision."
             )
         return least_L, most_L
 
@@ -188,9 +188,7 @@ class Policy(Precision):
     def _per_layer(name: str, given: Limits, none_L: IntArray, own_L: IntArray, bits: float) -> IntArray:
         if given is None:
             return none_L
-        each = (
-            np.broadcast_to(np.array(given, np.float64), own_L.shape) if isinstance(given, float) else np.array(given)
-        )
+        each = np.full(len(own_L), given) if isinstance(given, float) else np.array(given)
         if len(each) != len(own_L):
             raise BadInput(
                 f"policies.precision.{name} is one number, or one for each of the {len(own_L)} MoE layers; got"
