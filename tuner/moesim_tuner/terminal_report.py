@@ -71,9 +71,7 @@ def _columns(*names: str) -> Table:
 
 def _head(out: _Screen, report: Mapping[str, Any]) -> None:
     out.console.print(Text(report["study"], style="bold"), Text(f"scenario {report['scenario']}", style="dim"))
-    wanted = " and ".join(
-        f"{'most' if o['better'] == 'more' else 'least'} {o['name']}" for o in report["objectives"]
-    )
+    wanted = " and ".join(f"{'most' if o['better'] == 'more' else 'least'} {o['name']}" for o in report["objectives"])
     limits = [
         f"{name} {word} {figure(limit[key], name)}"
         for name, limit in report["constraints"].items()

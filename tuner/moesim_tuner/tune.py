@@ -14,11 +14,10 @@ from moesim_tuner.store import Kept, definition_of, list_studies, open_store, re
 from moesim_tuner.store.urls import place_of
 
 if TYPE_CHECKING:
-    from moesim.scenario.load import Scenario
     from moesim_tuner.protocols import Workers
     from moesim_tuner.store import DurableStore
 
-__all__ = ["Found", "Session", "begin", "define", "found_of", "go_on", "latest", "scenario_of", "search"]
+__all__ = ["Found", "Session", "begin", "define", "found_of", "go_on", "latest", "search"]
 
 JUDGEMENT, WHY = "judgement", "why"
 """names of notes in the store"""
@@ -40,7 +39,8 @@ def define(
     from moesim_tuner.checks import check_figures
     from moesim_tuner.judge import search_fields
     from moesim_tuner.ladder import default_rungs
-    from moesim_tuner.search import choose_sampler
+    from moesim_tuner.search import chosen_sampler
+    from moesim_tuner.space import Space
 
     told = (*overrides, *(f"tune.{key}={value}" for key, value in changed.items() if value is not None))
     scenario = load_scenario(file, told)
@@ -55,7 +55,7 @@ def define(
         name=scenario.name,
         base=str(file.parent.resolve()),
         spec=spec,
-        sampler=spec.sampler,
+        sampler=chosen_sampler(spec.sampler, Space(spec.space), spec.trials),
         rungs=tuple(spec.rungs) if spec.rungs is not None else default_rungs(scenario),
         overrides=tuple(told),
         fields=tuple(fields),
@@ -63,7 +63,7 @@ def define(
         scenario_hash=scenario.hash,
         asynchronous=asynchronous,
     )
-    return replace(definition, sampler=choose_sampler(definition)), [*scenario.warnings, *notes]
+    return definition, [*scenario.warnings, *notes]
 
 
 @dataclass
@@ -116,16 +116,6 @@ def latest(storage: str) -> str:
     return max(found, key=lambda line: (line.changed_s, line.name)).name
 
 
-def scenario_of(definition: Definition) -> Scenario:
-    """The scenario as written, with `--set`."""
-    from moesim.policy import load_plugin
-    from moesim.scenario.load import load_scenario_text
-
-    for module in definition.plugins:
-        load_plugin(module)
-    return load_scenario_text(definition.text, Path(definition.base), definition.overrides, name=definition.name)
-
-
 def search(
     session: Session,
     workers: int,
@@ -135,15 +125,15 @@ def search(
 ) -> Found:
     """Search, judge, explain. stage: is told what is done now, in a few words."""
     from moesim_tuner.heuristics import starts
-    from moesim_tuner.judge import judge
+    from moesim_tuner.judge import base_scenario, judge
     from moesim_tuner.ladder import Rungs
-    from moesim_tuner.search import strategy
+    from moesim_tuner.search import strategy_of
     from moesim_tuner.study import run_study
     from moesim_tuner.why import why
     from moesim_tuner.workers import make_workers
 
     definition, store = session.definition, session.store
-    scenario = scenario_of(definition)
+    scenario = base_scenario(definition)
     if scenario.hash != definition.scenario_hash:
         message = (
             "the scenario's files have changed since the study began, so new trials could not be compared with old"
@@ -154,7 +144,7 @@ def search(
     try:
         first = starts(scenario, definition.space, definition.spec)
         stage("searching")
-        trials = run_study(definition, strategy(definition, first), Rungs(definition), pool, store, told)
+        trials = run_study(definition, strategy_of(definition, first), Rungs(definition), pool, store, told)
         if any(trial.feasible for trial in trials):
             stage("judging the best on fresh seeds and held-out traffic")
             judgement = judge(definition, trials, pool)

@@ -95,7 +95,9 @@ def _placement(sheet: Sheet, winner: Winner, data: dict[str, Any]) -> None:
     if path is not None or s.policies.kinds["placement"] == "contiguous":
         sheet.carries("policies.placement")
     else:
-        sheet.cannot("policies.placement", s.policies.kinds["placement"], "TensorRT-LLM places experts by its own rules")
+        sheet.cannot(
+            "policies.placement", s.policies.kinds["placement"], "TensorRT-LLM places experts by its own rules"
+        )
     if moves is not None:
         why = "TensorRT-LLM moves layer_updates_per_iter layers a step, all the time"
         for key, value in moves.model_dump(mode="json", exclude_unset=True).items():

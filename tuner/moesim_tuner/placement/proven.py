@@ -28,11 +28,11 @@ from moesim.placement import EMPTY, Placement, PlacementContext, check_weights, 
 from moesim.placement.bound import balance_bound
 from moesim.placement.search import improve
 from moesim.spec import Spec
+from moesim_tuner.placement import starts
 from moesim_tuner.placement.configuration import Patterns
 from moesim_tuner.placement.exhaust import exhaust
 from moesim_tuner.placement.packing import solved
 from moesim_tuner.placement.solution import Part, Solution, joint_status, part_of
-from moesim_tuner.placement import starts
 
 __all__ = ["Policy"]
 
@@ -85,8 +85,12 @@ class Policy(Spec):
         work.programmes()
         asked = work.ask(self.deterministic_time)
         parts = tuple(work.part(layer, layer in asked) for layer in range(layers))
-        value, bound = (float(np.mean([getattr(p, n) for p in parts])) if parts else 1.0 for n in ("objective", "bound"))
-        return Solution(ctx.placement(_sorted(work.table_LS, ctx.num_ranks), experts), value, bound, joint_status(parts), parts)
+        value, bound = (
+            float(np.mean([getattr(p, n) for p in parts])) if parts else 1.0 for n in ("objective", "bound")
+        )
+        return Solution(
+            ctx.placement(_sorted(work.table_LS, ctx.num_ranks), experts), value, bound, joint_status(parts), parts
+        )
 
 
 def _shares(weight_LE: FloatArray, ranks: int) -> FloatArray:
@@ -120,7 +124,9 @@ class _Layers:
 
     def part(self, layer: int, asked: bool) -> Part:
         """What is known of a layer."""
-        status = "feasible" if asked or self.value_L[layer] <= self.bound_L[layer] * (1 + self.tolerance) else "too_large"
+        status = (
+            "feasible" if asked or self.value_L[layer] <= self.bound_L[layer] * (1 + self.tolerance) else "too_large"
+        )
         return part_of(f"layer {layer}", float(self.value_L[layer]), float(self.bound_L[layer]), status)
 
     def keep(self, layer_L: IntArray, table_LS: IntArray) -> None:
@@ -168,7 +174,9 @@ class _Layers:
             patterns = Patterns(self.share_LE[layer], self.slots, self.ranks, float(self.value_L[layer]))
             if not patterns.useful or self.value_L[layer] <= self.bound_L[layer] * (1 + _WIDE):
                 continue
-            self.bound_L[layer] = max(self.bound_L[layer], patterns.bound(self.bound_L[layer], self.tolerance, _PROGRAMMES))
+            self.bound_L[layer] = max(
+                self.bound_L[layer], patterns.bound(self.bound_L[layer], self.tolerance, _PROGRAMMES)
+            )
             if patterns.counts_CR is not None and layer in self.open_L:
                 layers.append(layer)
                 tables.append(starts.pack_counts(self.share_LE[[layer]], patterns.counts()[None], self.ranks)[0])
