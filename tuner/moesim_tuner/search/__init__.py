@@ -2,7 +2,7 @@
 
 The default, the user's own and the heuristics come first; then a sampler. `auto` is a model of our own (`surrogate`);
 `tpe`, `nsga2` and `gp` are Optuna's (`optuna_view`); `random` and `grid` need none (`listed`). Which one a study uses
-is decided when it is made (`chosen_sampler`) and kept with it.
+is decided when it is made (`choose_sampler`) and kept with it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moesim_tuner.records import Candidate, Point, Trial
 from moesim_tuner.search.listed import Grid, Random, untried
 from moesim_tuner.space import Scalar, Space
 
-__all__ = ["SAMPLERS", "Search", "chosen_sampler", "strategy", "strategy_of"]
+__all__ = ["SAMPLERS", "Search", "choose_sampler", "strategy"]
 
 SAMPLERS = ("surrogate", "tpe", "nsga2", "gp", "random", "grid")
 
@@ -27,52 +27,42 @@ class _Sampler(Protocol):
     def propose(self, count: int, pending: Sequence[Point]) -> list[dict[str, Scalar]]: ...
 
 
-def chosen_sampler(asked: str, space: Space, trials: int) -> str:
-    """What `tune.sampler` means for this study, on every machine: one of SAMPLERS. A space that the study's trials
-    can go through whole is listed."""
-    if asked != "auto":
-        return asked
-    return "grid" if space.count is not None and space.count <= trials else "surrogate"
-
-
-def strategy_of(definition: Definition, starts: Sequence[Candidate] = ()) -> Search:
-    """The strategy of a study. Raises BadInput as `strategy` does."""
-    spec = definition.spec
-    return strategy(
-        definition.space, spec.objectives, definition.signs, tuple(spec.constraints), definition.sampler, spec.seed,
-        starts, spec.trials,
-    )  # fmt: skip
-
-
-def strategy(
-    space: Space,
-    objectives: Sequence[str],
-    signs: Sequence[int],
-    constraints: Sequence[str],
-    sampler: str,
-    seed: int,
-    starts: Sequence[Candidate] = (),
-    trials: int = 60,
-) -> Search:
-    """signs: 1 for an objective that is to be large, -1 for a small one. sampler: one of SAMPLERS. starts: proposed
-    first, in their order. trials: of the whole study.
+def choose_sampler(definition: Definition) -> str:
+    """What `tune.sampler` means for this study, on every machine: one of SAMPLERS. `auto` lists a space that the
+    study's trials can go through whole, and models any other.
 
     Raises BadInput for a sampler that cannot be had: `gp` without PyTorch or for many parameters, `grid` for a
     continuous space.
     """
+    asked, count = definition.spec.sampler, definition.space.count
+    if asked == "auto":
+        return "grid" if count is not None and count <= definition.spec.trials else "surrogate"
+    if asked == "gp":
+        from moesim_tuner.search.optuna_view import check_gp
+
+        check_gp(definition.space)
+    elif asked == "grid":
+        Grid(definition.space)
+    return asked
+
+
+def strategy(definition: Definition, starts: Sequence[Candidate] = ()) -> Search:
+    """The strategy of a study. starts: proposed first, in their order. Raises BadInput as `choose_sampler` does."""
+    space, spec, sampler = definition.space, definition.spec, definition.sampler
+    figures = (spec.objectives, definition.signs, tuple(spec.constraints))
     made: _Sampler
     if sampler == "surrogate":
         from moesim_tuner.search.surrogate import Surrogate
 
-        made = Surrogate(space, objectives, signs, constraints, seed, trials)
+        made = Surrogate(space, *figures, spec.seed, spec.trials)
     elif sampler in ("tpe", "nsga2", "gp"):
         from moesim_tuner.search.optuna_view import OptunaSampler
 
-        made = OptunaSampler(sampler, space, objectives, signs, constraints, seed, trials)
+        made = OptunaSampler(sampler, space, *figures, spec.seed, spec.trials)
     else:
         assert sampler in ("random", "grid"), sampler
-        made = Grid(space) if sampler == "grid" else Random(space, seed)
-    return Search(space, made, sampler, starts, seed)
+        made = Grid(space) if sampler == "grid" else Random(space, spec.seed)
+    return Search(space, made, sampler, starts, spec.seed)
 
 
 class Search:

@@ -33,7 +33,7 @@ from moesim_tuner.records import Point, Trial, derived_seed
 from moesim_tuner.search.told import final_values
 from moesim_tuner.space import Parameter, Scalar, Space
 
-__all__ = ["OptunaSampler"]
+__all__ = ["OptunaSampler", "check_gp"]
 
 _GENERATION = "NSGAIISampler:generation"
 _BARELY = 1e-6
@@ -62,7 +62,7 @@ class OptunaSampler:
         trials: int,
     ) -> None:
         if kind == "gp":
-            _check_gp(space)
+            check_gp(space)
         self._kind, self._space, self._seed = kind, space, seed
         self._objectives, self._signs = tuple(objectives), tuple(signs)
         self._constraints = (*constraints, "memory", "legality")
@@ -186,7 +186,8 @@ def _distribution(p: Parameter) -> Any:
     return FloatDistribution(p.low, p.high, log=p.log, step=None if p.log else p.step)
 
 
-def _check_gp(space: Space) -> None:
+def check_gp(space: Space) -> None:
+    """Raises BadInput where Optuna's GP sampler cannot be had."""
     try:
         import torch  # noqa: F401
     except ImportError:
