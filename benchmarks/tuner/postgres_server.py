@@ -119,11 +119,11 @@ def postgres_server() -> Iterator[Server]:
         yield Server(folder)
     finally:
         if process is not None:
-            process.send_signal(signal.SIGINT)  # ends sessions, too
+            process.send_signal(signal.SIGQUIT)  # at once: nothing in it need outlive it
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGQUIT)
+                process.kill()
                 process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -42,7 +42,9 @@ def exported(definition: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fixed(definition: Mapping[str, Any]) -> dict[str, Any]:
-    out = {key: value for key, value in definition.items() if key not in _FREE_KEYS}
+    """The hash of the scenario stands for its text and overrides, which also hold comments and the `tune` block."""
+    free = (*_FREE_KEYS, "text", "overrides") if definition.get("scenario_hash") else _FREE_KEYS
+    out = {key: value for key, value in definition.items() if key not in free}
     out["spec"] = {key: value for key, value in definition["spec"].items() if key not in _FREE_SPEC_KEYS}
     return out
 

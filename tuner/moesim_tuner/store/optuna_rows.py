@@ -7,7 +7,6 @@ was not legal or did not fit: it has constraints and no values. FAIL is left to 
 from __future__ import annotations
 
 import datetime
-import itertools
 import json
 import warnings
 from collections.abc import Mapping
@@ -74,6 +73,7 @@ class Rows:
                 {
                     "origin": trial.origin,
                     "state": trial.state,
+                    "feasible": trial.feasible,
                     "reasons": list(trial.reasons),
                     "scenario_hash": trial.scenario_hash,
                     TRIAL: trial.to_json(),
@@ -117,24 +117,23 @@ def _utc(seconds: float) -> datetime.datetime:
 
 
 def _distribution(p: Parameter) -> Any:
-    """A parameter as one of Optuna's: numbers in their own order and scale where all its values are in it, so that the
-    dashboard draws an axis; choices otherwise."""
+    """A parameter as one of Optuna's: a range on its own axis and scale, which is how the dashboard draws it; choices
+    as choices."""
+    d = optuna.distributions
     if p.values is None:
-        return optuna.distributions.FloatDistribution(p.low, p.high, log=p.log)
+        if p.whole:
+            return d.IntDistribution(round(p.low), round(p.high), log=p.log, step=round(p.step or 1))
+        return d.FloatDistribution(p.low, p.high, log=p.log, step=p.step)
     numbers = [v for v in p.values if isinstance(v, int | float) and not isinstance(v, bool)]
-    if not p.ordered or len(numbers) < len(p.values) or len(numbers) < 2 or sorted(numbers) != numbers:
-        return optuna.distributions.CategoricalDistribution(p.values)
+    if p.sets is not None or len(numbers) < len(p.values) or len(numbers) < 2:
+        return d.CategoricalDistribution(p.values)
     low, high = numbers[0], numbers[-1]
     whole = all(isinstance(v, int) for v in numbers)
-    if p.log and low > 0:
-        if whole:
-            return optuna.distributions.IntDistribution(int(low), int(high), log=True)
-        return optuna.distributions.FloatDistribution(low, high, log=True)
+    if p.log:
+        return d.IntDistribution(int(low), int(high), log=True) if whole else d.FloatDistribution(low, high, log=True)
     step = numbers[1] - numbers[0]
-    if any(abs((b - a) - step) > 1e-9 * abs(step) for a, b in itertools.pairwise(numbers)):
-        return optuna.distributions.CategoricalDistribution(p.values)
     if whole:
-        return optuna.distributions.IntDistribution(int(low), int(high), step=int(step))
+        return d.IntDistribution(int(low), int(high), step=int(step))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a last step that is short by a rounding
-        return optuna.distributions.FloatDistribution(low, high, step=step)
+        return d.FloatDistribution(low, high, step=step)
