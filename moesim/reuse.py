@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel
 
-__all__ = ["Reuse", "file_key", "reused", "reusing"]
+__all__ = ["Reuse", "file_key", "named", "reused", "reusing"]
 
 T = TypeVar("T")
 
@@ -211,6 +211,13 @@ def reused(what: str, key: Callable[[], tuple[Any, ...] | None], make: Callable[
     step. key: asked for only where runs share; None: not to be kept."""
     kept = _now.get()
     return make() if kept is None else kept.get(what, key, make)
+
+
+def named(what: str, key: Callable[[], tuple[Any, ...]]) -> str | None:
+    """A hash that stands for `key()` in the keys of steps that share much of their input; None where runs do not share,
+    or an input cannot be named."""
+    kept = _now.get()
+    return None if kept is None else kept.name(what, key())
 
 
 def file_key(path: Path) -> tuple[Any, ...] | None:

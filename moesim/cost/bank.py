@@ -21,29 +21,30 @@ from __future__ import annotations
 
 import bisect
 import math
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moesim.arrays import AnyArray, FloatArray, IntArray
-from moesim.cost.drawn import DrawnBatches, busiest_ports, planned_ports
+from moesim.cost.blocks import BLOCK, Blocks, Sample, persistence
+from moesim.cost.drawn import planned_ports
 from moesim.cost.experts import Computed, Drawn, ExpertPrices, LayerPrices, MoESums, Ports, padded_slots
 from moesim.cost.pricer import Batch, Chunk
 from moesim.cost.routed_bank import RoutedBank, stack_drawn
 from moesim.cost.split import HalfLayers, SplitDetail
-from moesim.cost.touch import count_slots, touch
 from moesim.cost.weights import Guests, Moves
 from moesim.dispatch import DispatchPolicy, assign_ragged
 from moesim.dispatch.plan import Batches, Coupled, Plan, stack
 from moesim.layout import Layout
 from moesim.placement import Placement
+from moesim.reuse import named, reused
 from moesim.rng import generator
 from moesim.routing.capacity import Phase
 from moesim.workload.pool import RoutingSource
 
-__all__ = ["BankDetail", "CountExperts", "persistence"]
+__all__ = ["BankDetail", "CountExperts"]
 
-_BLOCK = 32
 _POOL_BLOCKS = 256
 _PLANNED, _PLANNED_SLOTS = 8, 1 << 17
 """entries of a size where dispatch plans for each; fewer, but at least half, beyond so many slots of all layers"""
@@ -99,22 +100,52 @@ class CountExperts:
             room = max(_PLANNED // 2, _PLANNED_SLOTS // max(1, placement.num_layers * placement.num_slots))
             self._entries = min(self._entries, _PLANNED, room)
         self._seed = seed
-        self._pool: _Sample | None = None
-        self._blocks: dict[str, _Blocks] = {}
+        self._pool: Sample | None = None
+        self._blocks: dict[str, Blocks] = {}
         self._cells: dict[tuple[str, int, float], _Cell] = {}
         self._priced: dict[tuple[str, int, float], MoESums] = {}
         self._rows: dict[tuple[str, int, float], MoESums] = {}
         self._layered: dict[tuple[str, int, float], IntArray] = {}
+        self._deck = named("bank", self._deck_key)
         for phase in ("prefill", "decode"):
-            self._blocks[phase] = self._cut(phase)
+            key = partial(self._of_deck, phase)
+            self._blocks[phase] = reused("bank blocks", key, partial(self._cut, phase))
+        self._cards = named("bank cells", self._cells_key)
         self._count_BLE: dict[tuple[str, int, float], FloatArray] = {}
         self._sizes: dict[int, tuple[str, int, float, int]] = {}
         self.rho: float = self._persistence() if before is None else before.rho
         self.sequence: IntArray = self._draw_sequence() if before is None else before.sequence
 
     def _persistence(self) -> float:
-        assert self._pool is not None
-        return persistence(self._pool.slot_TLK, self._pool.rows_T, self._source, self._placement, self._seed)
+        def measure() -> float:
+            pool = self._sampled()
+            return persistence(pool.slot_TLK, pool.rows_T, self._source, self._placement, self._seed)
+
+        return reused("bank persistence", self._of_deck, measure)
+
+    # -- what runs may share (moesim.reuse) --------------------------------------------------------------------------
+    def _deck_key(self) -> tuple[Any, ...]:
+        """Everything that the sample, its blocks and their persistence rest on."""
+        source, placement, layout = self._source, self._placement, self._layout
+        return (
+            source.expert_TLK, source.sequence_start, source.num_experts, source.top_k, source.ideal,
+            placement.slot_to_expert_LS.tobytes(), placement.num_slots, placement.num_experts, placement.num_ranks,
+            placement.rank_to_node, self._dispatch, layout.ranks, layout.gpus_per_node, layout.exchanges,
+            layout.expert_tp, layout.copies, self._seed,
+        )  # fmt: skip
+
+    def _of_deck(self, *more: Any) -> tuple[Any, ...] | None:
+        return None if self._deck is None else (self._deck, *more)
+
+    def _cells_key(self) -> tuple[Any, ...]:
+        """Everything that prices of the bank rest on."""
+        return (self._deck, self._entries, self._layout, self._prices.made_of)
+
+    def _of_cells(self, *more: Any) -> tuple[Any, ...] | None:
+        """None, too, where batches are routed or planned as one: then drawing them has side effects."""
+        if self._deck is None or self._cards is None or self._routed is not None or self._planner is not None:
+            return None
+        return (self._cards, *more)
 
     def _draw_sequence(self) -> IntArray:
         """Entry of every step: a Markov chain that stays with probability rho; repeats after 65,536 steps."""
@@ -175,7 +206,7 @@ class CountExperts:
         total: FloatArray | float = 0.0
         for row, entry_S in zip(detail.rows, detail.entry_2S, strict=True):
             phase, low, skew, tokens = self._sizes[id(row)]
-            count_BLE = self._count_BLE[phase, low, self._cell_skew(skew)]
+            count_BLE = self._counts_of(phase, low, skew)
             used = np.bincount(entry_S[lo:hi], minlength=len(count_BLE))
             total = total + np.tensordot(used, count_BLE, 1) * (tokens / low)
         return np.asarray(total, np.float64)
@@ -184,7 +215,7 @@ class CountExperts:
         """Pairs per expert in the first `steps` steps of a run, float64 [L, E]: those of the entries, at the next
         smaller size of the grid, scaled to the run's."""
         phase, low, skew, tokens = self._sizes[id(detail.row)]
-        count_BLE = self._count_BLE[phase, low, self._cell_skew(skew)]
+        count_BLE = self._counts_of(phase, low, skew)
         used = np.bincount(self.sequence[detail.start : detail.start + steps], minlength=len(count_BLE))
         return np.tensordot(used, count_BLE, 1) * (tokens / low)
 
@@ -229,9 +260,13 @@ class CountExperts:
         key = (phase, tokens, skew)
         found = self._priced.get(key)
         if found is None:
-            priced, ports, drawn = self._price_layers(phase, tokens, skew)
-            found = self._priced[key] = priced.sums(ports, drawn)
+            found = reused("bank prices", lambda: self._of_cells(*key), lambda: self._priced_anew(phase, tokens, skew))
+            self._priced[key] = found
         return found
+
+    def _priced_anew(self, phase: Phase, tokens: int, skew: float) -> MoESums:
+        priced, ports, drawn = self._price_layers(phase, tokens, skew)
+        return priced.sums(ports, drawn)
 
     def _price_layers(self, phase: Phase, tokens: int, skew: float) -> tuple[LayerPrices, Ports | None, Drawn]:
         computed, ports, drawn, moves = self._cell(phase, tokens, skew)
@@ -258,7 +293,11 @@ class CountExperts:
             else:
                 # perfectly even routing leaves nothing to plan but the shared expert
                 plain = self._planner is None or (self._source.ideal and not self._planner.shared)
-                found = self._plain_cell(phase, tokens) if plain else self._planned_cell(phase, tokens)
+                if plain:
+                    key_of = partial(self._of_cells, phase, tokens)
+                    found = reused("bank cell", key_of, lambda: self._plain_cell(phase, tokens))
+                else:
+                    found = self._planned_cell(phase, tokens)
             self._cells[key] = found
         return found
 
@@ -268,11 +307,21 @@ class CountExperts:
             return 1.0
         return float(min(2.0 ** (round(2 * math.log2(max(skew, 1.0))) / 2), float(self._layout.dp)))
 
-    def _plain_cell(self, phase: Phase, tokens: int) -> _Cell:
+    def _plain_counts(self, phase: str, tokens: int) -> tuple[FloatArray, Ports | None]:
         count_BLS, ports = self._blocks[phase].draw(tokens, self._entries, self._seed, phase)
         if self._source.ideal:
             count_BLS = np.full_like(count_BLS, tokens * self._source.top_k / count_BLS.shape[-1])
-        self._count_BLE[phase, tokens, 1.0] = self._per_expert(count_BLS)
+        return count_BLS, ports
+
+    def _counts_of(self, phase: str, tokens: int, skew: float) -> FloatArray:
+        """Pairs per expert of the entries of a cell [B, L, E]; of a plain one drawn again when first asked for."""
+        key = (phase, tokens, self._cell_skew(skew))
+        if key not in self._count_BLE:
+            self._count_BLE[key] = self._per_expert(self._plain_counts(phase, tokens)[0])
+        return self._count_BLE[key]
+
+    def _plain_cell(self, phase: Phase, tokens: int) -> _Cell:
+        count_BLS, ports = self._plain_counts(phase, tokens)
         kept_B = count_BLS.sum(axis=(1, 2), dtype=np.float64)
         passes = np.full(len(kept_B), float(tokens * self._placement.num_layers))
         return _Cell(self._prices.compute(count_BLS), ports, Drawn.plain(passes, kept_B))
@@ -343,97 +392,32 @@ class CountExperts:
             out[entry] = np.bincount(key_LS.ravel(), weights=count_BLS[entry].ravel(), minlength=layers * experts)
         return out.reshape(-1, layers, experts)
 
-    def _sample(self) -> _Sample:
+    def _sample(self) -> Sample:
         """Blocks of 32 consecutive tokens from all over the source, each token with the slots that serve it."""
         available = self._source.num_tokens
         rng = generator(self._seed, "bank/pool")
-        whole = max(1, available // _BLOCK)
-        starts = np.sort(rng.permutation(whole)[:_POOL_BLOCKS]) * _BLOCK
-        rows = (starts[:, None] + np.arange(_BLOCK)).ravel() % available
+        whole = max(1, available // BLOCK)
+        starts = np.sort(rng.permutation(whole)[:_POOL_BLOCKS]) * BLOCK
+        rows = (starts[:, None] + np.arange(BLOCK)).ravel() % available
         # tokens come from all ranks alike
         source_T = rng.integers(self._layout.ranks, size=len(rows))
         part_T = source_T if self._layout.exchanges else source_T // self._layout.expert_tp
         ids = np.ascontiguousarray(self._source.expert_TLK[rows])
         alone = self._dispatch if self._planner is None else self._planner.stand_in()
         slot_TLK = assign_ragged(alone, ids, part_T, self._placement, self._seed, rows)
-        return _Sample(rows, slot_TLK, source_T, rng.permutation(len(rows)))
+        return Sample(rows, slot_TLK, source_T, rng.permutation(len(rows)))
 
-    def _cut(self, phase: str) -> _Blocks:
-        """The sample in blocks: as it is for prompts, shuffled for decode."""
+    def _sampled(self) -> Sample:
         if self._pool is None:
-            self._pool = self._sample()
-        _, slot_TLK, source_T, shuffle = self._pool
+            self._pool = reused("bank sample", self._of_deck, self._sample)
+        return self._pool
+
+    def _cut(self, phase: str) -> Blocks:
+        """The sample in blocks: as it is for prompts, shuffled for decode."""
+        _, slot_TLK, source_T, shuffle = self._sampled()
         if phase == "decode":
             slot_TLK, source_T = slot_TLK[shuffle], source_T[shuffle]
-        return _Blocks(slot_TLK, source_T, self._placement, self._layout)
-
-
-class _Sample(NamedTuple):
-    """Tokens of the pool: rows, slots [T, L, K], source ranks [T], and an order in which neighbours are strangers."""
-
-    rows_T: IntArray
-    slot_TLK: AnyArray
-    source_T: IntArray
-    shuffle: IntArray
-
-
-class _Blocks:
-    """Sums over blocks of tokens: slots [B, L, S], copies in [B, L, G] and [B, L, N]."""
-
-    def __init__(self, slot_TLK: AnyArray, source_T: IntArray, placement: Placement, layout: Layout) -> None:
-        self._slot_TLK = slot_TLK
-        self._source_T = source_T
-        self._slots = placement.num_slots
-        self._layers = slot_TLK.shape[1]
-        self._layout = layout
-        self._node_G = np.arange(layout.ranks) // layout.gpus_per_node
-        self._spr = placement.slots_per_rank
-        self.number = len(source_T) // _BLOCK
-        starts = np.arange(self.number, dtype=np.int64) * _BLOCK
-        self._count = self._counts(slot_TLK, np.repeat(np.arange(self.number), _BLOCK), self.number)
-        self.mean_LS: FloatArray = self._count.mean(axis=0, dtype=np.float64)
-        if layout.exchanges:
-            copies = touch(slot_TLK, source_T, starts, self._spr, self._node_G, layout.copies)
-            self._in, self._node_in = copies.in_BLG.astype(np.float32), copies.node_in_BLN.astype(np.float32)
-
-    def _counts(self, slot_TLK: AnyArray, group_T: IntArray, groups: int) -> FloatArray:
-        return count_slots(slot_TLK, group_T, groups, self._slots).astype(np.float32)
-
-    def draw(self, tokens: int, entries: int, seed: int, phase: str) -> tuple[FloatArray, Ports | None]:
-        """`entries` batches: tokens per slot [entries, L, S] and the busiest ports."""
-        drawn = self.draw_all(tokens, entries, seed, phase)
-        if drawn.in_BLG is None or drawn.node_in_BLN is None:
-            return drawn.count_BLS, None
-        return drawn.count_BLS, busiest_ports(drawn.in_BLG, drawn.node_in_BLN, self._layout)
-
-    def draw_all(self, tokens: int, entries: int, seed: int, phase: str) -> DrawnBatches:
-        """`entries` batches."""
-        if tokens < _BLOCK:
-            return self._draw_few(tokens, entries, seed, phase)
-        number = tokens // _BLOCK
-        weight = np.zeros((entries, self.number), np.float32)
-        for entry in range(entries):
-            chosen = generator(seed, "bank/draw", int(phase == "decode"), entry).integers(self.number, size=number)
-            weight[entry] = np.bincount(chosen, minlength=self.number)
-        count = (weight @ self._count.reshape(self.number, -1)).reshape(entries, self._layers, self._slots)
-        if not self._layout.exchanges:
-            return DrawnBatches(count)
-        ranks_in = (weight @ self._in.reshape(self.number, -1)).reshape(entries, self._layers, -1)
-        nodes_in = (weight @ self._node_in.reshape(self.number, -1)).reshape(entries, self._layers, -1)
-        return DrawnBatches(count, ranks_in, nodes_in)
-
-    def _draw_few(self, tokens: int, entries: int, seed: int, phase: str) -> DrawnBatches:
-        blocks = np.array(
-            [generator(seed, "bank/draw", int(phase == "decode"), e).integers(self.number) for e in range(entries)]
-        )
-        rows = (blocks[:, None] * _BLOCK + np.arange(tokens)).ravel()
-        count = self._counts(self._slot_TLK[rows], np.repeat(np.arange(entries), tokens), entries)
-        if not self._layout.exchanges:
-            return DrawnBatches(count)
-        starts = np.arange(entries, dtype=np.int64) * tokens
-        source_T, how = self._source_T[rows], self._layout.copies
-        copies = touch(self._slot_TLK[rows], source_T, starts, self._spr, self._node_G, how)
-        return DrawnBatches(count, copies.in_BLG.astype(np.float32), copies.node_in_BLN.astype(np.float32))
+        return Blocks(slot_TLK, source_T, self._placement, self._layout)
 
 
 def _between(low: MoESums, high: MoESums, share: float) -> MoESums:
@@ -454,33 +438,8 @@ def _grid(tokens: int, coarse: bool = False) -> tuple[int, int]:
         return tokens, tokens
     power = 1 << (tokens.bit_length() - 1)
     sizes = [power, power + power // 2, 2 * power]
-    if power == _BLOCK or coarse:
+    if power == BLOCK or coarse:
         sizes = [power, 2 * power]
     low = max(s for s in sizes if s <= tokens)
     high = min(s for s in sizes if s >= tokens)
     return low, high
-
-
-def persistence(slot_TLK: AnyArray, rows_T: IntArray, source: RoutingSource, placement: Placement, seed: int) -> float:
-    """Lag-1 correlation of a decode batch's balance: 256 batches of 64 tokens against the tokens that follow them.
-
-    Balance is what a step waits for, averaged over (at most 16) layers: tokens of the busiest part or, where there is
-    one part only, slots in use. Single loads are less persistent, because layers share what changes slowly.
-    """
-    follows = (np.diff(rows_T) == 1) & ~np.isin(rows_T[1:], source.sequence_start)
-    first = np.flatnonzero(follows)
-    if source.ideal or not len(first):
-        return 0.0
-    rng = generator(seed, "bank/persistence")
-    layers = rng.permutation(slot_TLK.shape[1])[:16]
-    picked = first[rng.integers(len(first), size=(256, 64))]
-    slots, parts = placement.num_slots, placement.num_ranks
-    balance: list[FloatArray] = []
-    for shift in (0, 1):
-        chosen = slot_TLK[(picked + shift).ravel()][:, layers].astype(np.int64)
-        count = count_slots(chosen, np.repeat(np.arange(256), 64), 256, slots).reshape(256, len(layers), parts, -1)
-        load = count.sum(axis=-1).max(axis=-1) if parts > 1 else (count > 0).sum(axis=(-2, -1))
-        balance.append(load.mean(axis=-1))
-    a, b = (x - x.mean() for x in balance)
-    norm = float(np.sqrt((a * a).sum() * (b * b).sum()))
-    return float(np.clip((a * b).sum() / norm, 0.0, 0.99)) if norm else 0.0

@@ -27,6 +27,7 @@ from moesim.layout import Layout
 from moesim.model import MoEModel
 from moesim.placement import Placement, PlacementContext, PlacementPolicy, initial_map
 from moesim.placement.bound import balance_bound
+from moesim.reuse import reused
 from moesim.routing.batch import BatchRouter
 from moesim.routing.capacity import capacity_of
 from moesim.scenario.load import Scenario
@@ -97,7 +98,7 @@ def experts_of(scenario: Scenario, layout: Layout, ops: Operators, stream: Reque
     if start:
         placement = _initial(policies.placement, model, context)
     else:
-        placement = place_passes(policies.placement, fit.count_LE().astype(np.float64), model, context)
+        placement = place_passes(policies.placement, _loads(fit), model, context)
     uses_traffic = getattr(policies.placement, "uses_traffic", True) and not start
     fitted = uses_traffic and not placed_for and not source.ideal
     prices = ExpertPrices(model, layout, ops, placement.slots_per_rank, placement.slot_to_expert_LS)
@@ -130,13 +131,20 @@ def experts_of(scenario: Scenario, layout: Layout, ops: Operators, stream: Reque
     )
 
 
+def _loads(source: RoutingSource) -> FloatArray:
+    """Pairs per expert over the whole pool, float64 [L, E]."""
+    key = (source.expert_TLK, source.num_experts, source.ragged)
+    return reused("loads of a pool", lambda: key, lambda: source.count_LE().astype(np.float64))
+
+
 def _promise(placement: Placement, fit: RoutingSource) -> tuple[float, float]:
     """Planned balance and its bound, means over layers."""
     if fit.ideal:
         return 1.0, 1.0
-    weight_LE = fit.count_LE().astype(np.float64)
+    weight_LE = _loads(fit)
     slots = int(placement.held_LS.sum(axis=1).max())
-    bound_L = balance_bound(weight_LE, slots, placement.num_ranks)
+    ranks = placement.num_ranks
+    bound_L = reused("bound", lambda: (weight_LE, slots, ranks), lambda: balance_bound(weight_LE, slots, ranks))
     return float(placement.balance(weight_LE).mean()), float(bound_L.mean())
 
 
@@ -242,6 +250,14 @@ def place_passes(
     policy: PlacementPolicy, weight_LE: FloatArray, model: MoEModel, context: PlacementContext
 ) -> Placement:
     """The placement of every pass. Passes of one set of experts share a map. weight_LE: loads of the passes."""
+    return reused(
+        "placement",
+        lambda: (policy, weight_LE, model.set_of_pass, model.num_expert_sets, context),
+        lambda: _placed(policy, weight_LE, model, context),
+    )
+
+
+def _placed(policy: PlacementPolicy, weight_LE: FloatArray, model: MoEModel, context: PlacementContext) -> Placement:
     set_L = np.array(model.set_of_pass)
     weight_ZE = np.zeros((model.num_expert_sets, weight_LE.shape[1]))
     np.add.at(weight_ZE, set_L, weight_LE)

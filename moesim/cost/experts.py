@@ -141,6 +141,8 @@ class ExpertPrices:
         slots_per_part: int,
         slot_to_expert_LS: AnyArray | None = None,
     ) -> None:
+        self.made_of = (model, layout, ops.profile, ops.cuda_graph, slots_per_part)
+        """what prices rest on, beside the map of slots where experts differ in size"""
         self.exchange = Exchange(model, layout, ops, layout.communication)
         self.chunks = Chunks.of(layout, self.exchange, ops, model.top_k)
         self._layout = layout

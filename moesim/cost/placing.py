@@ -14,6 +14,7 @@ from moesim.layout import Layout
 from moesim.memory import rank_memory
 from moesim.model import MoEModel
 from moesim.placement import PlacementContext, PlacementCosts, TokenSample
+from moesim.reuse import reused
 from moesim.workload.pool import RoutingSource
 
 __all__ = ["placement_context", "placement_costs", "sample_rows", "token_sample"]
@@ -59,7 +60,15 @@ def sample_rows(source: RoutingSource) -> IntArray:
 
 
 def token_sample(source: RoutingSource) -> TokenSample:
-    """The tokens of `sample_rows`."""
+    """The tokens of `sample_rows`. Runs may share them (`moesim.reuse`)."""
+    return reused(
+        "sample of a pool",
+        lambda: (source.expert_TLK, source.sequence_start, source.num_experts, source.token_T),
+        lambda: _token_sample(source),
+    )
+
+
+def _token_sample(source: RoutingSource) -> TokenSample:
     rows = sample_rows(source)
     sequence_T = np.searchsorted(source.sequence_start, rows, side="right") - 1
     token_T = None if source.token_T is None else source.token_T[rows]

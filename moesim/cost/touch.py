@@ -14,15 +14,19 @@ What travels depends on the back end (`moesim.layout.Copies`):
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 
 from moesim.arrays import AnyArray, IntArray
 from moesim.layout import Copies
+from moesim.optional import compiled
 
 __all__ = ["Touch", "count_slots", "touch"]
 
+_COMPILED_IDS = 1 << 21
+"""(token, layer, choice) triples from which compiled code is worth its loading"""
 _IDS = 1 << 20
 """(token, layer, choice) triples looked at together"""
 
@@ -47,8 +51,16 @@ class Touch:
         return np.asarray(self.node_in_BLN.sum(axis=-1))
 
 
+def _large(slot_TLK: AnyArray) -> bool:
+    return bool(slot_TLK.size >= _COMPILED_IDS) or "moesim.dispatch.compiled" in sys.modules
+
+
 def count_slots(slot_TLK: AnyArray, group_T: AnyArray, groups: int, slots: int) -> IntArray:
     """(token, choice) pairs per group, layer and slot, [groups, L, S]; slot S, no expert, is not counted."""
+    fast = compiled("moesim.dispatch.compiled") if _large(slot_TLK) else None
+    if fast is not None:
+        counted: IntArray = fast.count_slots(slot_TLK, group_T, groups, slots)
+        return counted
     layers = slot_TLK.shape[1]
     columns = slots + (bool(slot_TLK.size) and int(slot_TLK.max()) >= slots)
     key = slot_TLK + (np.arange(layers, dtype=np.int64) * columns)[:, None]
@@ -79,6 +91,9 @@ def touch(
     in_BLG = np.zeros(groups * layers * ranks, np.int64)
     node_in_BLN = np.zeros(groups * layers * far, np.int64)
     group_T = np.searchsorted(starts_B, np.arange(tokens), side="right") - 1
+    fast = compiled("moesim.dispatch.compiled") if copies == "distinct" and _large(slot_TLK) else None
+    if fast is not None:
+        return Touch(*fast.touch_distinct(slot_TLK, source_T, group_T, groups, slots_per_rank, node_of_rank_G))
     cell_TL = group_T[:, None] * layers + np.arange(layers)
     node_or_none = np.append(node_of_rank_G, nodes)
     step = max(1, _IDS // (layers * choices))

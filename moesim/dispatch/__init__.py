@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from moesim.arrays import AnyArray, IntArray
 from moesim.placement import Placement
 
-__all__ = ["DispatchPolicy", "assign_ragged", "draw_below", "hash_TLK", "split", "split_local"]
+__all__ = ["DispatchPolicy", "assign_ragged", "draw_below", "hash_TLK", "hash_keys", "split", "split_local"]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -76,11 +76,15 @@ def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def hash_TLK(seed: int, token_T: ArrayLike, layers: int, choices: int) -> NDArray[np.uint64]:
     """64 hashed bits for each (token, layer, choice), keyed by `seed`: uint64 [T, L, K]."""
+    key_T, place_C = hash_keys(seed, token_T, layers * choices)
+    return _mix(key_T[:, None, None] + place_C.reshape(layers, choices))
+
+
+def hash_keys(seed: int, token_T: ArrayLike, places: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """What `hash_TLK` mixes: a token's part [T] plus a place's [L * K]."""
     token = np.asarray(token_T).astype(np.uint64)
     seed_T = _mix(np.full(token.shape, seed & _MASK_64, np.uint64) + _GOLDEN)
-    key_T = _mix(seed_T ^ (token * _GOLDEN + _MIX_1))
-    place_LK = (np.arange(1, layers * choices + 1, dtype=np.uint64) * _GOLDEN).reshape(layers, choices)
-    return _mix(key_T[:, None, None] + place_LK)
+    return _mix(seed_T ^ (token * _GOLDEN + _MIX_1)), np.arange(1, places + 1, dtype=np.uint64) * _GOLDEN
 
 
 def draw_below(bits: NDArray[np.uint64], bound: AnyArray) -> IntArray:

@@ -7,12 +7,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.arrays import AnyArray, IntArray
-from moesim.dispatch import draw_below, flat_expert, hash_TLK, split
+from moesim.dispatch import draw_below, flat_expert, hash_keys, hash_TLK, split
+from moesim.optional import compiled
 from moesim.placement import Placement
 from moesim.spec import Spec
 
 __all__ = ["Policy"]
 
+_COMPILED_IDS = 1 << 21
+"""choices from which compiled code is worth its loading"""
 _CHOICES = 1 << 17
 """choices looked at together: what they need stays in cache"""
 
@@ -30,12 +33,18 @@ class Policy(Spec):
     ) -> NDArray[np.int32]:
         """See `moesim.dispatch.DispatchPolicy.assign`. `placement.rank_to_node` says which ranks share a
         node."""
+        tokens, layers, choices = expert_TLK.shape
+        token = np.arange(tokens) if token_T is None else np.asarray(token_T)
+        rank_T = np.asarray(source_rank_T, dtype=np.int64)
+        large = placement.max_replicas > 1 and layers == placement.num_layers and expert_TLK.size >= _COMPILED_IDS
+        fast = compiled("moesim.dispatch.compiled") if large else None
+        if fast is not None:
+            key_T, place_C = hash_keys(seed, token, layers * choices)
+            nearest: NDArray[np.int32] = fast.nearest_slots(expert_TLK, rank_T, key_T, place_C, placement)
+            return nearest
         flat = flat_expert(expert_TLK, placement)
         if placement.max_replicas == 1:
             return placement.first_slot_LE.ravel()[flat]
-        tokens, layers, choices = flat.shape
-        token = np.arange(tokens) if token_T is None else np.asarray(token_T)
-        rank_T = np.asarray(source_rank_T, dtype=np.int64)
         slot = placement.first_slot_LE.ravel()[flat]
         several = placement.replica_count_LE.ravel() > 1
         step = max(1, _CHOICES // (layers * choices))

@@ -259,8 +259,10 @@ def test_nothing_is_lost(folder: Path, parts: dict[str, Any]) -> None:
         except BadInput:
             assert too_long(built, build_requests(built.requests, built.base, built.seed), kv_tokens).all()
             return
-    assert result.feasible, result.reasons
     assert result.stream is not None
+    if not result.feasible:  # the KV cache is too small for each of them
+        assert too_long(built, result.stream, kv_tokens).all(), result.reasons
+        return
     rejected = too_long(built, result.stream, kv_tokens)
     if built.engine.max_duration_s is None:
         np.testing.assert_array_equal(result.outcome.requests.target < 0, rejected)

@@ -26,8 +26,8 @@ _REUSE = Reuse(limit_bytes=1 << 30)
 
 def evaluate(task: Task) -> Row:
     """Simulate. A scenario that cannot be is an `illegal` row, one that does not fit `infeasible` (limits: by how
-    much), one that meets a mistake of ours or of a plugin, or a machine without the memory to simulate it, `failed`; never an
-    exception for what the task says. A row has the scenario's hash as soon as there is a scenario."""
+    much), one that meets a mistake of ours or of a plugin, or a machine without the memory to simulate it, `failed`;
+    never an exception for what the task says. A row has the scenario's hash as soon as there is a scenario."""
     began = time.perf_counter()
     with reusing(_REUSE):
         row = _row(task)

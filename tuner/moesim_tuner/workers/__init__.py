@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from moesim_tuner.protocols import Workers
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what workers are forked from has no use for it
+    from moesim_tuner.protocols import Workers
 
 __all__ = ["make_workers"]
 

@@ -149,6 +149,7 @@ class PoolWorkers:
         try:
             while not self._closing and self._broken is None:
                 self._fill()
+                self._watch_writes()
                 for key, _ in self._events.select(self._patience()):
                     if key.data is None:
                         with contextlib.suppress(BlockingIOError):
@@ -158,7 +159,6 @@ class PoolWorkers:
                     else:
                         self._hear(key.data)
                 self._end_late()
-                self._watch_writes()
         finally:
             self._finish()
 
