@@ -171,11 +171,11 @@ class Progress:
         from rich.table import Table
 
         names = self._definition.spec.objectives
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column("front" if len(names) > 1 else "best", justify="right")
+        table = Table(box=None, pad_edge=False, header_style="dim", expand=True)
+        table.add_column("front" if len(names) > 1 else "best", justify="right", no_wrap=True)
         for name in names:
-            table.add_column(name, justify="right")
-        table.add_column("settings", no_wrap=True, overflow="ellipsis")
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("settings", no_wrap=True, overflow="ellipsis", ratio=1)
         for trial in shown[:_SHOWN]:
             values = [figure(value, name) for name, value in zip(names, trial.values, strict=True)]
             told = trial.origin if trial.origin == "default" else settings_in_short(trial.point)

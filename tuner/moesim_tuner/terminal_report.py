@@ -137,11 +137,59 @@ def _cell(value: float | None, name: str, broken: bool) -> Text:
 
 
 def _judgement(out: _Screen, report: Mapping[str, Any]) -> None:
-    out.section("Judged")
+    """The finalists on fresh seeds and held-out traffic, and the finding in words."""
+    found = report["judgement"]
+    seeds = len(found["seeds"])
+    out.section(f"Judged on {seeds} fresh seeds")
+    for i, text in enumerate(found["sentences"]):
+        out.say(text, "bold" if i == 0 else "")
+    out.console.print()
+    names = found["objectives"]
+    table = _columns("", ">trial", "from", *(c for name in names for c in (f">{name}", ">to the best")), "limits")
+    for place, one in enumerate(found["finalists"]):
+        style = "bold green" if place == found["chosen"] else ""
+        cells: list[Any] = ["*" if place == found["chosen"] else "=" if place in found["ties"] else ""]
+        cells += ["-" if one["trial"] is None else str(one["trial"]), one["origin"]]
+        for name in names:
+            score = one["scores"].get(name)
+            cells += ["-", ""] if score is None else [_ranged(score, name), _to_best(score)]
+        table.add_row(*(Text(cell, style=style) for cell in cells), Text(_limits(one), style="yellow"))
+    out.table(table)
+    out.say(f"* chosen; = cannot be told from the best at {100 * found['tie_level']:.3g}%, same seeds for all", "dim")
+    for note in found["notes"]:
+        out.say(f"note: {note}", "yellow")
+
+
+def _ranged(score: Mapping[str, Any], name: str) -> str:
+    """A figure over the ends of its interval."""
+    ends = score["interval90"]
+    told = figure(score["value"], name)
+    return told if ends is None else f"{told}\n{figure(ends[0], name)}..{figure(ends[1], name)}"
+
+
+def _to_best(score: Mapping[str, Any]) -> str:
+    if score["mark"] == "best" or score["to_best"] is None:
+        return score["mark"] or ""
+    ends = score["to_best_interval"]
+    told = f"{score['to_best']:.3g}"
+    return told if ends is None else f"{told}\n{ends[0]:.3g}..{ends[1]:.3g}"
+
+
+def _limits(one: Mapping[str, Any]) -> str:
+    """What a finalist does not surely keep."""
+    if one["state"] != "done":
+        return str(one["state"])
+    return ", ".join(
+        f"{name} {kept['status']}" for name, kept in one["constraints"].items() if kept["status"] != "kept"
+    )
 
 
 def _why(out: _Screen, why: Mapping[str, Any]) -> None:
-    out.section("Why")
+    """What bounds the winner, and what each setting is worth."""
+    if why.get("sentences"):
+        out.section("Why")
+        for text in why["sentences"]:
+            out.say(text)
 
 
 def _excluded(out: _Screen, report: Mapping[str, Any], lines: Sequence[str]) -> None:
@@ -166,5 +214,6 @@ def _foot(out: _Screen, report: Mapping[str, Any]) -> None:
         out.say("not judged yet: the figures above are the search's own, and the best of many is lucky", "yellow")
     if search["trials"] < search["wanted"]:
         out.say(f"go on: moesim tune resume {report['study']}")
-    if report["front"]:
+    judged = report["judgement"]
+    if report["front"] if judged is None else judged["winner"] is not None:
         out.say(f"export: moesim tune export {report['study']} --out DIR")

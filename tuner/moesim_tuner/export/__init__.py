@@ -1,6 +1,6 @@
 """A trial of a study as what one starts with: the scenario as it was simulated, engines' commands, expert maps.
 
-One module an engine: `misfit(winner)` says why it cannot run the winner, `settings(winner)` what to start it with.
+One module an engine: `misfit(scenario)` says why it cannot run it, `settings(winner)` what to start it with.
 Every command is held to the options that the engine's source has (`options`), every map to the engine's own rules
 (`moesim.exports`), and what an engine has no option for is listed, never dropped.
 """
@@ -91,12 +91,12 @@ def export(
         raise BadInput(Problem(f"trial {number}", f"{found.name} has no such trial yet"))
     definition = found.definition
     scenario = scenario_of(definition, trial)
+    chosen, left_out = _chosen(scenario, engines)
     result = simulate(scenario)
     if not result.feasible:
         raise BadInput(Problem(f"trial {number}", f"it does not fit, so no engine can run it: {result.reasons[0]}"))
     target, untold = _target(scenario, result)
     winner = Winner(scenario, varied(definition, trial), result, target, untold, str(out))
-    chosen, left_out = _chosen(winner, engines)
     notes = _notes(trial, scenario)
     files = {"scenario.yaml": _yaml(found.name, definition, trial, scenario, result, out, keep_tune)}
     made: list[Settings] = []
@@ -135,12 +135,12 @@ def _module(engine: str) -> ModuleType:
     return importlib.import_module(f"moesim_tuner.export.{engine}")
 
 
-def _chosen(winner: Winner, engines: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
-    """The engines to write for, and why others cannot run the winner. Raises BadInput for one that was asked for."""
+def _chosen(scenario: Scenario, engines: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
+    """The engines to write for, and why others cannot run the scenario. Raises BadInput for one that was asked for."""
     unknown = [name for name in engines or () if name not in ENGINES]
     if unknown:
         raise BadInput(Problem("--emit", f"engines are {', '.join(ENGINES)}, got {', '.join(unknown)}"))
-    why = {engine: _module(engine).misfit(winner) for engine in (engines or ENGINES)}
+    why = {engine: _module(engine).misfit(scenario) for engine in (engines or ENGINES)}
     left_out = {engine: reason for engine, reason in why.items() if reason}
     if engines and left_out:
         raise BadInput([Problem(f"--emit {engine}", reason) for engine, reason in left_out.items()])

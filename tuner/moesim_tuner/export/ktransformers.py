@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moesim.explain_offload.flags import device_experts
 from moesim.offload.ktransformers import Policy
+from moesim.scenario.load import Scenario
 from moesim_tuner.export.sheet import Settings, Sheet, Winner
 
 __all__ = ["misfit", "settings"]
@@ -11,11 +12,11 @@ __all__ = ["misfit", "settings"]
 _STRATEGIES = {"uniform": "uniform", "frequency": "frequency", "front_loading": "front-loading", "random": "random"}
 
 
-def misfit(winner: Winner) -> str:
+def misfit(scenario: Scenario) -> str:
     """Why KTransformers cannot run this; "" if it can."""
-    if winner.scenario.tiers is None:
+    if scenario.tiers is None:
         return "KTransformers is for experts in host memory"
-    kind = winner.scenario.policies.kinds["offload"]
+    kind = scenario.policies.kinds["offload"]
     return "" if kind == "ktransformers" else f"KTransformers does not offload as {kind} does"
 
 

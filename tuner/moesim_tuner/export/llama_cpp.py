@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from moesim.explain_offload.flags import device_experts
 from moesim.offload.llama_cpp import Policy
+from moesim.scenario.load import Scenario
 from moesim_tuner.export.sheet import Settings, Sheet, Winner
 
 __all__ = ["misfit", "settings"]
 
 
-def misfit(winner: Winner) -> str:
+def misfit(scenario: Scenario) -> str:
     """Why llama.cpp cannot run this; "" if it can."""
-    if winner.scenario.tiers is None:
+    if scenario.tiers is None:
         return "llama.cpp is exported for experts in host memory alone"
-    kind = winner.scenario.policies.kinds["offload"]
+    kind = scenario.policies.kinds["offload"]
     return "" if kind == "llama_cpp" else f"llama.cpp does not offload as {kind} does"
 
 

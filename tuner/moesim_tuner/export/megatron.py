@@ -7,6 +7,7 @@ Megatron-FSDP's optim_grads and optim_grads_params.
 
 from __future__ import annotations
 
+from moesim.scenario.load import Scenario
 from moesim_tuner.export.sheet import Settings, Sheet, Winner
 
 __all__ = ["misfit", "settings"]
@@ -14,9 +15,9 @@ __all__ = ["misfit", "settings"]
 _DROPS = {"score": "probs", "position": "position"}
 
 
-def misfit(winner: Winner) -> str:
+def misfit(scenario: Scenario) -> str:
     """Why Megatron-LM cannot run this; "" if it can."""
-    return "" if winner.scenario.training is not None else "Megatron-LM trains, and this is a serving scenario"
+    return "" if scenario.training is not None else "Megatron-LM trains, and this is a serving scenario"
 
 
 def settings(winner: Winner) -> Settings:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from moesim.scenario.load import Scenario
 from moesim_tuner.export.common import add_map, finish, memory_share
 from moesim_tuner.export.sheet import Settings, Sheet, Winner
 
@@ -15,12 +16,11 @@ __all__ = ["misfit", "settings"]
 _DISPATCH = {"local_first": "static", "static": "static", "random": "dynamic", "lp": "lp"}
 
 
-def misfit(winner: Winner) -> str:
+def misfit(scenario: Scenario) -> str:
     """Why SGLang cannot run this; "" if it can."""
-    s = winner.scenario
-    if s.requests is None:
+    if scenario.requests is None:
         return "SGLang does not train"
-    return "" if s.tiers is None else "SGLang alone keeps no experts in other memories (see ktransformers)"
+    return "" if scenario.tiers is None else "SGLang alone keeps no experts in other memories (see ktransformers)"
 
 
 def settings(winner: Winner) -> Settings:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moesim.scenario.load import Scenario
 from moesim.scenario.yamlio import dump_yaml
 from moesim_tuner.export.common import add_map, finish
 from moesim_tuner.export.options import check_keys
@@ -18,12 +19,11 @@ __all__ = ["FILE", "misfit", "settings"]
 FILE = "trtllm_options.yaml"
 
 
-def misfit(winner: Winner) -> str:
+def misfit(scenario: Scenario) -> str:
     """Why TensorRT-LLM cannot run this; "" if it can."""
-    s = winner.scenario
-    if s.requests is None:
+    if scenario.requests is None:
         return "TensorRT-LLM does not train"
-    return "" if s.tiers is None else "TensorRT-LLM keeps no experts in other memories"
+    return "" if scenario.tiers is None else "TensorRT-LLM keeps no experts in other memories"
 
 
 def settings(winner: Winner) -> Settings:

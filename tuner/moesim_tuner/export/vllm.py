@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 
 from moesim.exports.vllm import EplbConfig, render
+from moesim.scenario.load import Scenario
 from moesim_tuner.export.common import finish
 from moesim_tuner.export.sheet import Settings, Sheet, Winner
 
@@ -22,12 +23,11 @@ _BACK_ENDS = {
 }
 
 
-def misfit(winner: Winner) -> str:
+def misfit(scenario: Scenario) -> str:
     """Why vLLM cannot run this; "" if it can."""
-    s = winner.scenario
-    if s.requests is None:
+    if scenario.requests is None:
         return "vLLM does not train"
-    return "" if s.tiers is None else "vLLM keeps no experts in other memories"
+    return "" if scenario.tiers is None else "vLLM keeps no experts in other memories"
 
 
 def settings(winner: Winner) -> Settings:
