@@ -78,7 +78,7 @@ def choose(choices: Choices, name: str, tolerance: float, deterministic_time: fl
     price_G, bound = prices(choices)
     value = choices.cost(option_N) if option_N is not None else float("inf")
     if option_N is None:
-        found = _core(choices, None, np.zeros_like(price_G), deterministic_time)
+        found = _core(choices, None, price_G, deterministic_time)
         if found is None or found.objective is None:
             return None, Part(name, value, bound, "feasible", 0.0 if found is None else found.units)
         option_N, value = found.answer, found.objective
@@ -257,7 +257,9 @@ def _filled_up(choices: Choices, option_N: IntArray, room: int, room_G: IntArray
 def _core(
     choices: Choices, hint_N: IntArray | None, price_G: FloatArray, deterministic_time: float, gap: float = np.inf
 ) -> Better | None:
-    """The best choice by CP-SAT among options that may be in one better than the hint. None: they are too many."""
+    """The best choice by CP-SAT among options that may be in one better than the hint. None: they are too many. Without
+    a hint any choice will do, and of too many options those are left that cost least at the prices (so its bound is
+    none of all choices)."""
     group_N, least_G, most_G = choices.groups()
     priced = choices.cost_NB + price_G[group_N][:, None] * choices.size_NB
     excess = priced - priced.min(axis=1, keepdims=True)
@@ -265,6 +267,8 @@ def _core(
     live = np.isfinite(choices.cost_NB) & (excess <= gap + slack)
     if hint_N is not None:
         live[np.arange(len(hint_N)), hint_N] = True
+    elif int(live.sum()) > _MOST_CELLS:
+        live &= excess <= np.partition(excess[live], _MOST_CELLS // 2)[_MOST_CELLS // 2]
     open_N = live.sum(axis=1) > 1
     if int(live[open_N].sum()) > _MOST_CELLS:
         return None

@@ -20,7 +20,7 @@ def shares(x_LE: FloatArray) -> FloatArray:
     """Each layer divided by its sum; equal parts where that is 0."""
     total_L = x_LE.sum(axis=1, keepdims=True)
     equal = np.full(x_LE.shape, 1.0 / x_LE.shape[1])
-    return np.divide(x_LE, total_L, out=equal, where=total_L > 0)
+    return np.asarray(np.divide(x_LE, total_L, out=equal, where=total_L > 0))
 
 
 def mean_weight(context: OffloadContext) -> FloatArray:

@@ -164,8 +164,8 @@ class _Walk:
         """Sum of the steps' values for each expert that they take, [E]."""
         ids = self._ids_SA[at]
         each = np.repeat(value, ids.shape[1])
-        out: FloatArray = np.bincount(ids.reshape(-1), weights=each, minlength=self._experts + 1)[:-1]
-        return out
+        out = np.bincount(ids.reshape(-1), weights=each, minlength=self._experts + 1)[:-1]
+        return out.astype(np.float64, copy=False)
 
     def _ns(self, active: IntArray, missing: IntArray) -> FloatArray:
         """Of each step; where nothing is left to be missing, or to come back, the nearest."""
