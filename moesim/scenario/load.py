@@ -176,8 +176,7 @@ def _load(source: Source, base: Path, stem: str, overrides: Sequence[str], seed:
     cpu, cpu_hash = _find_cpu(source, spec.full, base, problems)
     if model is not None and cluster is not None and spec.parallel is not None:
         problems += _disagreements(source, spec, spec.parallel, model, cluster, policies, training)
-    if "tune" in source.data:
-        problems += tune_checks(source, spec.tune, base, training)
+    problems += tune_checks(source, spec.tune, base, training)
     if problems:
         raise BadInput(_sorted(problems))
     assert model is not None
@@ -260,9 +259,8 @@ def _disagreements(
 
 
 def _reconstructed(preset: Preset | None) -> tuple[str, ...]:
-    if preset is None or not preset.reconstruction:
-        return ()
-    return (f"routing {preset.name} is a reconstruction: {preset.reconstruction}",)
+    told = f"routing {preset.name} is a reconstruction: {preset.reconstruction}" if preset is not None else ""
+    return (told,) if preset is not None and preset.reconstruction else ()
 
 
 # ---- the mapping
@@ -347,8 +345,6 @@ _PART_SPECS: dict[str, type[Spec]] = {
     "tune": TuneSpec,
 }
 
-_NO_DEFAULT = ("model", "cluster", "requests", "training", "tune")
-
 
 def _validate(source: Source, problems: list[Problem]) -> _Parts:
     """Validate the whole; where that fails, still return each part that is right by itself."""
@@ -359,7 +355,7 @@ def _validate(source: Source, problems: list[Problem]) -> _Parts:
         problems += _located(error, source, ScenarioSpec)
     for name, cls in _PART_SPECS.items():
         part: Spec | None = getattr(parts.full, name) if parts.full is not None else None
-        if parts.full is None and (name in source.data or name not in _NO_DEFAULT):
+        if parts.full is None and (name in source.data or name in ("parallel", "routing", "policies", "engine")):
             value = source.data.get(name, {})
             try:
                 part = cls.model_validate({"name": value} if name == "model" and isinstance(value, str) else value)

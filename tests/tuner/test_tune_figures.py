@@ -73,7 +73,9 @@ def test_without_idle_power_a_device_counts_as_busy(tmp_path: Path) -> None:
 
 
 def test_training_costs_and_draws_by_its_step(tmp_path: Path) -> None:
-    made = training_scenario(tmp_path, tune={**TUNE, "gpu_hour_usd": 7.2})
+    made = training_scenario(
+        tmp_path, tune={**TUNE, "space": {"capacity.factor": {"choices": [1, 2]}}, "gpu_hour_usd": 7.2}
+    )
     result = simulate(powered(made, busy_w=300.0, idle_w=50.0))
     assert isinstance(result, TrainingResult)
     found, rate = figures_of(result), result.to_json()["summary"]["throughput"]["tok_per_s"]

@@ -103,7 +103,8 @@ def lacking(scenario: Scenario, name: str, sets: Iterable[str] = ()) -> str:
         device = scenario.cluster.profile.name
         return f"{name}: profile {device} does not say what the device draws; add power: {{busy_w, source}} to it"
     block = _BLOCKS.get(name)
-    if block and getattr(scenario, block) is None and block not in touched and "policies" not in touched:
+    may_come = block in touched or (block == "capacity" and "policies" in touched)  # with a router's preset
+    if block and getattr(scenario, block) is None and not may_come:
         return f"{name}: the scenario has no {block}; add one, or choose another figure"
     if name in _EXPERTS and not scenario.model.is_moe and "model" not in touched:
         return f"{name}: {scenario.model.name} is a dense model, which has no experts"
