@@ -39,8 +39,7 @@ def define(
     from moesim_tuner.checks import check_figures
     from moesim_tuner.judge import search_fields
     from moesim_tuner.ladder import default_rungs
-    from moesim_tuner.search import chosen_sampler
-    from moesim_tuner.space import Space
+    from moesim_tuner.search import choose_sampler
 
     told = (*overrides, *(f"tune.{key}={value}" for key, value in changed.items() if value is not None))
     scenario = load_scenario(file, told)
@@ -55,7 +54,7 @@ def define(
         name=scenario.name,
         base=str(file.parent.resolve()),
         spec=spec,
-        sampler=chosen_sampler(spec.sampler, Space(spec.space), spec.trials),
+        sampler=spec.sampler,
         rungs=tuple(spec.rungs) if spec.rungs is not None else default_rungs(scenario),
         overrides=tuple(told),
         fields=tuple(fields),
@@ -63,7 +62,7 @@ def define(
         scenario_hash=scenario.hash,
         asynchronous=asynchronous,
     )
-    return definition, [*scenario.warnings, *notes]
+    return replace(definition, sampler=choose_sampler(definition)), [*scenario.warnings, *notes]
 
 
 @dataclass
@@ -127,7 +126,7 @@ def search(
     from moesim_tuner.heuristics import starts
     from moesim_tuner.judge import base_scenario, judge
     from moesim_tuner.ladder import Rungs
-    from moesim_tuner.search import strategy_of
+    from moesim_tuner.search import strategy
     from moesim_tuner.study import run_study
     from moesim_tuner.why import why
     from moesim_tuner.workers import make_workers
@@ -144,7 +143,7 @@ def search(
     try:
         first = starts(scenario, definition.space, definition.spec)
         stage("searching")
-        trials = run_study(definition, strategy_of(definition, first), Rungs(definition), pool, store, told)
+        trials = run_study(definition, strategy(definition, first), Rungs(definition), pool, store, told)
         if any(trial.feasible for trial in trials):
             stage("judging the best on fresh seeds and held-out traffic")
             judgement = judge(definition, trials, pool)
