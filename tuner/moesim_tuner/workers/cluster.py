@@ -48,7 +48,7 @@ class ClusterWorkers:
         except BaseException:
             self._client.close(timeout=2)
             raise
-        self._facts = facts()
+        self._facts = _here()
         self._known: set[str] = set()
         self._open: dict[Future[Any], Future[Row]] = {}
         self._lock = threading.Lock()
@@ -183,7 +183,7 @@ def _check_versions(client: Any, address: str) -> None:
         found = {address: error}
     if not found:
         raise BadInput(f"--cluster {address}: the scheduler has no workers. Start some with `dask worker {address}`")
-    here = facts()
+    here = _here()
     for worker, there in found.items():
         if isinstance(there, BaseException):
             what = " ".join(f"{type(there).__name__}: {there}".split())[:300]
@@ -197,6 +197,10 @@ def _compare(here: dict[str, str], there: dict[str, str], worker: str) -> None:
         raise BadInput(
             f"worker {worker} must run what this machine runs: {', '.join(different)}. Install the same there"
         )
+
+
+def _here() -> dict[str, str]:
+    return facts()
 
 
 @functools.cache
