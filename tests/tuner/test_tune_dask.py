@@ -116,4 +116,4 @@ def test_four_worker_processes_finish_the_same_study_as_one(tmp_path, monkeypatc
     with distributed.LocalCluster(n_workers=4, threads_per_worker=1, dashboard_address=None) as made:
         four = study(text, tmp_path, make_workers(cluster=made.scheduler_address, timeout_s=120))
     assert one == four
-    assert one.count('"complete"') > 5
+    assert one.count('"complete"') >= 3

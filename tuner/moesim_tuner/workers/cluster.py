@@ -276,7 +276,7 @@ def _end_idle(address: str, rented: _Rented) -> None:
     rented.pool.close()
 
 
-def _release(dask_worker: Any) -> None:
+async def _release(dask_worker: Any) -> None:
     """End the pool of this worker."""
     with _renting:
         rented = _rented.pop(dask_worker.address, None)
