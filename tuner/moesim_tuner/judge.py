@@ -39,7 +39,7 @@ from moesim_tuner.telling import sentences
 
 __all__ = [
     "Judgement",
-    "Tested",
+    "Ran",
     "base_scenario",
     "judge",
     "judge_seeds",
@@ -94,7 +94,7 @@ def judge_seeds(definition: Definition) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Tested:
+class Ran:
     """What running a point came to. runs: one a seed where all are done, else none, and then state and reasons are of
     the first that is not."""
 
@@ -117,9 +117,9 @@ def tasks_of(definition: Definition, held: HeldOut, point: Point, seeds: Sequenc
 
 def run_points(
     definition: Definition, held: HeldOut, points: Sequence[Point], seeds: Sequence[int], workers: Workers
-) -> list[Tested]:
+) -> list[Ran]:
     """Run every point under every seed, side by side; one that is twice there is run once."""
-    asked: list[Tested | list[Future[Row]]] = []
+    asked: list[Ran | list[Future[Row]]] = []
     known: dict[str, int] = {}
     for i, point in enumerate(points):
         first = known.setdefault(definition.space.key(point), i)
@@ -129,17 +129,17 @@ def run_points(
         try:
             asked.append([workers.submit(task) for task in tasks_of(definition, held, point, seeds)])
         except BadInput as error:
-            asked.append(Tested("illegal", reasons=tuple(str(p) for p in error.problems)))
-    return [one if isinstance(one, Tested) else _tested([future.result() for future in one]) for one in asked]
+            asked.append(Ran("illegal", reasons=tuple(str(p) for p in error.problems)))
+    return [one if isinstance(one, Ran) else _tested([future.result() for future in one]) for one in asked]
 
 
-def _tested(rows: Sequence[Row]) -> Tested:
+def _tested(rows: Sequence[Row]) -> Ran:
     bad = next((row for row in rows if row.state != "done"), None)
     if bad is not None:
-        return Tested(bad.state, reasons=bad.reasons, scenario_hash=bad.scenario_hash)
+        return Ran(bad.state, reasons=bad.reasons, scenario_hash=bad.scenario_hash)
     runs = tuple(row.observation for row in rows if row.observation is not None)
     assert len(runs) == len(rows)
-    return Tested("done", runs, scenario_hash=rows[0].scenario_hash)
+    return Ran("done", runs, scenario_hash=rows[0].scenario_hash)
 
 
 # ---- weighing
@@ -148,7 +148,7 @@ def _tested(rows: Sequence[Row]) -> Tested:
 def weigh(
     definition: Definition,
     chosen: Sequence[Finalist],
-    tested: Sequence[Tested],
+    tested: Sequence[Ran],
     seeds: Sequence[int],
     notes: Sequence[str] = (),
 ) -> Judgement:
@@ -206,7 +206,7 @@ def _means(runs: Sequence[Observation]) -> dict[str, float]:
 # ---- constraints
 
 
-def _limits(tested: Tested, constraints: dict[str, LimitSpec]) -> dict[str, Kept]:
+def _limits(tested: Ran, constraints: dict[str, LimitSpec]) -> dict[str, Kept]:
     out = {}
     for name, limit in constraints.items() if tested.runs else ():
         if not _has(tested.runs, [name]):

@@ -15,7 +15,7 @@ from moesim.observe import Observation
 from moesim_tuner.definition import Definition
 from moesim_tuner.figures import figure, violation
 from moesim_tuner.heldout import HeldOut
-from moesim_tuner.judge import Tested, run_points, same_by_chance
+from moesim_tuner.judge import Ran, run_points, same_by_chance
 from moesim_tuner.parameter import Parameter
 from moesim_tuner.protocols import Workers
 from moesim_tuner.records import Point
@@ -117,7 +117,7 @@ def _moved(definition: Definition, point: Point, default: Point, p: Parameter, v
     return dict(definition.space.complete({**point, p.name: value}, default))
 
 
-def _weighed(definition: Definition, p: Parameter, value: Any, found: Tested, runs: Sequence[Observation]) -> Moved:
+def _weighed(definition: Definition, p: Parameter, value: Any, found: Ran, runs: Sequence[Observation]) -> Moved:
     moved = Moved(p.name, value, found.state, found.reasons)
     if not found.runs:
         return moved

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moesim.compare import difference
 from moesim.errors import BadInput
 from moesim.scenario.load import load_scenario_text
 from moesim.simulate import RunResult, simulate
@@ -14,7 +15,7 @@ from moesim_tuner.certainty import Certainty, certainty, chances
 from moesim_tuner.definition import Definition
 from moesim_tuner.figures import figure
 from moesim_tuner.heldout import HeldOut, hold_out
-from moesim_tuner.judge import Judgement, base_scenario, run_points, tasks_of
+from moesim_tuner.judge import Judgement, base_scenario, run_points, same_by_chance, tasks_of
 from moesim_tuner.judgement import spoken
 from moesim_tuner.protocols import Workers
 from moesim_tuner.records import Point, Trial, derived_seed
@@ -138,28 +139,34 @@ def _training_bound(summary: Mapping[str, Any]) -> str:
 def _certainties(
     definition: Definition, judgement: Judgement, runs: Sequence[Sequence[Any]]
 ) -> tuple[dict[str, float], dict[str, dict[str, Certainty]]]:
-    """Of the winner against the settings as written and, with one objective, against the best of the others."""
+    """Of the winner against the settings as written and, with one objective, against the best of the others; only of
+    those that more than chance parts from it, for errors of the profile turn no tie of chance."""
     finalists, chosen = judgement.finalists, judgement.chosen
     assert chosen is not None
     able = [i for i, one in enumerate(finalists) if one.keeps]
     seed = derived_seed(definition.spec.seed, "certainty")
+    names = judgement.objectives
+
+    def apart(i: int, name: str) -> bool:
+        return not same_by_chance(difference(runs[chosen], runs[i], figure(name), _SURE), figure(name))
+
     best: dict[str, float] = {}
     others = [0] if chosen != 0 and 0 in able else []
-    if len(judgement.objectives) == 1 and len(able) > 1:
-        name = judgement.objectives[0]
-        sign = 1 if figure(name).more_is_better else -1
-        order = sorted(able, key=lambda i: (-sign * finalists[i].scores[name].value, i))
-        found = chances([runs[i] for i in order], figure(name), seed)
-        best = {name_of(finalists[i]): share for i, share in zip(order, found, strict=True)}
-        rival = next(i for i in order if i != chosen)
-        others += [rival] if rival not in others else []
+    if len(names) == 1:
+        sign = 1 if figure(names[0]).more_is_better else -1
+        order = [i for i in able if i == chosen or apart(i, names[0])]
+        order.sort(key=lambda i: (-sign * finalists[i].scores[names[0]].value, i))
+        if len(order) > 1:
+            found = chances([runs[i] for i in order], figure(names[0]), seed)
+            best = {name_of(finalists[i]): share for i, share in zip(order, found, strict=True)}
+        others += [i for i in order if i != chosen and i not in others][:1]
     sure = {
         name_of(finalists[i]): {
-            name: certainty(runs[chosen], runs[i], figure(name), seed) for name in judgement.objectives
+            name: certainty(runs[chosen], runs[i], figure(name), seed) for name in names if apart(i, name)
         }
         for i in others
     }
-    return best, sure
+    return best, {other: by_name for other, by_name in sure.items() if by_name}
 
 
 # ---- in words
@@ -175,9 +182,7 @@ def _sentences(found: Why) -> tuple[str, ...]:
     out += [_put_back(knob) for knob in found.knobs if knob.back is not None]
     out += [_edge(knob) for knob in found.knobs if knob.edge]
     out += [_cliff(knob, m) for knob in found.knobs for m in knob.neighbours if m.state != "done" or m.breaks]
-    out += [
-        _better(knob, m) for knob in found.knobs for m in knob.neighbours if m.better and not m.worse and not m.breaks
-    ]
+    out += [_better(knob, m) for knob in found.knobs if knob.shape != "flat" for m in knob.neighbours if _beats(m)]
     for other, by_name in found.certainty.items():
         out += [_sure(found, other, name, one) for name, one in by_name.items()]
     return tuple(out)
@@ -209,6 +214,10 @@ def _cliff(knob: Knob, m: Moved) -> str:
     what = f"breaks {', '.join(m.breaks)}" if m.state == "done" else f"is {m.state}"
     reason = f": {m.reasons[0]}" if m.state != "done" and m.reasons else ""
     return f"One step away, {knob.parameter} {_value(m.value)} {what}{reason}".rstrip(".") + "."
+
+
+def _beats(m: Moved) -> bool:
+    return m.better and not m.worse and not m.breaks
 
 
 def _better(knob: Knob, m: Moved) -> str:
