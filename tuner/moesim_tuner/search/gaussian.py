@@ -38,9 +38,14 @@ class Scales:
 
 def _matern(square_NM: Floats) -> Floats:
     """Correlation at squared distances (equation 4.17)."""
-    root = np.sqrt(np.maximum(square_NM, 0.0))
-    root *= _ROOT5
-    return np.asarray((1.0 + root + root * root / 3.0) * np.exp(-root))
+    square_NM = np.maximum(square_NM, 0.0)
+    root_NM = np.sqrt(square_NM)
+    root_NM *= -_ROOT5
+    square_NM *= 5.0 / 3.0
+    square_NM -= root_NM
+    square_NM += 1.0
+    square_NM *= np.exp(root_NM, out=root_NM)
+    return square_NM
 
 
 def _squares(a_ND: Floats, b_MD: Floats) -> Floats:

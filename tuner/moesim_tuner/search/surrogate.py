@@ -35,8 +35,8 @@ Bools = NDArray[np.bool_]
 
 _MOST_TRAINED = 96
 """trials that a process learns from: the better half, and the latest"""
-_MOST_CELLS = 320_000
-"""trials learned from times candidates"""
+_MOST_CELLS, _LATER_CELLS = 200_000, 80_000
+"""trials learned from times candidates, up to 64 trials and after"""
 _LISTED = 50_000
 """points of a space that are listed; of larger ones some are drawn"""
 _DRAWN = 512
@@ -95,7 +95,7 @@ class Surrogate:
     def _candidates(self, pending: Sequence[Point]) -> tuple[Callable[[int], dict[str, Scalar]], Floats]:
         """Points not taken that are looked at this time: by number, and encoded [M, D]."""
         told = len(self._trials)
-        room = max(512, _MOST_CELLS // max(1, min(told, _MOST_TRAINED)))
+        room = max(512, (_MOST_CELLS if told <= 64 else _LATER_CELLS) // max(1, min(told, _MOST_TRAINED)))
         rng = generator(self._seed, "tune/candidates", told)
         if self._all_MD is not None and self._free_M is not None:
             free_M = self._free_M.copy()
@@ -119,7 +119,7 @@ class Surrogate:
 
     def _near_best(self) -> list[dict[str, Scalar]]:
         """Neighbours of the best trials."""
-        best = sorted((t for t in self._trials if t.values and t.point in self._space), key=self._order)[:6]
+        best = sorted((t for t in self._trials if t.values and t.point in self._space), key=self._order)[:4]
         return [n for trial in best for n in self._space.neighbours(trial.point)]
 
     def _order(self, trial: Trial) -> tuple[float, ...]:
@@ -248,7 +248,7 @@ class _Model:
         """That a candidate runs and keeps every constraint [M]."""
         out = np.ones(len(self._objectives[0].mean_M))
         if self._runs is not None:
-            out *= ndtr((self._runs.mean_M + self._run_mean) / np.sqrt(self._runs.deviation_M**2 + 0.05))
+            out *= ndtr((self._runs.mean_M + self._run_mean) / np.sqrt(self._runs.deviation_M**2 + 0.003))
         for process in self._limits:
             out *= ndtr(-process.mean_M / process.deviation_M)
         return out
