@@ -653,3 +653,24 @@ def test_optuna_dashboard_opens_it(db):
         name: str(value) for name, value in trial(3).point.items()
     }
     assert detail["objective_names"] == ["output_tok_per_s"]
+
+
+def test_the_order_of_parameters_and_choices_is_kept(db):
+    """What is proposed hangs on it, so it must come back, from the journal as from the tables; and another order is
+    another study."""
+    space = {name: definition().to_json()["spec"]["space"][name] for name in ("routing.popularity_zipf", "layout")}
+    layout = {"choices": {"z": {"parallel.tp": 2}, "a": {"parallel.tp": 1}}}
+    about = definition(space={**space, "layout": layout})
+    open_store(url_of(db), "world", about, say=unexpected).close()
+
+    def order() -> list[list[str]]:
+        told = read_study(url_of(db), "world").definition["spec"]["space"]
+        return [list(told), list(told["layout"]["choices"])]
+
+    expected = [["routing.popularity_zipf", "layout"], ["z", "a"]]
+    assert order() == expected
+    shutil.rmtree(journal_of(db).parent)
+    assert order() == expected
+    other = definition(space={"layout": layout, "routing.popularity_zipf": space["routing.popularity_zipf"]})
+    with pytest.raises(BadInput, match=r"tune\.space differ"):
+        open_store(url_of(db), "world", other, say=unexpected)

@@ -4,12 +4,11 @@ while a study goes on."""
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from moesim_tuner.records import canonical
-
-__all__ = ["FORMAT", "check", "differences", "exported", "identity"]
+__all__ = ["FORMAT", "check", "differences", "exported", "identity", "ordered"]
 
 FORMAT = 1
 """of journals, and of what the tables hold"""
@@ -21,6 +20,11 @@ _KEYS = {
 _FREE_KEYS = ("base",)
 _FREE_SPEC_KEYS = ("trials", "timeout_s", "judge")
 """A study that goes on may be told other ones of these: they change no trial that there is."""
+
+
+def ordered(value: Any) -> str:
+    """JSON that keeps the order of keys: that of parameters and choices decides what is proposed."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def check(found: Any) -> dict[str, Any]:
@@ -44,19 +48,22 @@ def exported(definition: Mapping[str, Any]) -> dict[str, Any]:
 def _fixed(definition: Mapping[str, Any]) -> dict[str, Any]:
     """The hash of the scenario stands for its text and overrides, which also hold comments and the `tune` block."""
     free = (*_FREE_KEYS, "text", "overrides") if definition.get("scenario_hash") else _FREE_KEYS
-    out = {key: value for key, value in definition.items() if key not in free}
-    out["spec"] = {key: value for key, value in definition["spec"].items() if key not in _FREE_SPEC_KEYS}
+    out = {key: definition[key] for key in sorted(definition) if key not in free}
+    out["spec"] = {key: definition["spec"][key] for key in sorted(definition["spec"]) if key not in _FREE_SPEC_KEYS}
     return out
 
 
 def identity(definition: Mapping[str, Any]) -> str:
     """Hash of all that decides which trials a study has and what they come to, but not how many there are."""
-    return hashlib.blake2b(canonical(_fixed(definition)).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(ordered(_fixed(definition)).encode(), digest_size=16).hexdigest()
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Names of the parts that make two studies of two definitions; of the `tune` block, which keys."""
     a, b = _fixed(one), _fixed(other)
-    out = [key for key in sorted(a.keys() | b.keys()) if key != "spec" and a.get(key) != b.get(key)]
-    spec_a, spec_b = a["spec"], b["spec"]
-    return out + [f"tune.{k}" for k in sorted(spec_a.keys() | spec_b.keys()) if spec_a.get(k) != spec_b.get(k)]
+    spec_a, spec_b = a.pop("spec"), b.pop("spec")
+    names = [key for key in sorted(a.keys() | b.keys()) if ordered(a.get(key)) != ordered(b.get(key))]
+    keys = [
+        key for key in sorted(spec_a.keys() | spec_b.keys()) if ordered(spec_a.get(key)) != ordered(spec_b.get(key))
+    ]
+    return names + [f"tune.{key}" for key in keys]

@@ -1,6 +1,6 @@
 """The journal: one file a study, appended to and never changed, the first to know of anything.
 
-A line is a record, `{"sum":"<checksum of the rest>","data":...,"kind":...,"seq":<number of the line, from 0>}`. What is
+A line is a record, `{"sum":"<checksum of the rest>","seq":<number of the line, from 0>,"kind":...,"data":...}`. What is
 appended at once is one line, written in one call and synced: once `append` has returned it survives any death, and at
 most the last line can be unfinished. So whatever follows the last whole record was never acknowledged and is cut off
 when the journal is next written to; a broken line before a whole one is damage, and said to be.
@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from moesim.errors import BadInput
 from moesim.strict_json import parse_json
-from moesim_tuner.records import canonical
+from moesim_tuner.store.identity import ordered
 from moesim_tuner.store.kept import Kept
 
 __all__ = ["MAX_JOURNAL_BYTES", "MAX_LINE_BYTES", "Found", "Journal", "read_journal", "sync_folder"]
@@ -38,7 +38,7 @@ def _sum(rest: bytes) -> bytes:
 
 def line_of(kind: str, data: Any, seq: int) -> bytes:
     """A record as a line. Raises BadInput for one that is too long to be read again, ValueError for NaN."""
-    rest = (canonical({"data": data, "kind": kind, "seq": seq})[1:] + "\n").encode()
+    rest = (ordered({"seq": seq, "kind": kind, "data": data})[1:] + "\n").encode()
     line = _HEAD + _sum(rest) + b'",' + rest
     if len(line) > MAX_LINE_BYTES:
         raise BadInput(f"a record of {len(line)} bytes; a line of a journal has {MAX_LINE_BYTES} at most")

@@ -19,7 +19,8 @@ from typing import Any
 from sqlalchemy import exc, func, insert, select, update
 
 from moesim.errors import BadInput
-from moesim_tuner.records import Trial, canonical
+from moesim_tuner.records import Trial
+from moesim_tuner.store.identity import ordered
 from moesim_tuner.store.kept import Kept, batch_record
 from moesim_tuner.store.optuna_rows import Rows, directions
 from moesim_tuner.store.sql import BATCH, DEFINITION, NOTE, engine_of, explained, make_tables, read_study_rows, tables
@@ -284,7 +285,7 @@ class Mirror:
                 for i, direction in enumerate(directions(kept.definition))
             ],
         )
-        self._attribute(connection, "study_user_attributes", study_id, DEFINITION, canonical(kept.header()[1]))
+        self._attribute(connection, "study_user_attributes", study_id, DEFINITION, ordered(kept.header()[1]))
         self._attribute(
             connection, "study_system_attributes", study_id, _METRIC_NAMES,
             json.dumps(kept.definition["spec"]["objectives"]),
@@ -314,12 +315,12 @@ class Mirror:
                 trials += data
             elif kind == "proposed":
                 key = f"{BATCH}{data['first']}"
-                self._attribute(connection, "study_system_attributes", study_id, key, canonical(data))
+                self._attribute(connection, "study_system_attributes", study_id, key, ordered(data))
             elif kind == "note":
-                text = canonical(self._kept.notes[data])
+                text = ordered(self._kept.notes[data])
                 self._attribute(connection, "study_user_attributes", study_id, f"{NOTE}{data}", text)
             else:
-                text = canonical(self._kept.header()[1])
+                text = ordered(self._kept.header()[1])
                 self._attribute(connection, "study_user_attributes", study_id, DEFINITION, text)
         if trials:
             self._insert_trials(connection, study_id, sorted(trials, key=lambda trial: trial.number))

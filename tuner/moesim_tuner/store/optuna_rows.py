@@ -18,8 +18,9 @@ from optuna.trial import TrialState
 
 from moesim.tune_spec import ParameterSpec
 from moesim_tuner.figures import more_is_better
-from moesim_tuner.records import Trial, canonical
+from moesim_tuner.records import Trial
 from moesim_tuner.space import Parameter, Scalar, Space
+from moesim_tuner.store.identity import ordered
 
 __all__ = ["TRIAL", "Rows", "directions"]
 
@@ -48,7 +49,7 @@ class Rows:
     def __init__(self, definition: Mapping[str, Any]) -> None:
         """From its JSON (`Definition.to_json`)."""
         spec = definition["spec"]
-        specs = {name: ParameterSpec.model_validate_json(canonical(p)) for name, p in spec["space"].items()}
+        specs = {name: ParameterSpec.model_validate_json(ordered(p)) for name, p in spec["space"].items()}
         self._distributions = {p.name: _distribution(p) for p in Space(specs).parameters}
         self._json = {name: optuna.distributions.distribution_to_json(d) for name, d in self._distributions.items()}
         self._objectives: list[str] = spec["objectives"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sqlite3
 import time
@@ -63,7 +64,9 @@ def _application() -> str:
 
 
 def _sqlite_engine(file: Path, writing: bool) -> Any:
-    uri = f"file:{_quoted(file)}?mode={'rwc' if writing else 'ro'}"
+    # a reader, too, may have to roll back what a killed writer left half done
+    mode = "rwc" if writing else "rw" if os.access(file, os.W_OK) and os.access(file.parent, os.W_OK) else "ro"
+    uri = f"file:{_quoted(file)}?mode={mode}"
 
     def connect() -> sqlite3.Connection:
         return sqlite3.connect(uri, uri=True, timeout=BUSY_S, check_same_thread=False, isolation_level=None)
