@@ -66,8 +66,10 @@ def main(control_fd: int, function: str) -> NoReturn:
                 break
     except OSError:  # the coordinator is gone
         pass
-    for pid in pids:
+    for pid in pids.values():
         os.kill(pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+    for pid in pids.values():
+        os.waitpid(pid, 0)
     os._exit(0)
 
 
