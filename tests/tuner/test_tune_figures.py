@@ -178,7 +178,7 @@ def test_every_figure_has_a_direction_and_a_run_that_has_it(tmp_path: Path) -> N
     result = served(tmp_path, {"busy_w": 500.0}, slo={"ttft_ms": 1e6}, capacity={"factor": 2.0},
                     cluster={"device": "h100_sxm_datasheet", "nodes": 2, "gpus_per_node": 2},
                     parallel={"dp": 4, "ep": 4})  # fmt: skip
-    trained = simulate(training_scenario(tmp_path))
+    trained = simulate(training_scenario(tmp_path, training={"steps": 2, "routing_tokens": 64}))
     assert set(known_figures()) - set(figures_of(result)) - set(figures_of(trained)) == {"hit_rate"}
     assert "tune.gpu_hour_usd" in needs("usd_per_mtok")
 

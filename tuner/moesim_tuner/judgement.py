@@ -9,7 +9,7 @@ from typing import Any, Literal
 from moesim.observe import Observation
 from moesim_tuner.figures import figure
 
-__all__ = ["Judged", "Judgement", "Kept", "Score", "Status", "spoken"]
+__all__ = ["Judged", "Judgement", "Kept", "Score", "Status", "odds", "spoken"]
 
 Status = Literal["kept", "violated", "not sure"]
 """of a constraint: the whole interval inside its limits, the whole outside, or a limit within it"""
@@ -118,6 +118,13 @@ def _judged(found: Mapping[str, Any]) -> Judged:
     changes = {name: tuple(change) for name, change in found["changes"].items()}
     rest = {**found, "scores": scores, "constraints": constraints, "changes": changes}
     return Judged(**{**rest, "reasons": tuple(found["reasons"])})
+
+
+def odds(probability: float) -> str:
+    """A probability in words, which no simulation makes certain."""
+    if probability > 0.995:
+        return "over 99%"
+    return "under 1%" if probability < 0.005 else f"{probability:.0%}"
 
 
 def spoken(name: str, value: float) -> str:

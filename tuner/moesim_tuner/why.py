@@ -16,7 +16,7 @@ from moesim_tuner.definition import Definition
 from moesim_tuner.figures import figure
 from moesim_tuner.heldout import HeldOut, hold_out
 from moesim_tuner.judge import Judgement, base_scenario, run_points, same_by_chance, tasks_of
-from moesim_tuner.judgement import spoken
+from moesim_tuner.judgement import odds, spoken
 from moesim_tuner.protocols import Workers
 from moesim_tuner.records import Point, Trial, derived_seed
 from moesim_tuner.sensitivity import Knob, Moved, look_around
@@ -240,7 +240,7 @@ def _ratio(name: str, ratio: float, ends: tuple[float, float] | Sequence[float] 
 
 def _sure(found: Why, other: str, name: str, one: Certainty) -> str:
     told = (
-        f"Against {other} in {name}: better with {one.holds:.0%} under the errors that profile {found.profile} states"
+        f"Against {other} in {name}: better with {odds(one.holds)} under the errors that profile {found.profile} states"
     )
     turns = [t for t in one.turns if t.sigmas is not None and t.sigmas < 3]
     if turns and turns[0].factor is not None:
@@ -290,7 +290,7 @@ def render(found: Mapping[str, Any]) -> str:
                     f"{level:>11}{sigmas:>12}{t['part']:>15.0%}"
                 )
     if found["best"]:
-        chance = ", ".join(f"{name} {share:.0%}" for name, share in found["best"].items() if share >= 0.005)
+        chance = ", ".join(f"{name} {odds(share)}" for name, share in found["best"].items() if share >= 0.005)
         lines += ["", f"best under the profile's errors: {chance}"]
     return "\n".join(lines) + "\n"
 
