@@ -334,6 +334,20 @@ def test_the_knee_is_the_member_of_the_front_nearest_to_all() -> None:
     assert f"{P99} is 20.0% off the best" in told
 
 
+def test_shares_are_weighed_by_their_difference() -> None:
+    """0.1 % dropped is no half of 0.2 % that would be worth a third of the throughput."""
+    study = definition(objectives=["tok_per_s", "dropped_share"])
+    worlds = [(156_421, 0.0488), (213_395, 0.13), (127_254, 0.00226), (105_090, 0.00125)]
+    found = weighed(study, [[seen(tok_per_s=t, dropped_share=d)] * 3 for t, d in worlds])
+    assert found.front == (0, 1, 2, 3)
+    assert found.chosen == 0
+    found = weighed(study, [[seen(tok_per_s=t, dropped_share=d)] * 3 for t, d in (worlds[3], *worlds[:3])])
+    assert found.chosen == 1
+    assert "dropped_share: 4.75 % more than the settings as written (90 %: 4.75 % to 4.75 %)" in " ".join(
+        found.sentences
+    )
+
+
 def test_a_knee_that_chance_cannot_part_from_the_settings_is_left() -> None:
     study = definition(objectives=[RATE, P99])
     shape = (0.95, 1.0, 1.05)

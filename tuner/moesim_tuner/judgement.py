@@ -132,7 +132,7 @@ def spoken(name: str, value: float) -> str:
     unit = figure(name).unit
     if unit == "bytes":
         return f"{value / 2**30:.4g} GiB"
-    if unit == "share":
+    if unit == "share" or name.endswith("_share"):
         return f"{100 * value:.3g} %"
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{unit} {text}" if unit == "USD" else f"{text} {unit}".strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ _SEEDS = 3
 """of the judged seeds, those that neighbours are run with: t at 2 degrees of freedom is 2.9, at 4 it is 2.1"""
 _SURE = 0.9
 _SHOWN = 8
+_REASON = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,10 @@ def _certainties(
     def apart(i: int, name: str) -> bool:
         return not same_by_chance(difference(runs[chosen], runs[i], figure(name), _SURE), figure(name))
 
+    def ahead(i: int, name: str) -> bool:
+        gain = finalists[chosen].scores[name].value - finalists[i].scores[name].value
+        return apart(i, name) and gain * (1 if figure(name).more_is_better else -1) > 0
+
     best: dict[str, float] = {}
     others = [0] if chosen != 0 and 0 in able else []
     if len(names) == 1:
@@ -162,7 +168,7 @@ def _certainties(
         others += [i for i in order if i != chosen and i not in others][:1]
     sure = {
         name_of(finalists[i]): {
-            name: certainty(runs[chosen], runs[i], figure(name), seed) for name in names if apart(i, name)
+            name: certainty(runs[chosen], runs[i], figure(name), seed) for name in names if ahead(i, name)
         }
         for i in others
     }
@@ -197,10 +203,10 @@ def _put_back(knob: Knob) -> str:
     if m.breaks:
         return f"{change}: without it the winner breaks {', '.join(m.breaks)}."
     told = _ratios(m)
-    if m.better and not m.worse:
+    if m.better and m.as_good:
         return f"{change}: the winner is better without it ({told})."
     if m.same:
-        return f"{change}: no difference that chance could not make ({told} without it)."
+        return f"{change}: makes no difference that chance could not ({told} without it)."
     return f"{change}: without it {told}."
 
 
@@ -212,12 +218,17 @@ def _edge(knob: Knob) -> str:
 
 def _cliff(knob: Knob, m: Moved) -> str:
     what = f"breaks {', '.join(m.breaks)}" if m.state == "done" else f"is {m.state}"
-    reason = f": {m.reasons[0]}" if m.state != "done" and m.reasons else ""
+    reason = f": {_short(m.reasons[0])}" if m.state != "done" and m.reasons else ""
     return f"One step away, {knob.parameter} {_value(m.value)} {what}{reason}".rstrip(".") + "."
 
 
+def _short(reason: str) -> str:
+    """The beginning of a reason, whose whole stands in the report of trials."""
+    return textwrap.shorten(reason.split(" (")[0], _REASON, placeholder=" ...")
+
+
 def _beats(m: Moved) -> bool:
-    return m.better and not m.worse and not m.breaks
+    return m.better and m.as_good and not m.breaks
 
 
 def _better(knob: Knob, m: Moved) -> str:
@@ -297,7 +308,7 @@ def render(found: Mapping[str, Any]) -> str:
 
 def _moved_text(m: Mapping[str, Any]) -> str:
     if m["state"] != "done":
-        return f"{m['state']}: {m['reasons'][0] if m['reasons'] else ''}".rstrip(": ")
+        return f"{m['state']}: {_short(m['reasons'][0]) if m['reasons'] else ''}".rstrip(": ")
     told = ", ".join(_ratio(name, *found) for name, found in (m["ratios"] or {}).items())
     broken = f"; breaks {', '.join(m['breaks'])}" if m["breaks"] else ""
     return f"{told}{broken}" if told or broken else "-"
