@@ -178,7 +178,7 @@ def test_every_figure_has_a_direction_and_a_run_that_has_it(tmp_path: Path) -> N
     result = served(tmp_path, {"busy_w": 500.0}, slo={"ttft_ms": 1e6}, capacity={"factor": 2.0},
                     cluster={"device": "h100_sxm_datasheet", "nodes": 2, "gpus_per_node": 2},
                     parallel={"dp": 4, "ep": 4})  # fmt: skip
-    trained = simulate(training_scenario(tmp_path))
+    trained = simulate(training_scenario(tmp_path, training={"steps": 2, "routing_tokens": 64}))
     assert set(known_figures()) - set(figures_of(result)) - set(figures_of(trained)) == {"hit_rate"}
     assert "tune.gpu_hour_usd" in needs("usd_per_mtok")
 
@@ -252,3 +252,15 @@ def test_power_that_cannot_be_is_refused_with_its_place(tmp_path: Path) -> None:
     yaml += "num_requests: 1, prompt_tokens: 1, output_tokens: 1}\n"
     with pytest.raises(BadInput, match=r"own.yaml:\d+:\d+: power.*idle_w must not exceed busy_w"):
         load_scenario_text(yaml, tmp_path)
+
+
+def test_a_hit_rate_has_no_error_of_step_times(tmp_path: Path) -> None:
+    """Which experts are found there is counted: a slower device finds the same ones."""
+    few = {**CLOSED, "num_requests": 2, "concurrency": 1}
+    result = served(
+        tmp_path, requests=few, parallel={"dp": 1}, tiers={"experts": 0.01}, policies={"offload": "cached"}
+    )  # fmt: skip
+    found = observed(result).figures["hit_rate"]
+    assert 0 < found.value < 1
+    assert found.slope == 0
+    assert lacking(result.scenario, "hit_rate") == ""

@@ -17,6 +17,7 @@ from moesim.workload.pool import RoutingSource
 from tests.build import scenario, tiny_model, training_scenario
 
 LAYERS, EXPERTS, TOP_K = 3, 64, 4  # of the tiny model
+FEW = {"format": "closed_loop", "concurrency": 4, "num_requests": 4, "prompt_tokens": 8, "output_tokens": 2}
 
 
 def trace(folder: Path, lengths: tuple[int, ...] = (3, 1, 4, 1, 5, 9, 2, 6), scores: bool = False) -> str:
@@ -120,7 +121,8 @@ def test_a_placement_learns_and_serves_within_the_part(tmp_path: Path) -> None:
     )  # fmt: skip
     for part, experts in (([0, 0.5], np.arange(32)), ([0.5, 1], np.arange(32, 64))):
         made = scenario(
-            tmp_path, parallel={"dp": 8, "ep": 8}, policies={"placement": {"kind": "eplb", "num_redundant_experts": 8}},
+            tmp_path, requests=FEW, parallel={"dp": 2, "ep": 2},
+            policies={"placement": {"kind": "eplb", "num_redundant_experts": 8}},
             routing={"path": "two.npz", "sequences": part, "fidelity": "token"},
         )  # fmt: skip
         result = simulate(made)
@@ -136,7 +138,7 @@ def test_placement_from_may_name_the_other_part(tmp_path: Path) -> None:
     """What holds out for routers that couple a batch: the placement sees one part, requests take the other."""
     path = trace(tmp_path, tuple([16] * 32), scores=True)
     made = scenario(
-        tmp_path, parallel={"dp": 8, "ep": 8}, routing={"path": path, "sequences": [0.5, 1]},
+        tmp_path, requests=FEW, parallel={"dp": 2, "ep": 2}, routing={"path": path, "sequences": [0.5, 1]},
         placement_from={"routing": {"path": path, "sequences": [0, 0.5]}},
         policies={"placement": {"kind": "eplb", "num_redundant_experts": 8}}, capacity={"factor": 2.0},
     )  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moesim_tuner.definition import Definition
+from moesim_tuner.figures import figure
 from moesim_tuner.records import Point, Trial
 
 __all__ = ["Finalist", "dominates", "finalists", "front", "scaled"]
@@ -39,7 +40,8 @@ def finalists(definition: Definition, trials: Sequence[Trial]) -> list[Finalist]
     chosen: list[Trial] = feasible[:count] if len(signs) == 1 else []
     while len(chosen) < min(count, len(feasible)):  # a front, and where it is small the one behind it
         left = [t for t in feasible if t not in chosen]
-        chosen += _spread([left[i] for i in front([t.values for t in left], signs)], signs, count - len(chosen))
+        ahead = [left[i] for i in front([t.values for t in left], signs)]
+        chosen += _spread(ahead, definition.spec.objectives, signs, count - len(chosen))
     chosen += [t for t in ranked if not t.feasible][: count - len(chosen)]
     heuristics = [t for t in ranked if t.origin.startswith("heuristic")]
     if heuristics and heuristics[0] not in chosen:
@@ -76,21 +78,22 @@ def front(values: Sequence[Sequence[float]], signs: Sequence[int]) -> list[int]:
     return sorted(kept)
 
 
-def scaled(values: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
-    """Each objective between its least (0) and greatest (1), by ratio where all are positive; 0 where all are alike."""
+def scaled(values: Sequence[Sequence[float]], names: Sequence[str]) -> list[tuple[float, ...]]:
+    """Each objective between its least (0) and greatest (1): by ratio where the figure is compared so and all values
+    are positive, else by difference; 0 where all are alike."""
     columns = []
-    for column in zip(*values, strict=True):
-        logs = [math.log(v) for v in column] if min(column) > 0 else list(column)
+    for name, column in zip(names, zip(*values, strict=True), strict=True):
+        logs = [math.log(v) for v in column] if min(column) > 0 and not figure(name).absolute else list(column)
         low, high = min(logs), max(logs)
         columns.append([(v - low) / (high - low) if high > low else 0.0 for v in logs])
     return list(zip(*columns, strict=True))
 
 
-def _spread(trials: Sequence[Trial], signs: Sequence[int], count: int) -> list[Trial]:
+def _spread(trials: Sequence[Trial], names: Sequence[str], signs: Sequence[int], count: int) -> list[Trial]:
     """At most `count` of a front: the best of each objective, then always the one farthest from those chosen."""
     if len(trials) <= count:
         return list(trials)
-    places = scaled([t.values for t in trials])
+    places = scaled([t.values for t in trials], names)
     chosen: list[int] = []
     for axis, sign in enumerate(signs):
         best = max(range(len(trials)), key=lambda i: (sign * trials[i].values[axis], -i))

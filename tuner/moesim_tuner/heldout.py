@@ -114,26 +114,27 @@ def _pool(scenario: Scenario, spec: TuneSpec, share: float) -> tuple[bool, list[
         return False, []
     if any(name.split(".")[0] == "model" for name in spec.space):
         return False, ["routing: candidates have different models, so no part of a pool is held out"]
-    try:
-        total = pool_source(scenario, scenario.seed).num_sequences
-        first = pool_source(_cut(scenario, share), scenario.seed).num_sequences
-    except BadInput as error:
-        return False, [f"routing: nothing is held out: {error.problems[0].message}"]
+    counts = routing.path is not None and routing.path.lower().endswith((".csv", ".json"))
+    if routing.path is None or counts:
+        whole = -(-routing.pool_tokens // routing.sequence_tokens)  # as `workload.synthetic` makes them
+    else:
+        try:
+            uncut = replace(scenario, routing=routing.model_copy(update={"sequences": None}))
+            whole = pool_source(uncut, scenario.seed).num_sequences
+        except BadInput as error:
+            return False, [f"routing: nothing is held out: {error.problems[0].message}"]
+    low, high = routing.sequences or (0.0, 1.0)
+    total = round(high * whole) - round(low * whole)
+    first = round((low + share * (high - low)) * whole) - round(low * whole)
     if not 0 < first < total:
         told = f"tune.judge.fit_share {share:g} of its {total:,} sequences is {first:,}"
         return False, [f"routing: the pool cannot be cut, for {told}; finalists meet fresh seeds alone"]
     told = f"routing: the search sees the first {first:,} of the pool's {total:,} sequences, finalists serve the others"
-    if routing.path is not None and routing.path.lower().endswith((".csv", ".json")):
+    if counts:
         told += "; both are drawn from the same counts, so what is held out is the draw and not the recording"
     elif routing.path is None:
         told += " (of a pool drawn by their own seed)"
     return True, [told]
-
-
-def _cut(scenario: Scenario, share: float) -> Scenario:
-    first, last = scenario.routing.sequences or (0.0, 1.0)
-    part = (first, first + share * (last - first))
-    return replace(scenario, routing=scenario.routing.model_copy(update={"sequences": part}))
 
 
 def _requests(scenario: Scenario, share: float) -> tuple[tuple[int, int, int] | None, list[str]]:

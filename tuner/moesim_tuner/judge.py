@@ -325,7 +325,7 @@ def _choose_of_several(
     if not members:
         return None
     names, signs = definition.spec.objectives, definition.signs
-    places = scaled([[judged[i].scores[name].value for name in names] for i in members])
+    places = scaled([[judged[i].scores[name].value for name in names] for i in members], names)
     ideal = [
         max(column) if sign > 0 else min(column) for column, sign in zip(zip(*places, strict=True), signs, strict=True)
     ]

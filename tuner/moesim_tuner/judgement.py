@@ -9,7 +9,7 @@ from typing import Any, Literal
 from moesim.observe import Observation
 from moesim_tuner.figures import figure
 
-__all__ = ["Judged", "Judgement", "Kept", "Score", "Status", "spoken"]
+__all__ = ["Judged", "Judgement", "Kept", "Score", "Status", "odds", "spoken"]
 
 Status = Literal["kept", "violated", "not sure"]
 """of a constraint: the whole interval inside its limits, the whole outside, or a limit within it"""
@@ -120,12 +120,19 @@ def _judged(found: Mapping[str, Any]) -> Judged:
     return Judged(**{**rest, "reasons": tuple(found["reasons"])})
 
 
+def odds(probability: float) -> str:
+    """A probability in words, which no simulation makes certain."""
+    if probability > 0.995:
+        return "over 99%"
+    return "under 1%" if probability < 0.005 else f"{probability:.0%}"
+
+
 def spoken(name: str, value: float) -> str:
     """A figure with its unit, as a sentence has it."""
     unit = figure(name).unit
     if unit == "bytes":
         return f"{value / 2**30:.4g} GiB"
-    if unit == "share":
+    if unit == "share" or name.endswith("_share"):
         return f"{100 * value:.3g} %"
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{unit} {text}" if unit == "USD" else f"{text} {unit}".strip()

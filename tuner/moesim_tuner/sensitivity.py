@@ -47,6 +47,8 @@ class Moved:
     better: bool = False
     same: bool = False
     """chance alone could part the two in every objective"""
+    as_good: bool = False
+    """no worse in any objective, by its value or by less than 1 % that chance could make"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +132,7 @@ def _weighed(definition: Definition, p: Parameter, value: Any, found: Ran, runs:
             breaks.append(name)
     ratios: dict[str, tuple[float, tuple[float, float] | None]] = {}
     worse = better = False
-    same = True
+    same = as_good = True
     for name in spec.objectives:
         of = figure(name)
         if not all(name in run.figures for run in (*found.runs, *runs)):
@@ -139,14 +141,16 @@ def _weighed(definition: Definition, p: Parameter, value: Any, found: Ran, runs:
         gain = apart.centre * (1 if of.more_is_better else -1)
         sure = abs(apart.centre) > max(apart.half, of.resolution)
         worse, better = worse or (sure and gain < 0), better or (sure and gain > 0)
-        same = same and same_by_chance(apart, of)
+        alike = same_by_chance(apart, of)
+        same = same and alike
+        as_good = as_good and (gain >= 0 or (alike and abs(apart.centre) < _FLAT))
         ends = (apart.centre - apart.half, apart.centre + apart.half)
         if of.absolute:
             ratios[name] = apart.centre, ends if math.isfinite(apart.half) else None
         else:
             low_high = (math.exp(ends[0]), math.exp(ends[1])) if apart.half < 50 else None
             ratios[name] = math.exp(apart.centre), low_high
-    return replace(moved, breaks=tuple(breaks), ratios=ratios, worse=worse, better=better, same=same)
+    return replace(moved, breaks=tuple(breaks), ratios=ratios, worse=worse, better=better, same=same, as_good=as_good)
 
 
 def _off(m: Moved) -> float:

@@ -8,7 +8,7 @@ from scipy.special import ndtr
 
 from moesim.compare import difference
 from moesim_tuner.figures import figure
-from moesim_tuner.judgement import Judged, Judgement, spoken
+from moesim_tuner.judgement import Judged, Judgement, odds, spoken
 
 __all__ = ["holds", "name_of", "sentences", "times"]
 
@@ -87,18 +87,19 @@ def _within(name: str, interval: tuple[float, float] | None) -> str:
 def _against_default(found: Judgement, name: str) -> str:
     assert found.chosen is not None
     of = figure(name)
-    centre, half, chance, profile = difference(found.runs[found.chosen], found.runs[0], of, _LEVEL)
+    centre, half, chance, _ = difference(found.runs[found.chosen], found.runs[0], of, _LEVEL)
     if of.absolute:
         told = f"{name}: {spoken(name, abs(centre))} {'more' if centre > 0 else 'less'} than the settings as written"
-        ends = None if not math.isfinite(half) else f"{spoken(name, centre - half)} to {spoken(name, centre + half)}"
+        near, far = abs(centre) - half, abs(centre) + half
+        ends = None if not math.isfinite(half) else f"{spoken(name, near)} to {spoken(name, far)}"
     else:
         told = f"{name}: {times(math.exp(centre))} that of the settings as written"
         ends = None if half > 50 else f"{math.exp(centre - half):.3g} to {math.exp(centre + half):.3g}"
     told += f" (90 %: {ends})" if ends else " (the runs are too short for an interval)"
     better = centre * (1 if of.more_is_better else -1) > 0
-    if better and abs(centre) <= half and abs(centre) > chance and profile:
-        sure = holds(found, found.chosen, 0, name)
-        told += f"; more than chance, less than what the profile's errors could hide: it holds with {sure:.0%}"
+    sure = holds(found, found.chosen, 0, name)
+    if better and abs(centre) <= half and abs(centre) > chance and sure is not None:
+        told += f"; more than chance, less than what the profile's errors could hide: it holds with {odds(sure)}"
     return f"{told}."
 
 
@@ -145,8 +146,8 @@ def _promise(found: Judgement, chosen: Judged, default: Judged) -> list[str]:
         base = default.scores.get(name)
         told = f"The search promised {spoken(name, score.promised)} of {name}, held-out traffic says "
         told += spoken(name, score.value)
-        whole = base is not None and base.promised and base.value and score.promised > 0 and score.value > 0
-        if base is not None and base.promised and whole:
+        whole = min(score.promised, score.value) > 0 and not figure(name).absolute
+        if base is not None and base.promised and base.value > 0 and whole:
             told += f"; against the settings as written {times(score.promised / base.promised)} was promised and "
             told += f"{score.value / base.value:.3g} held"
         out.append(f"{told}.")

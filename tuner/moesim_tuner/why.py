@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from moesim_tuner.definition import Definition
 from moesim_tuner.figures import figure
 from moesim_tuner.heldout import HeldOut, hold_out
 from moesim_tuner.judge import Judgement, base_scenario, run_points, same_by_chance, tasks_of
-from moesim_tuner.judgement import spoken
+from moesim_tuner.judgement import odds, spoken
 from moesim_tuner.protocols import Workers
 from moesim_tuner.records import Point, Trial, derived_seed
 from moesim_tuner.sensitivity import Knob, Moved, look_around
@@ -28,6 +29,7 @@ _SEEDS = 3
 """of the judged seeds, those that neighbours are run with: t at 2 degrees of freedom is 2.9, at 4 it is 2.1"""
 _SURE = 0.9
 _SHOWN = 8
+_REASON = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,10 @@ def _certainties(
     def apart(i: int, name: str) -> bool:
         return not same_by_chance(difference(runs[chosen], runs[i], figure(name), _SURE), figure(name))
 
+    def ahead(i: int, name: str) -> bool:
+        gain = finalists[chosen].scores[name].value - finalists[i].scores[name].value
+        return apart(i, name) and gain * (1 if figure(name).more_is_better else -1) > 0
+
     best: dict[str, float] = {}
     others = [0] if chosen != 0 and 0 in able else []
     if len(names) == 1:
@@ -162,7 +168,7 @@ def _certainties(
         others += [i for i in order if i != chosen and i not in others][:1]
     sure = {
         name_of(finalists[i]): {
-            name: certainty(runs[chosen], runs[i], figure(name), seed) for name in names if apart(i, name)
+            name: certainty(runs[chosen], runs[i], figure(name), seed) for name in names if ahead(i, name)
         }
         for i in others
     }
@@ -197,10 +203,10 @@ def _put_back(knob: Knob) -> str:
     if m.breaks:
         return f"{change}: without it the winner breaks {', '.join(m.breaks)}."
     told = _ratios(m)
-    if m.better and not m.worse:
+    if m.better and m.as_good:
         return f"{change}: the winner is better without it ({told})."
     if m.same:
-        return f"{change}: no difference that chance could not make ({told} without it)."
+        return f"{change}: makes no difference that chance could not ({told} without it)."
     return f"{change}: without it {told}."
 
 
@@ -212,12 +218,17 @@ def _edge(knob: Knob) -> str:
 
 def _cliff(knob: Knob, m: Moved) -> str:
     what = f"breaks {', '.join(m.breaks)}" if m.state == "done" else f"is {m.state}"
-    reason = f": {m.reasons[0]}" if m.state != "done" and m.reasons else ""
+    reason = f": {_short(m.reasons[0])}" if m.state != "done" and m.reasons else ""
     return f"One step away, {knob.parameter} {_value(m.value)} {what}{reason}".rstrip(".") + "."
 
 
+def _short(reason: str) -> str:
+    """The beginning of a reason, whose whole stands in the report of trials."""
+    return textwrap.shorten(reason.split(" (")[0], _REASON, placeholder=" ...")
+
+
 def _beats(m: Moved) -> bool:
-    return m.better and not m.worse and not m.breaks
+    return m.better and m.as_good and not m.breaks
 
 
 def _better(knob: Knob, m: Moved) -> str:
@@ -240,7 +251,7 @@ def _ratio(name: str, ratio: float, ends: tuple[float, float] | Sequence[float] 
 
 def _sure(found: Why, other: str, name: str, one: Certainty) -> str:
     told = (
-        f"Against {other} in {name}: better with {one.holds:.0%} under the errors that profile {found.profile} states"
+        f"Against {other} in {name}: better with {odds(one.holds)} under the errors that profile {found.profile} states"
     )
     turns = [t for t in one.turns if t.sigmas is not None and t.sigmas < 3]
     if turns and turns[0].factor is not None:
@@ -290,14 +301,14 @@ def render(found: Mapping[str, Any]) -> str:
                     f"{level:>11}{sigmas:>12}{t['part']:>15.0%}"
                 )
     if found["best"]:
-        chance = ", ".join(f"{name} {share:.0%}" for name, share in found["best"].items() if share >= 0.005)
+        chance = ", ".join(f"{name} {odds(share)}" for name, share in found["best"].items() if share >= 0.005)
         lines += ["", f"best under the profile's errors: {chance}"]
     return "\n".join(lines) + "\n"
 
 
 def _moved_text(m: Mapping[str, Any]) -> str:
     if m["state"] != "done":
-        return f"{m['state']}: {m['reasons'][0] if m['reasons'] else ''}".rstrip(": ")
+        return f"{m['state']}: {_short(m['reasons'][0]) if m['reasons'] else ''}".rstrip(": ")
     told = ", ".join(_ratio(name, *found) for name, found in (m["ratios"] or {}).items())
     broken = f"; breaks {', '.join(m['breaks'])}" if m["breaks"] else ""
     return f"{told}{broken}" if told or broken else "-"
