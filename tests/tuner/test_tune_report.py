@@ -137,8 +137,14 @@ JUDGED: dict[str, Any] = {
 }  # fmt: skip
 
 
+WHY: dict[str, Any] = {
+    "bound": "the all-to-all", "time_share": {"all_to_all": [0.5, None]}, "busy_share": 1.0, "knobs": [], "best": {},
+    "certainty": {}, "profile": "h100", "profile_kind": "assumed", "seeds": [1], "sentences": ["The all-to-all bounds it."],
+}  # fmt: skip
+
+
 def test_the_judgement_is_shown_with_intervals_and_ties() -> None:
-    found = Found(definition(), TRIALS, judgement=JUDGED, why={"sentences": ["The all-to-all bounds it."]})
+    found = Found(definition(), TRIALS, judgement=JUDGED, why=WHY)
     text = printed(found, 140)
     judged = text.split("Judged on 3 fresh seeds")[1]
     rows = {line.split()[1]: line for line in judged.splitlines() if line.strip()[:1] in ("*", "=")}

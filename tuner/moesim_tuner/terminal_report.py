@@ -185,11 +185,15 @@ def _limits(one: Mapping[str, Any]) -> str:
 
 
 def _why(out: _Screen, why: Mapping[str, Any]) -> None:
-    """What bounds the winner, and what each setting is worth."""
-    if why.get("sentences"):
-        out.section("Why")
-        for text in why["sentences"]:
-            out.say(text)
+    """What bounds the winner, what each setting is worth, what errors of the profile could turn."""
+    from moesim_tuner.why import render
+
+    out.section("Why")
+    for line in render(why).splitlines():
+        if line:
+            out.say(line.strip().removeprefix("- "), "", 2 + len(line) - len(line.lstrip()))
+        else:
+            out.console.print()
 
 
 def _excluded(out: _Screen, report: Mapping[str, Any], lines: Sequence[str]) -> None:
