@@ -12,14 +12,16 @@ from moesim_tuner.checks import check_figures
 from moesim_tuner.definition import Definition
 from moesim_tuner.export import export
 from moesim_tuner.heuristics import starts
+from moesim_tuner.judge import base_scenario
+from moesim_tuner.ladder import Rungs
 from moesim_tuner.records import Candidate, Trial
 from moesim_tuner.report import render, to_json
-from moesim_tuner.search import chosen_sampler, strategy_of
+from moesim_tuner.search import strategy
 from moesim_tuner.study import run_study
+from moesim_tuner.tune import define
 from moesim_tuner.workers import make_workers
 
-from moesim.scenario.load import Scenario, load_scenario, load_scenario_text
-from moesim.tune_spec import RungSpec
+from moesim.scenario.load import Scenario, load_scenario
 from tests.tuner.studies import Found
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +38,8 @@ SHORT = {
                                 "requests.output_tokens=8", "routing.pool_tokens=512"),
 }  # fmt: skip
 """horizons at which a trial takes a moment"""
+LONG = ("tune_capacity_training", "tune_ep_32gpu")
+"""and where it still takes more"""
 
 
 class Memory:
@@ -63,19 +67,9 @@ class Memory:
     def close(self) -> None: ...
 
 
-class Climb:
-    def climbs(self, rung: int, trial: Trial, trials: object) -> bool:
-        return True
-
-
-def defined(file: Path, overrides: tuple[str, ...]) -> tuple[Definition, Scenario]:
-    text = file.read_text()
-    scenario = load_scenario_text(text, file.parent, overrides, name=file.stem)
-    spec = scenario.tune
-    assert spec is not None
-    made = Definition(text, scenario.name, str(file.parent), spec, "random", (RungSpec(),), overrides)
-    sampler = chosen_sampler(spec.sampler, made.space, spec.trials)
-    return Definition(text, scenario.name, str(file.parent), spec, sampler, (RungSpec(),), overrides), scenario
+def defined(file: Path, overrides: tuple[str, ...] = ()) -> tuple[Definition, Scenario]:
+    definition, _ = define(file, overrides, (), {}, False)
+    return definition, base_scenario(definition)
 
 
 def test_every_example_has_a_short_form() -> None:
@@ -92,7 +86,7 @@ def test_the_question_is_sound(file: Path) -> None:
     head = re.match(r"(?:#.*\n)+", file.read_text())
     assert head is not None
     assert f"#   moesim tune workloads/{file.name}\n" in head[0]
-    definition, scenario = defined(file, ())
+    definition, scenario = defined(file, SHORT[file.stem])
     (first, *_) = starts(scenario, definition.space, definition.spec)
     assert first.origin == "default"
     assert {p.name for p in definition.space.active(first.point)} == set(first.point)
@@ -103,15 +97,15 @@ def test_the_question_is_sound(file: Path) -> None:
 
 @pytest.mark.parametrize(
     "file",
-    [pytest.param(file, marks=[pytest.mark.slow] * (file.stem == "tune_ep_32gpu")) for file in EXAMPLES],
+    [pytest.param(file, marks=[pytest.mark.slow] * (file.stem in LONG)) for file in EXAMPLES],
     ids=lambda f: f.stem,
 )
 def test_a_short_study_ends_in_a_report_and_an_export(file: Path, tmp_path: Path) -> None:
-    definition, scenario = defined(file, ("tune.trials=4", "tune.constraints={}", *SHORT[file.stem]))
+    definition, scenario = defined(file, ("tune.trials=4", "tune.constraints={}", "tune.rungs=[{}]", *SHORT[file.stem]))
     first = starts(scenario, definition.space, definition.spec)[:2]
     workers, store = make_workers(1), Memory()
     try:
-        trials = run_study(definition, strategy_of(definition, first), Climb(), workers, store)
+        trials = run_study(definition, strategy(definition, first), Rungs(definition), workers, store)
     finally:
         workers.close()
     assert [t.number for t in trials] == [0, 1, 2, 3]

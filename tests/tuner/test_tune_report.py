@@ -137,18 +137,27 @@ JUDGED: dict[str, Any] = {
 }  # fmt: skip
 
 
+WHY: dict[str, Any] = {
+    "bound": "the all-to-all", "time_share": {"all_to_all": [0.5, None]}, "busy_share": 1.0, "knobs": [], "best": {},
+    "certainty": {}, "profile": "h100", "profile_kind": "assumed", "seeds": [1],
+    "sentences": ["The all-to-all bounds it.", "Beside it: much is needed (weights 1 B, rest 2,000 B)."],
+}  # fmt: skip
+
+
 def test_the_judgement_is_shown_with_intervals_and_ties() -> None:
-    found = Found(definition(), TRIALS, judgement=JUDGED, why={"sentences": ["The all-to-all bounds it."]})
+    found = Found(definition(), TRIALS, judgement=JUDGED, why=WHY)
     text = printed(found, 140)
     judged = text.split("Judged on 3 fresh seeds")[1]
-    rows = {line.split()[1]: line for line in judged.splitlines() if line.strip()[:1] in ("*", "=")}
+    table = judged.split("output_tok_per_s")[0].splitlines()
+    rows = {line.split()[1]: line for line in table if line.strip()[:1] in ("*", "=")}
     assert rows["4"].split()[0] == "*"
     assert rows["5"].split()[0] == "="
-    assert "tpot_p99_ms not sure" in rows["5"]
+    assert "trial 5: tpot_p99_ms not sure" in judged
     assert "290..310" in judged
     assert "0.99..1.05" in judged
     assert "sequences 5 to 9 were held out" in judged
     assert "The all-to-all bounds it." in judged
+    assert "much is needed.\n" in judged
     assert "best of many" not in judged
     nobody = printed(Found(definition(), TRIALS, judgement={**JUDGED, "winner": None, "chosen": None}))
     assert "tune export" not in nobody

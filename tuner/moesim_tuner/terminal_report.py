@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ __all__ = ["render_report"]
 
 _MOST = 8
 """rows of a front"""
+_ORIGIN = 26
+"""characters of where a trial comes from"""
 
 
 def render_report(
@@ -120,7 +123,8 @@ def _front(out: _Screen, report: Mapping[str, Any]) -> None:
         on_front = any(row["trial"] == f["trial"] for f in front)
         cells = [_cell(row["values"].get(name), name, name in row["broken"]) for name in names]
         cells += [_cell(row["constraints"].get(name), name, name in row["broken"]) for name in limits]
-        table.add_row(Text(str(row["trial"]), style="bold green" if on_front else ""), row["origin"], *cells)
+        origin = _cut(row["origin"], _ORIGIN)
+        table.add_row(Text(str(row["trial"]), style="bold green" if on_front else ""), origin, *cells)
     out.table(table)
     if len(front) > _MOST:
         out.say(f"{len(front) - _MOST} more on the front: --json", "dim")
@@ -137,42 +141,49 @@ def _cell(value: float | None, name: str, broken: bool) -> Text:
 
 
 def _judgement(out: _Screen, report: Mapping[str, Any]) -> None:
-    """The finalists on fresh seeds and held-out traffic, and the finding in words."""
+    """The finalists on fresh seeds and held-out traffic, and the finding in words; a table an objective."""
     found = report["judgement"]
-    seeds = len(found["seeds"])
-    out.section(f"Judged on {seeds} fresh seeds")
+    out.section(f"Judged on {len(found['seeds'])} fresh seeds")
     for i, text in enumerate(found["sentences"]):
-        out.say(text, "bold" if i == 0 else "")
-    out.console.print()
-    names = found["objectives"]
-    table = _columns("", ">trial", "from", *(c for name in names for c in (f">{name}", ">to the best")), "limits")
-    for place, one in enumerate(found["finalists"]):
-        style = "bold green" if place == found["chosen"] else ""
-        cells: list[Any] = ["*" if place == found["chosen"] else "=" if place in found["ties"] else ""]
-        cells += ["-" if one["trial"] is None else str(one["trial"]), one["origin"]]
-        for name in names:
+        out.say(_short(text), "bold" if i == 0 else "")
+    for name in found["objectives"]:
+        out.console.print()
+        table = _columns("", ">trial", "from", f">{name}", ">90 %", ">to best", ">interval")
+        for place, one in enumerate(found["finalists"]):
+            style = "bold green" if place == found["chosen"] else ""
+            cells = ["*" if place == found["chosen"] else "=" if place in found["ties"] else ""]
+            cells += ["-" if one["trial"] is None else str(one["trial"]), _cut(one["origin"], _ORIGIN // 2)]
             score = one["scores"].get(name)
-            cells += ["-", ""] if score is None else [_ranged(score, name), _to_best(score)]
-        table.add_row(*(Text(cell, style=style) for cell in cells), Text(_limits(one), style="yellow"))
-    out.table(table)
-    out.say(f"* chosen; = cannot be told from the best at {100 * found['tie_level']:.3g}%, same seeds for all", "dim")
+            cells += ["-", "", "", ""] if score is None else _score(score, name)
+            table.add_row(*(Text(cell, style=style) for cell in cells))
+        out.table(table)
+    for one in found["finalists"]:
+        if _limits(one):
+            name = "the scenario as written" if one["trial"] is None else f"trial {one['trial']}"
+            out.say(f"{name}: {_limits(one)}", "yellow")
+    level = f"{100 * found['tie_level']:.3g}%"
+    out.say(f"* chosen; = cannot be told from the best: the {level} interval, same seeds for all", "dim")
     for note in found["notes"]:
         out.say(f"note: {note}", "yellow")
 
 
-def _ranged(score: Mapping[str, Any], name: str) -> str:
-    """A figure over the ends of its interval."""
-    ends = score["interval90"]
-    told = figure(score["value"], name)
-    return told if ends is None else f"{told}\n{figure(ends[0], name)}..{figure(ends[1], name)}"
-
-
-def _to_best(score: Mapping[str, Any]) -> str:
+def _score(score: Mapping[str, Any], name: str) -> list[str]:
+    """A figure, its interval, how it stands to the best's, and that interval."""
+    ends, best_ends = score["interval90"], score["to_best_interval"]
+    between = "" if ends is None else f"{figure(ends[0], name)}..{figure(ends[1], name)}"
     if score["mark"] == "best" or score["to_best"] is None:
-        return score["mark"] or ""
-    ends = score["to_best_interval"]
-    told = f"{score['to_best']:.3g}"
-    return told if ends is None else f"{told}\n{ends[0]:.3g}..{ends[1]:.3g}"
+        return [figure(score["value"], name), between, score["mark"] or "", ""]
+    to_best = "" if best_ends is None else f"{best_ends[0]:.3g}..{best_ends[1]:.3g}"
+    return [figure(score["value"], name), between, f"{score['to_best']:.3g}", to_best]
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _short(text: str) -> str:
+    """A reason without the bytes by use, which are in the JSON."""
+    return re.sub(r" \([^()]*\d B\)\.?$", ".", text)
 
 
 def _limits(one: Mapping[str, Any]) -> str:
@@ -185,18 +196,23 @@ def _limits(one: Mapping[str, Any]) -> str:
 
 
 def _why(out: _Screen, why: Mapping[str, Any]) -> None:
-    """What bounds the winner, and what each setting is worth."""
-    if why.get("sentences"):
-        out.section("Why")
-        for text in why["sentences"]:
-            out.say(text)
+    """What bounds the winner and what each setting is worth; what would turn it is in the JSON."""
+    from moesim_tuner.why import render
+
+    out.section("Why")
+    for line in render({**why, "certainty": {}}).splitlines():
+        if line:
+            out.say(_short(line.strip().removeprefix("- ")), "", 2 + len(line) - len(line.lstrip()))
+        else:
+            out.console.print()
 
 
 def _excluded(out: _Screen, report: Mapping[str, Any], lines: Sequence[str]) -> None:
     if len(lines) > 1 or not report["search"]["feasible"]:
         out.section("Excluded")
         for line in lines:
-            out.say(line, "" if not line.startswith(" ") else "dim", 2 + len(line) - len(line.lstrip()))
+            indent = len(line) - len(line.lstrip())
+            out.say(_short(line.strip()), "dim" if indent else "", 2 + indent)
 
 
 def _foot(out: _Screen, report: Mapping[str, Any]) -> None:
