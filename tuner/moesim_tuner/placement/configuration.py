@@ -30,10 +30,12 @@ __all__ = ["Patterns"]
 
 _GRID = 8192
 """cells from 0 to the largest rank load known"""
-_MERGED = 2e-3
+_MERGED = 6e-3
 """copies that differ by less than this share of the load, over the copies of a rank, count as the lighter one"""
 _WORTH = float(1 << 24)
 """u is a multiple of 1 / _WORTH, so that sums of it are exact"""
+_CLOSE_ENOUGH = 0.3
+"""of the gap: bounds are looked for in steps down to this"""
 _MOST_COPIES = 16
 """a rank with more is bound by the mean, or left to other bounds"""
 _NEW_PATTERNS = 40
@@ -44,15 +46,15 @@ _NEW_PATTERNS = 40
 class Patterns:
     """The programme of one layer. share_E: loads, mean rank load 1. value: the largest rank load that is known to do.
 
-    rounds: linear programmes solved so far. counts_CR: experts of a class by replica count, as of the last T that was
-    not refuted."""
+    rounds: linear programmes solved so far. fractions: of every T that was not refuted, the experts of a class by
+    replica count [C, R]."""
 
     share_E: FloatArray
     slots: int
     ranks: int
     value: float
     rounds: int = 0
-    counts_CR: FloatArray | None = None
+    fractions: list[FloatArray] = field(default_factory=list)
     class_E: IntArray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -86,19 +88,20 @@ class Patterns:
 
     def bound(self, bound: float, tolerance: float, programmes: int) -> float:
         """The best bound proven in so many linear programmes: `bound` at least, and no more than the gap asks for."""
-        aim = self.value / (1 + tolerance) * (1 + 1e-9)
-        high = aim
-        while self.rounds < programmes and high - bound > 0.25 * tolerance * self.value and bound < aim:
-            near = aim - bound <= 2 * tolerance * self.value
-            most = high if near and high == aim else (bound + high) / 2
+        aim = high = self.value / (1 + tolerance) * (1 + 1e-9)
+        while self.rounds < programmes and bound < aim:
+            left = high - bound
+            if left <= max(0.25 * tolerance * self.value, _CLOSE_ENOUGH * (self.value - bound)):
+                break
+            near = high == aim and left <= 2 * tolerance * self.value
+            most = high if near else bound + 0.5 * left
             found = self.refute(most, programmes - self.rounds)
             bound, high = (max(bound, found), high) if found else (bound, most)
         return bound
 
-    def counts(self) -> IntArray:
-        """Replica counts [E] that come near the solution in fractions, with copies in every slot."""
-        assert self.counts_CR is not None
-        above_CR = np.cumsum(self.counts_CR[:, ::-1], axis=1)[:, ::-1][:, 1:]  # experts with more than r copies
+    def counts(self, share_CR: FloatArray) -> IntArray:
+        """Replica counts [E] that come near a solution in fractions, with copies in every slot."""
+        above_CR = np.cumsum(share_CR[:, ::-1], axis=1)[:, ::-1][:, 1:]  # experts with more than r copies
         low, high = 0.0, 1.0
         for _ in range(40):  # rounding up from `middle` on: ever fewer copies
             middle = (low + high) / 2
@@ -121,27 +124,33 @@ class Patterns:
         cap = min(int(most / self.unit), _GRID)
         if not self.pool:
             self._begin(cap)
+        nothing_U = np.zeros(len(self.size_U))
+        proven = self._proven(nothing_U, self._filled(nothing_U), cap)
+        if proven:  # a copy, or the lightest ones together, weigh more
+            return proven
+        for at, row_R in enumerate(self.size_CR <= cap):
+            self.pairs[at, int(row_R.argmax())] = None
         for _ in range(rounds):
             self.rounds += 1
-            worth_U, best_C, best_K, left_C, gain = self._programme(cap)
+            worth_U, best_C, best_K, share_CR, gain = self._programme(cap)
             best = self._filled(worth_U)
             proven = self._proven(worth_U, best, cap)
             if proven:
                 return proven
             if gain <= 1e-7 * self.slots or not self._extend(worth_U, best_C, best_K, best, cap):
-                self.counts_CR = left_C
+                self.fractions.append(share_CR)
                 return 0.0
         return 0.0
 
     def _begin(self, cap: int) -> None:
-        """Patterns that are worth most by simple measures."""
+        """Patterns that are worth most by simple measures, and the lightest."""
+        self.pool = {(0,) * copies: None for copies in self.ranks_K}
         size = self.size_U.astype(np.float64)
         for worth_U in (size, np.sqrt(size), (2 * size > cap) + 0.0, (3 * size > cap) + 0.0, np.ones(len(size))):
             best = self._filled(worth_U)
             for copies in self.ranks_K:
-                for cell in range(len(size)):
-                    if best.through(copies, cap)[cell] > -np.inf:
-                        self.pool[best.trace(copies, cell, cap)] = None
+                for cell in np.flatnonzero(best.through(copies, cap) > -np.inf).tolist():
+                    self.pool[best.trace(copies, cell, cap)] = None
         for at in range(len(self.first_C)):
             for r in range(min(2, self.count_CR.shape[1])):
                 self.pairs[at, r] = None

@@ -19,13 +19,15 @@ import numpy as np
 from moesim.arrays import FloatArray, IntArray
 from moesim.placement import EMPTY
 
-__all__ = ["Exhausted", "exhaust"]
+__all__ = ["Exhausted", "exhaust", "small"]
 
 _TOTAL = float(1 << 40)
 _MOST_COUNTS = 20_000
 _MOST_SLOTS = 24
 _MOST_WORK = 40_000_000
 """ways to fill a rank that are looked at"""
+_SMALL = 5_000_000
+"""ways to fill the first rank, all replica counts together, below which all are tried before any search"""
 _CHUNK = 400_000
 _LEAST_GAIN = 1e-11
 """of the total load: maps that differ by less are equally good (loads of copies are rounded)"""
@@ -38,10 +40,17 @@ class Exhausted:
     table_S: IntArray | None
 
 
+def small(experts: int, slots: int, ranks: int) -> bool:
+    """Whether trying all takes less than a search."""
+    room = -(-slots // ranks)
+    many = math.comb(slots - 1, slots - experts)
+    return slots <= _MOST_SLOTS and many <= _MOST_COUNTS and many * math.comb(slots - 1, room - 1) <= _SMALL
+
+
 def exhaust(share_E: FloatArray, slots: int, ranks: int, value: float) -> Exhausted | None:
     """The best map of a layer; None: too many to try. value: the best largest rank load known, mean 1."""
     spare = slots - len(share_E)
-    many = math.comb(len(share_E) + spare - 1, spare)
+    many = math.comb(slots - 1, spare)
     if ranks == 1 or slots < ranks or slots > _MOST_SLOTS or many > _MOST_COUNTS:
         return None
     search = _Search(share_E, slots, ranks, value)

@@ -28,20 +28,25 @@ from moesim.placement import EMPTY, Placement, PlacementContext, check_weights, 
 from moesim.placement.bound import balance_bound
 from moesim.placement.search import improve
 from moesim.spec import Spec
-from moesim_tuner.placement import starts
 from moesim_tuner.placement.configuration import Patterns
-from moesim_tuner.placement.exhaust import exhaust
+from moesim_tuner.placement.exhaust import exhaust, small
 from moesim_tuner.placement.packing import solved
+from moesim_tuner.placement.pairs import fits, pair_counts, paired
 from moesim_tuner.placement.solution import Part, Solution, joint_status, part_of
+from moesim_tuner.placement import starts
 
 __all__ = ["Policy"]
 
+_SAME = 1e-10
+"""values that differ by less are the same"""
 _KICKS = 20
 _MORE_KICKS = 60
-_WIDE = 2.5e-3
+_WIDE = 4e-3
 """gaps below are left to the search: the programme over patterns rounds loads down by nearly as much"""
-_PROGRAMMES = 14
+_PROGRAMMES = 9
 """linear programmes for a layer, at most"""
+_GUIDES = 2
+"""of the replica counts that they suggest, so many are tried"""
 
 
 class Policy(Spec):
@@ -85,12 +90,8 @@ class Policy(Spec):
         work.programmes()
         asked = work.ask(self.deterministic_time)
         parts = tuple(work.part(layer, layer in asked) for layer in range(layers))
-        value, bound = (
-            float(np.mean([getattr(p, n) for p in parts])) if parts else 1.0 for n in ("objective", "bound")
-        )
-        return Solution(
-            ctx.placement(_sorted(work.table_LS, ctx.num_ranks), experts), value, bound, joint_status(parts), parts
-        )
+        value, bound = (float(np.mean([getattr(p, n) for p in parts])) if parts else 1.0 for n in ("objective", "bound"))
+        return Solution(ctx.placement(_sorted(work.table_LS, ctx.num_ranks), experts), value, bound, joint_status(parts), parts)
 
 
 def _shares(weight_LE: FloatArray, ranks: int) -> FloatArray:
@@ -120,13 +121,11 @@ class _Layers:
     @property
     def open_L(self) -> IntArray:
         """Layers whose gap is above the tolerance."""
-        return np.flatnonzero(self.value_L > self.bound_L * (1 + max(self.tolerance, 1e-12)))
+        return np.flatnonzero(self.value_L > self.bound_L * (1 + max(self.tolerance, _SAME)))
 
     def part(self, layer: int, asked: bool) -> Part:
         """What is known of a layer."""
-        status = (
-            "feasible" if asked or self.value_L[layer] <= self.bound_L[layer] * (1 + self.tolerance) else "too_large"
-        )
+        status = "feasible" if asked or self.value_L[layer] <= self.bound_L[layer] * (1 + self.tolerance) else "too_large"
         return part_of(f"layer {layer}", float(self.value_L[layer]), float(self.bound_L[layer]), status)
 
     def keep(self, layer_L: IntArray, table_LS: IntArray) -> None:
@@ -148,14 +147,28 @@ class _Layers:
         if self.slots % self.ranks == 0:
             plain_S = initial_map(self.share_LE.shape[1], self.slots).astype(np.int64)
             self.keep(np.arange(len(self.share_LE)), np.tile(plain_S, (len(self.share_LE), 1)))
-        for part in starts.PARTS:
+        for number, part in enumerate(starts.PARTS):
             left = self.open_L
             if not len(left):
                 return
+            if number == 1 and small(self.share_LE.shape[1], self.slots, self.ranks):
+                self.try_all()
+                left = self.open_L
+                if not len(left):
+                    return
             count_LE = starts.counts(self.share_LE[left], self.slots, self.ranks, self.bound_L[left], part)
             table_LS = starts.pack_counts(self.share_LE[left], count_LE, self.ranks)
             self.keep(left, improve(self.share_LE[left], table_LS, self.ranks, 0, self.bound_L[left]))
+        if fits(self.slots, self.ranks):
+            for layer in self.open_L.tolist():
+                self.pair(layer, np.bincount(self.table_LS[layer][self.table_LS[layer] != EMPTY]))
         self.improve(_KICKS)
+
+    def pair(self, layer: int, count_E: IntArray) -> None:
+        """The search of replica counts alone."""
+        share_E = self.share_LE[layer]
+        count_E = pair_counts(share_E, count_E, self.ranks)
+        self.keep(np.array([layer]), paired(share_E, count_E, self.ranks)[None])
 
     def try_all(self) -> None:
         """Step 3."""
@@ -165,7 +178,7 @@ class _Layers:
                 continue
             if found.table_S is not None:
                 self.keep(np.array([layer]), found.table_S[None])
-            self.bound_L[layer] = max(self.bound_L[layer], self.value_L[layer] * (1 - 1e-10))
+            self.bound_L[layer] = max(self.bound_L[layer], self.value_L[layer] * (1 - 0.1 * _SAME))
 
     def programmes(self) -> None:
         """Step 4."""
@@ -174,15 +187,22 @@ class _Layers:
             patterns = Patterns(self.share_LE[layer], self.slots, self.ranks, float(self.value_L[layer]))
             if not patterns.useful or self.value_L[layer] <= self.bound_L[layer] * (1 + _WIDE):
                 continue
-            self.bound_L[layer] = max(
-                self.bound_L[layer], patterns.bound(self.bound_L[layer], self.tolerance, _PROGRAMMES)
-            )
-            if patterns.counts_CR is not None and layer in self.open_L:
+            self.bound_L[layer] = patterns.bound(float(self.bound_L[layer]), self.tolerance, _PROGRAMMES)
+            for share_CR in patterns.fractions[-_GUIDES:]:
+                count_E = patterns.counts(share_CR)
+                if fits(self.slots, self.ranks):
+                    self.pair(layer, count_E)
+                    continue
                 layers.append(layer)
-                tables.append(starts.pack_counts(self.share_LE[[layer]], patterns.counts()[None], self.ranks)[0])
+                tables.append(starts.pack_counts(self.share_LE[[layer]], count_E[None], self.ranks)[0])
         if layers:
-            left = np.array(layers)
-            self.keep(left, improve(self.share_LE[left], np.array(tables), self.ranks, _MORE_KICKS, self.bound_L[left]))
+            every = np.array(layers)
+            found_LS = improve(
+                self.share_LE[every], np.array(tables), self.ranks, _KICKS, self.bound_L[every]
+            )
+            for turn in range(_GUIDES):  # a layer comes up to so many times, next to each other
+                mine = np.array([i for i in range(len(every)) if list(every[:i]).count(every[i]) == turn], np.int64)
+                self.keep(every[mine], found_LS[mine])
         self.improve(_MORE_KICKS)
 
     def ask(self, deterministic_time: float) -> set[int]:
