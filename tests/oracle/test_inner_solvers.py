@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from dataclasses import replace
 
@@ -23,9 +24,12 @@ from moesim.offload.expert_split import Policy as ExpertSplit
 from moesim.offload.precision.allocation import allocate
 from moesim.offload.precision.edgemoe import lower
 from moesim.offload.shares import shortest_layer
+from moesim.simulate import simulate
+from moesim.terminal import summary
 from moesim.tiers import LinkRates
 from moesim.tiers.device import DeviceOptions, SimDevice
 from moesim.tiers.links import Links
+from tests.build import scenario, tiny_model
 
 # ---- the way a solver is asked
 
@@ -498,3 +502,32 @@ def test_without_a_sample_the_popular_stay_and_nothing_is_claimed():
     assert plan.proof is None
     assert plan.fixed_LE.sum() == ctx.capacity_bytes // 1600
     assert ctx.popularity_LE[plan.fixed_LE].min() >= ctx.popularity_LE[~plan.fixed_LE].max()
+
+
+# ---- where users see it
+
+
+def test_a_run_shows_what_is_proven(tmp_path):
+    """In the result, and on screen; no entry point is needed for a policy that is given as one."""
+    parts = {
+        "model": tiny_model(tmp_path),
+        "requests": {"format": "closed_loop", "concurrency": 2, "num_requests": 4, "prompt_tokens": 8,
+                     "output_tokens": 8},
+        "tiers": {"experts": 0.005},
+        "policies": {"offload": "expert_split", "precision": "uniform"},
+    }  # fmt: skip
+    plain = scenario(tmp_path, **parts)
+    assert simulate(plain).to_json()["summary"]["cache"]["proof"] == {"offload": None, "precision": None}
+    policies = replace(plain.policies, offload=Split(), precision=Bits(average=6.0))
+    proven = replace(plain, policies=policies)
+    report = simulate(proven).to_json()
+    proof = report["summary"]["cache"]["proof"]
+    for family, of in (("offload", "ns of a step's experts"), ("precision", "weighted error")):
+        assert proof[family]["of"] == of
+        assert 0 < proof[family]["bound"] <= proof[family]["objective"]
+        assert proof[family]["gap"] == pytest.approx(1 - proof[family]["bound"] / proof[family]["objective"])
+    text = io.StringIO()
+    summary(report, proven, text, 200)
+    assert f"gap {proof['offload']['gap']:.2%} ({proof['offload']['status'].replace('_', ' ')}" in text.getvalue()
+    assert "weighted error" in text.getvalue()
+    assert "found, of experts looked up" in text.getvalue()
