@@ -258,8 +258,8 @@ def _tiers(console: Console, found: dict[str, Any]) -> None:
     for family, proof in cache["proof"].items():
         if proof:
             text = f"{family} {kinds[family]}: {proof['of']} {proof['objective']:.5g}, bound {proof['bound']:.5g}, "
-            asked = "solver asked" if proof["solver_units"] else "no solver asked"
-            _say(console, f"{text}gap {proof['gap']:.2%} ({proof['status'].replace('_', ' ')}, {asked})")
+            solver = "solver asked" if proof["solver_units"] else "no solver asked"
+            _say(console, f"{text}gap {proof['gap']:.2%} ({proof['status'].replace('_', ' ')}, {solver})")
     if cache["look_ups"]:
         names = {"hit": "there", "late": "on their way", "load": "fetched", "stream": "streamed", "cpu": "on the CPU"}
         parts = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from moesim_tuner import solving
 from moesim_tuner.knapsack import Choices, choose, greedy, prices
-from moesim_tuner.offload import resident
+from moesim_tuner.offload import cuts, resident
 from moesim_tuner.offload.layer_times import active_LSE, layer_ns, ns_AM
 from moesim_tuner.offload.split_ilp import Policy as Split
 from moesim_tuner.precision.bits_ilp import Policy as Bits
@@ -23,9 +24,12 @@ from moesim.offload.expert_split import Policy as ExpertSplit
 from moesim.offload.precision.allocation import allocate
 from moesim.offload.precision.edgemoe import lower
 from moesim.offload.shares import shortest_layer
+from moesim.simulate import simulate
+from moesim.terminal import summary
 from moesim.tiers import LinkRates
 from moesim.tiers.device import DeviceOptions, SimDevice
 from moesim.tiers.links import Links
+from tests.build import scenario, tiny_model
 
 # ---- the way a solver is asked
 
@@ -422,6 +426,45 @@ def test_the_bound_holds_for_any_set(monkeypatch, costs):
     assert max(gaps) < 0.03
 
 
+@pytest.mark.parametrize("price", [0.0, 0.05, 0.15, 0.4])
+def test_a_cut_is_the_least_of_all_sets_at_a_price(price):
+    """Times concave in the misses: by brute force over who is missing."""
+    for seed in range(3):
+        active = problem(seed, layers=1, experts=7, top_k=3).active_LSE[0]
+        h = np.zeros((4, 4))
+        h[3] = [100.0, 400.0, 520.0, 580.0]
+        size = np.random.default_rng(seed).integers(500, 3000, 7)
+        value, missing = cuts._least(cuts.layer_of(active, h, size), price)
+
+        def cost(missing_E, active=active, h=h, size=size):
+            return float(h[3, (active & missing_E).sum(axis=1)].mean()) - price * size[missing_E].sum()
+
+        least = min(cost(np.array(some, bool)) for some in itertools.product((0, 1), repeat=7))
+        assert value == pytest.approx(least, rel=1e-6)
+        assert value <= least + 1e-9
+        assert cost(missing) == pytest.approx(least, rel=1e-6)
+
+
+def test_the_concave_function_below_is_one():
+    rng = np.random.default_rng(0)
+    for number in (1, 2, 3, 7, 20):
+        ns, weight = np.sort(rng.random(number)) * 1e6, rng.random(number)
+        h = cuts.concave_below(ns, weight)
+        assert (h <= ns).all()
+        assert (np.diff(h, n=2) <= 1e-6).all()
+    straight = np.array([0.0, 3.0, 5.0, 6.0])
+    np.testing.assert_allclose(cuts.concave_below(straight, np.ones(4)), straight, rtol=1e-9)  # concave: itself
+
+
+def test_cuts_mend_the_bound_where_misses_share_the_hand_over():
+    ctx = context(2, 4, 16, 4, sync_ns=300.0, gpu=20.0)
+    p = Split().problem(ctx)
+    found = resident.solve(p, 0.0, 1.0)
+    relaxed = resident._envelope_bound(p, found.stays_LE)
+    assert found.part.bound > relaxed * 1.03
+    assert found.part.bound <= found.part.objective
+
+
 def test_prefixes_cost_what_their_sets_cost():
     p = problem(1, layers=1, experts=9, top_k=3, running=3)
     sets, cost = resident._prefixes(p, 0)
@@ -459,3 +502,32 @@ def test_without_a_sample_the_popular_stay_and_nothing_is_claimed():
     assert plan.proof is None
     assert plan.fixed_LE.sum() == ctx.capacity_bytes // 1600
     assert ctx.popularity_LE[plan.fixed_LE].min() >= ctx.popularity_LE[~plan.fixed_LE].max()
+
+
+# ---- where users see it
+
+
+def test_a_run_shows_what_is_proven(tmp_path):
+    """In the result, and on screen; no entry point is needed for a policy that is given as one."""
+    parts = {
+        "model": tiny_model(tmp_path),
+        "requests": {"format": "closed_loop", "concurrency": 2, "num_requests": 4, "prompt_tokens": 8,
+                     "output_tokens": 8},
+        "tiers": {"experts": 0.005},
+        "policies": {"offload": "expert_split", "precision": "uniform"},
+    }  # fmt: skip
+    plain = scenario(tmp_path, **parts)
+    assert simulate(plain).to_json()["summary"]["cache"]["proof"] == {"offload": None, "precision": None}
+    policies = replace(plain.policies, offload=Split(), precision=Bits(average=6.0))
+    proven = replace(plain, policies=policies)
+    report = simulate(proven).to_json()
+    proof = report["summary"]["cache"]["proof"]
+    for family, of in (("offload", "ns of a step's experts"), ("precision", "weighted error")):
+        assert proof[family]["of"] == of
+        assert 0 < proof[family]["bound"] <= proof[family]["objective"]
+        assert proof[family]["gap"] == pytest.approx(1 - proof[family]["bound"] / proof[family]["objective"])
+    text = io.StringIO()
+    summary(report, proven, text, 200)
+    assert f"gap {proof['offload']['gap']:.2%} ({proof['offload']['status'].replace('_', ' ')}" in text.getvalue()
+    assert "weighted error" in text.getvalue()
+    assert "found, of experts looked up" in text.getvalue()

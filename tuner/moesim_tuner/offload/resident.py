@@ -4,9 +4,10 @@ min sum_l mean_s ns[active_sl, missing_sl] within a number of bytes: a layer's t
 experts are missing *together*, so the popular ones are not all that counts. Where a layer has few experts, every set of
 them is an option, and the multiple-choice knapsack over layers (`moesim_tuner.knapsack`) is exact. Else there are too
 many sets: a layer's options are the prefixes of three orders (by use; each next expert the one that saves most beside
-those before; the reverse of each next one to go being missed least), and the bound is that of the relaxation in which
-experts may stay by parts and a layer's time is its convex envelope over missing experts. Frank and Wolfe's steps find
-it, and what any step finds is a bound.
+those before; the reverse of each next one to go being missed least), and the bound is the better of two. One is that of
+the relaxation in which experts may stay by parts and a layer's time is its convex envelope over missing experts: Frank
+and Wolfe's steps find it, and what any step finds is a bound. The other is by minimum cuts (`cuts`), for times that are
+concave, where misses that come together cost less.
 
 Legend: L layers, S steps, E experts, B options, A active, M missing.
 """
@@ -20,7 +21,8 @@ import numpy as np
 
 from moesim.arrays import AnyArray, BoolArray, FloatArray, IntArray
 from moesim_tuner.knapsack import Choices, choose
-from moesim_tuner.solving import Part, part_of
+from moesim_tuner.offload.cuts import concave_below, cut_bound, layer_of
+from moesim_tuner.solving import Part, part_of, relative_gap
 
 __all__ = ["Problem", "Resident", "expected_ns", "solve"]
 
@@ -71,8 +73,9 @@ def solve(problem: Problem, tolerance: float, deterministic_time: float) -> Resi
     if few:
         return Resident(stays_LE, part, None)
     bound = _envelope_bound(problem, stays_LE)
-    whole = part_of("any sets", part.objective, bound, "too_large", part.units)
-    return Resident(stays_LE, whole, part)
+    if relative_gap(part.objective, bound) > tolerance:
+        bound = max(bound, _bound_by_cuts(problem, stays_LE, part.objective))
+    return Resident(stays_LE, part_of("any sets", part.objective, bound, "too_large", part.units), part)
 
 
 # ---- options of a layer
@@ -80,11 +83,13 @@ def solve(problem: Problem, tolerance: float, deterministic_time: float) -> Resi
 
 def _every_set(problem: Problem, layer: int) -> tuple[BoolArray, FloatArray]:
     """All 2^E sets, bool [B, E], and the layer's expected ns with each, [B]."""
-    active_SE, active_S = problem.active_LSE[layer], problem.active_LSE[layer].sum(axis=1)
+    active_SE = problem.active_LSE[layer]
     experts = active_SE.shape[1]
     sets_BE = ((np.arange(1 << experts)[:, None] >> np.arange(experts)) & 1).astype(bool)
-    missing_SB = active_SE.astype(np.int64) @ (~sets_BE).T.astype(np.int64)
-    return sets_BE, np.asarray(problem.ns_AM[active_S[:, None], missing_SB].mean(axis=0))
+    taken, times = np.unique(active_SE @ (1 << np.arange(experts)), return_counts=True)  # what steps take, as numbers
+    active_X = sets_BE[taken].sum(axis=1)
+    missing_XB = (sets_BE[taken][:, None, :] & ~sets_BE[None, :, :]).sum(axis=2)
+    return sets_BE, np.asarray(times @ problem.ns_AM[active_X[:, None], missing_XB] / len(active_SE))
 
 
 def _prefixes(problem: Problem, layer: int) -> tuple[BoolArray, FloatArray]:
@@ -173,7 +178,21 @@ class _Walk:
         return found
 
 
-# ---- a bound for any sets
+# ---- bounds for any sets
+
+
+def _bound_by_cuts(problem: Problem, stays_LE: BoolArray, objective: float) -> float:
+    """`cuts.cut_bound` with the functions that are highest where the steps of `stays` are."""
+    active_LS = problem.active_LSE.sum(axis=2)
+    missing_LS = active_LS - (problem.active_LSE & stays_LE[:, None, :]).sum(axis=2)
+    h_AM = np.zeros(problem.ns_AM.shape)
+    for active in np.unique(active_LS[active_LS > 0]).tolist():
+        weight_M = np.bincount(missing_LS[active_LS == active], minlength=active + 1)
+        h_AM[active, : active + 1] = concave_below(problem.ns_AM[active, : active + 1], weight_M.astype(np.float64))
+    layers = [layer_of(a, h_AM, size) for a, size in zip(problem.active_LSE, problem.size_LE, strict=True)]
+    still = float(problem.ns_AM[active_LS, 0].mean(axis=1).sum())
+    gone = int(problem.size_LE[~stays_LE].sum())
+    return cut_bound(layers, problem.capacity, (objective - still) / max(gone, 1))
 
 
 def _envelope_bound(problem: Problem, stays_LE: BoolArray) -> float:
