@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -59,19 +60,37 @@ def studies(folder: Path, storages: dict[str, str], trials: int, kinds: list[str
 
 
 def uninterrupted(folder: Path, trials: int, kinds: list[str], warm: bool) -> tuple[dict[str, str], float]:
-    """The export of each kind that nobody kills, and how long one process took, in seconds."""
+    """The export of each kind that nobody kills, and how long one took, in seconds. warm: run here, so that forks of
+    this process have everything imported."""
     files = write_scenarios(folder, trials)
     out, longest_s = {}, 0.0
     for kind in kinds:
         storage = f"sqlite:///{folder}/undisturbed.db"
-        study = Study(kind.replace(" ", "-"), kind, storage, 1, files[kind], folder, warm)
+        study = Study(kind.replace(" ", "-"), kind, storage, 1, files[kind], folder)
         began = time.monotonic()
-        study.live(Plan())
+        if warm:
+            ended_well = _here(["tune", str(files[kind]), "--storage", storage, "--quiet"])
+        else:
+            study.live(Plan())
+            ended_well = study.ended and not study.faults
         longest_s = max(longest_s, time.monotonic() - began)
-        if not study.ended or study.faults:
+        if not ended_well:
             raise SystemExit(f"{kind} does not run undisturbed: {study.faults}")
         out[kind] = export_of(study, journals_of(storage, folder))
     return out, longest_s
+
+
+def _here(arguments: list[str]) -> bool:
+    """`moesim ARGUMENTS` in this process. Did it end well?"""
+    from moesim.cli import main as moesim
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        moesim(arguments)
+    except SystemExit as ended:
+        return ended.code == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def table(found: list[Study], same: dict[str, bool], took_s: float, arguments: list[str]) -> str:

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,13 +28,15 @@ class Plan:
     at: `start`, after_s after it began, whatever it does by then; `search`, after_s after its count-th trial was
     acknowledged; `coordinator`, the same, and only the one process is killed, so that its workers must notice; `write`,
     in the count-th record of the journal, when `share` of its bytes are written; `tables`, in the count-th transaction
-    of Optuna's tables, with its rows written and not committed, or (share 1) right after the commit; `never`.
+    of Optuna's tables, with its rows written and not committed, or (share 1) right after the commit; `never`. hold: the
+    search goes no further than the count-th trial, however late its death comes.
     """
 
     at: str = "never"
     count: int = 1
     after_s: float = 0.0
     share: float = 0.0
+    hold: bool = False
 
 
 def seal(trial: Any) -> str:
@@ -57,14 +60,18 @@ def arm(plan: Plan, told: int) -> None:
     from moesim_tuner.store.mirror import Mirror
 
     append = DurableStore.append
+    calls = 0
 
     def acknowledged(self: DurableStore, trials: Any) -> None:
         append(self, trials)
         lines = [f"{trial.number} {seal(self.kept.by_number[trial.number])}\n" for trial in trials]
         os.write(told, "".join(lines).encode())
+        nonlocal calls
+        calls += plan.at in ("search", "coordinator")
+        if plan.hold and calls >= plan.count:
+            time.sleep(60)
 
     DurableStore.append = acknowledged  # type: ignore[method-assign]
-    calls = 0
     if plan.at == "write":
         record, write = Journal.append, os.write
 

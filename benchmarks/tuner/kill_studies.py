@@ -130,7 +130,7 @@ class Study:
                     seen += 1
                     if seen == 1 and again:
                         self.resumed_s.append(time.monotonic() - began)
-                    if seen == plan.count and plan.at in ("search", "coordinator"):
+                    if seen >= plan.count and deadline is None and plan.at in ("search", "coordinator"):
                         deadline = time.monotonic() + plan.after_s
             if deadline is not None and not killed and status is None and time.monotonic() >= deadline:
                 killed = True

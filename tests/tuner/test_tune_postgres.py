@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -269,21 +268,17 @@ def test_a_user_who_may_not_make_tables(postgres, tmp_path):
 
 def test_without_the_driver(tmp_path):
     """In a process that cannot import it."""
-    program = (
-        "import sys; sys.modules['psycopg'] = None\n"
-        "from pathlib import Path\n"
-        "from moesim_tuner.store import read_study\n"
-        f"read_study('postgresql://me:secret@host/db', 'x', journals=Path({str(tmp_path)!r}))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
-    last = done.stderr.strip().splitlines()[-1]
-    assert last == (
-        "moesim.errors.BadInput: --storage postgresql+psycopg://me:***@host/db: PostgreSQL needs psycopg: "
-        "pip install 'moesim[postgres]'"
-    )
+
+    def child() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "psycopg"]:
+            sys.modules[name] = None  # type: ignore[assignment]
+        with pytest.raises(BadInput) as caught:
+            read_study("postgresql://me:secret@host/db", "x", journals=here(tmp_path))
+        assert str(caught.value) == (
+            "--storage postgresql+psycopg://me:***@host/db: PostgreSQL needs psycopg: pip install 'moesim[postgres]'"
+        )
+
+    in_child(child)
 
 
 def test_passwords_are_nowhere(url, tmp_path):

@@ -302,7 +302,12 @@ def broken_ways(data: bytes) -> dict[str, bytes | None]:
     }
 
 
-@pytest.mark.parametrize("way", list(broken_ways(b"x" * 50_000)))
+FAST = ("missing", "half", "page of zeros", "header")
+
+
+@pytest.mark.parametrize(
+    "way", [pytest.param(w, marks=() if w in FAST else pytest.mark.slow) for w in broken_ways(b"x" * 50_000)]
+)
 def test_a_torn_database_is_rebuilt_from_the_journal(db, way):
     """Its file is kept aside; the study goes on with all its trials, and Optuna opens it."""
     before = made(db, 16)

@@ -62,8 +62,8 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Names of the parts that make two studies of two definitions; of the `tune` block, which keys."""
     a, b = _fixed(one), _fixed(other)
     spec_a, spec_b = a.pop("spec"), b.pop("spec")
-    names = [key for key in sorted(a.keys() | b.keys()) if ordered(a.get(key)) != ordered(b.get(key))]
-    keys = [
-        key for key in sorted(spec_a.keys() | spec_b.keys()) if ordered(spec_a.get(key)) != ordered(spec_b.get(key))
-    ]
-    return names + [f"tune.{key}" for key in keys]
+
+    def unlike(x: Mapping[str, Any], y: Mapping[str, Any]) -> list[str]:
+        return [key for key in sorted(x.keys() | y.keys()) if ordered(x.get(key)) != ordered(y.get(key))]
+
+    return unlike(a, b) + [f"tune.{key}" for key in unlike(spec_a, spec_b)]

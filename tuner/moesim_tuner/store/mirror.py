@@ -160,7 +160,7 @@ class Mirror:
             records.append(("trials", [t for t in kept.trials if t.number not in there.by_number]))
             changed = {name: v for name, v in kept.notes.items() if there.notes.get(name, ...) != v}
             records += [("note", name) for name in changed]
-        if records and records != [("trials", [])]:
+        if there is None or records != [("trials", [])]:
             with explained(self.place):
                 self._write(records)
         self._thread = threading.Thread(target=self._follow, name="moesim-tune-mirror", daemon=True)
