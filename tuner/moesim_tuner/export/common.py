@@ -30,9 +30,9 @@ def memory_share(sheet: Sheet, winner: Winner, why: str) -> None:
 def finish(sheet: Sheet, winner: Winner) -> Settings:
     """The settings, with what no engine's command says: replicas, weights, and the policies of the simulator's own."""
     s = winner.scenario
+    sheet.carries("parallel.replicas")
     if s.parallel.replicas > 1:
         sheet.notes.append(f"start this {s.parallel.replicas} times, on devices of its own each, behind a balancer")
-        sheet.carries("parallel.replicas")
     if winner.nodes > 1:
         sheet.notes.append(
             f"one server spans {winner.nodes} nodes of {s.cluster.gpus_per_node}: start it on each, as the engine's"
