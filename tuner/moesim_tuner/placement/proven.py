@@ -28,12 +28,12 @@ from moesim.placement import EMPTY, Placement, PlacementContext, check_weights, 
 from moesim.placement.bound import balance_bound
 from moesim.placement.search import improve
 from moesim.spec import Spec
+from moesim_tuner.placement import starts
 from moesim_tuner.placement.configuration import Patterns
 from moesim_tuner.placement.exhaust import exhaust, small
 from moesim_tuner.placement.packing import solved
 from moesim_tuner.placement.pairs import fits, pair_counts, paired
 from moesim_tuner.placement.solution import Part, Solution, joint_status, part_of
-from moesim_tuner.placement import starts
 
 __all__ = ["Policy"]
 
@@ -90,8 +90,12 @@ class Policy(Spec):
         work.programmes()
         asked = work.ask(self.deterministic_time)
         parts = tuple(work.part(layer, layer in asked) for layer in range(layers))
-        value, bound = (float(np.mean([getattr(p, n) for p in parts])) if parts else 1.0 for n in ("objective", "bound"))
-        return Solution(ctx.placement(_sorted(work.table_LS, ctx.num_ranks), experts), value, bound, joint_status(parts), parts)
+        value, bound = (
+            float(np.mean([getattr(p, n) for p in parts])) if parts else 1.0 for n in ("objective", "bound")
+        )
+        return Solution(
+            ctx.placement(_sorted(work.table_LS, ctx.num_ranks), experts), value, bound, joint_status(parts), parts
+        )
 
 
 def _shares(weight_LE: FloatArray, ranks: int) -> FloatArray:
@@ -125,7 +129,9 @@ class _Layers:
 
     def part(self, layer: int, asked: bool) -> Part:
         """What is known of a layer."""
-        status = "feasible" if asked or self.value_L[layer] <= self.bound_L[layer] * (1 + self.tolerance) else "too_large"
+        status = (
+            "feasible" if asked or self.value_L[layer] <= self.bound_L[layer] * (1 + self.tolerance) else "too_large"
+        )
         return part_of(f"layer {layer}", float(self.value_L[layer]), float(self.bound_L[layer]), status)
 
     def keep(self, layer_L: IntArray, table_LS: IntArray) -> None:
@@ -197,9 +203,7 @@ class _Layers:
                 tables.append(starts.pack_counts(self.share_LE[[layer]], count_E[None], self.ranks)[0])
         if layers:
             every = np.array(layers)
-            found_LS = improve(
-                self.share_LE[every], np.array(tables), self.ranks, _KICKS, self.bound_L[every]
-            )
+            found_LS = improve(self.share_LE[every], np.array(tables), self.ranks, _KICKS, self.bound_L[every])
             for turn in range(_GUIDES):  # a layer comes up to so many times, next to each other
                 mine = np.array([i for i in range(len(every)) if list(every[:i]).count(every[i]) == turn], np.int64)
                 self.keep(every[mine], found_LS[mine])
