@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from moesim_tuner.definition import Definition
-from moesim_tuner.finalists import Finalist, dominates, finalists, front
+from moesim_tuner.finalists import Finalist, finalists
 from moesim_tuner.heldout import final_fields, hold_out, search_fields
 from moesim_tuner.judge import Ran, judge, judge_seeds, tasks_of, weigh
 from moesim_tuner.judgement import Judgement
+from moesim_tuner.pareto import dominates, undominated
 from moesim_tuner.records import Row, Task, Trial, canonical, derived_seed
 from moesim_tuner.workers import make_workers
 
@@ -261,7 +262,7 @@ def test_a_front_is_what_nothing_dominates_and_finalists_spread_over_it() -> Non
     values = [tuple(v) for v in rng.integers(0, 12, (60, 3)).tolist()]
     signs = (1, -1, 1)
     brute = [i for i, v in enumerate(values) if not any(dominates(w, v, signs) for w in values) and v not in values[:i]]
-    assert front(values, signs) == brute
+    assert undominated(values, signs) == brute
     study = definition(objectives=[RATE, P99], judge={"finalists": 3})
     # a front of 11 (more of both), and one inside it
     trials = [trial(i, values=(100.0 * 1.1**i, 5.0 * 1.1**i)) for i in range(11)] + [trial(11, values=(100.0, 6.0))]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from moesim_tuner.definition import Definition
 from moesim_tuner.figures import figure
+from moesim_tuner.pareto import undominated
 from moesim_tuner.records import Point, Trial
 
-__all__ = ["Finalist", "dominates", "finalists", "front", "scaled"]
+__all__ = ["Finalist", "finalists", "scaled"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ def finalists(definition: Definition, trials: Sequence[Trial]) -> list[Finalist]
     chosen: list[Trial] = feasible[:count] if len(signs) == 1 else []
     while len(chosen) < min(count, len(feasible)):  # a front, and where it is small the one behind it
         left = [t for t in feasible if t not in chosen]
-        ahead = [left[i] for i in front([t.values for t in left], signs)]
+        ahead = [left[i] for i in undominated([t.values for t in left], signs)]
         chosen += _spread(ahead, definition.spec.objectives, signs, count - len(chosen))
     chosen += [t for t in ranked if not t.feasible][: count - len(chosen)]
     heuristics = [t for t in ranked if t.origin.startswith("heuristic")]
@@ -59,23 +60,6 @@ def _of(trial: Trial) -> Finalist:
 def _rank(trial: Trial, signs: Sequence[int]) -> tuple[bool, float, float, int]:
     """Feasible ones first by their value (of several objectives the first), others by what they break."""
     return not trial.feasible, trial.violation, -signs[0] * trial.values[0], trial.number
-
-
-def dominates(a: Sequence[float], b: Sequence[float], signs: Sequence[int]) -> bool:
-    """a is as good as b in every objective and better in one."""
-    gains = [sign * (x - y) for sign, x, y in zip(signs, a, b, strict=True)]
-    return min(gains) >= 0 and max(gains) > 0
-
-
-def front(values: Sequence[Sequence[float]], signs: Sequence[int]) -> list[int]:
-    """Places of the values that no other dominates, in their order; of equal ones the first."""
-    # in this order none dominates one before it
-    order = sorted(range(len(values)), key=lambda i: ([-sign * v for sign, v in zip(signs, values[i], strict=True)], i))
-    kept: list[int] = []
-    for i in order:
-        if not any(dominates(values[j], values[i], signs) or tuple(values[j]) == tuple(values[i]) for j in kept):
-            kept.append(i)
-    return sorted(kept)
 
 
 def scaled(values: Sequence[Sequence[float]], names: Sequence[str]) -> list[tuple[float, ...]]:

@@ -30,9 +30,10 @@ from moesim.scenario.load import Scenario, load_scenario_text
 from moesim.tune_spec import LimitSpec
 from moesim_tuner.definition import Definition, field_texts
 from moesim_tuner.figures import figure, violation
-from moesim_tuner.finalists import Finalist, finalists, front, scaled
+from moesim_tuner.finalists import Finalist, finalists, scaled
 from moesim_tuner.heldout import HeldOut, hold_out, search_fields
 from moesim_tuner.judgement import Interval, Judged, Judgement, Kept, Score, Status
+from moesim_tuner.pareto import undominated
 from moesim_tuner.protocols import Workers
 from moesim_tuner.records import Point, Row, Task, Trial, derived_seed
 from moesim_tuner.telling import sentences
@@ -313,7 +314,7 @@ def _front(definition: Definition, judged: Sequence[Judged], able: Sequence[int]
     if len(definition.spec.objectives) == 1:
         return ()
     values = [[judged[i].scores[name].value for name in definition.spec.objectives] for i in able]
-    return tuple(able[i] for i in front(values, definition.signs))
+    return tuple(able[i] for i in undominated(values, definition.signs))
 
 
 def _choose_of_several(

@@ -10,23 +10,31 @@ from collections.abc import Sequence
 from moesim_tuner.definition import Definition
 from moesim_tuner.records import Trial
 
-__all__ = ["best", "best_so_far", "front"]
+__all__ = ["best", "best_so_far", "dominates", "front", "undominated"]
+
+
+def dominates(a: Sequence[float], b: Sequence[float], signs: Sequence[int]) -> bool:
+    """a is as good as b in every objective and better in one."""
+    gains = [sign * (x - y) for sign, x, y in zip(signs, a, b, strict=True)]
+    return min(gains) >= 0 and max(gains) > 0
+
+
+def undominated(values: Sequence[Sequence[float]], signs: Sequence[int]) -> list[int]:
+    """Places of the values that no other dominates, in their order; of equal ones the first."""
+    # in this order none dominates one before it
+    order = sorted(range(len(values)), key=lambda i: ([-sign * v for sign, v in zip(signs, values[i], strict=True)], i))
+    kept: list[int] = []
+    for i in order:
+        if not any(dominates(values[j], values[i], signs) or tuple(values[j]) == tuple(values[i]) for j in kept):
+            kept.append(i)
+    return sorted(kept)
 
 
 def front(definition: Definition, trials: Sequence[Trial]) -> list[Trial]:
-    """The front, the best in the first objective first. One objective: the best trial alone."""
-    signs = definition.signs
-
-    def gains(trial: Trial) -> tuple[float, ...]:
-        return tuple(sign * value for sign, value in zip(signs, trial.values, strict=True))
-
-    feasible = sorted((t for t in trials if t.feasible), key=lambda t: (*(-g for g in gains(t)), t.number))
-    out: list[Trial] = []
-    for trial in feasible:  # whatever beats one stands before it
-        mine = gains(trial)
-        if not any(all(a >= b for a, b in zip(gains(other), mine, strict=True)) for other in out):
-            out.append(trial)
-    return out
+    """The feasible trials that no other beats, the best in the first objective first. One objective: the best alone."""
+    feasible = [t for t in trials if t.feasible]
+    ahead = [feasible[i] for i in undominated([t.values for t in feasible], definition.signs)]
+    return sorted(ahead, key=lambda t: (-definition.signs[0] * t.values[0], t.number))
 
 
 def best(definition: Definition, trials: Sequence[Trial]) -> Trial | None:
