@@ -183,6 +183,25 @@ def test_hundreds_of_items_against_a_table(average):
     assert choices.cost(greedy(choices)) - prices(choices)[1] <= saved + 1e-12
 
 
+def test_what_is_left_of_a_unit_is_no_room():
+    """Experts of one size whose widths are whole bits: greedy steps are optimal, and the bound says so unasked."""
+    rng = np.random.default_rng(0)
+    cost = rng.lognormal(0, 1, (50, 1)) * 4.0 ** -np.arange(1.0, 4.0)
+    group = np.arange(50) % 2
+    for more in (0, 1, 999):
+        size = np.tile(1000 * np.arange(1, 4) + 7, (50, 1))
+        choices = Choices(cost, size, 50 * 7 + 91_000 + more)
+        _, part = choose(choices, "x", 0.0, 1.0)
+        assert (part.status, part.units) == ("optimal", 0.0)
+        assert part.objective == pytest.approx(by_table(cost, np.arange(1, 4), 91), rel=1e-9)
+        limits = np.array([36_000, 50_000]) + 25 * 7 + more, np.array([42_000, 60_000]) + 25 * 7 + more
+        option, part = choose(replace(choices, group_N=group, least_G=limits[0], most_G=limits[1]), "x", 0.0, 1.0)
+        assert part.status == "optimal"
+        used_G = np.bincount(group, weights=size[np.arange(50), option], minlength=2)
+        assert (limits[0] <= used_G).all()
+        assert (used_G <= limits[1]).all()
+
+
 # ---- bit widths
 
 L, E = 3, 12

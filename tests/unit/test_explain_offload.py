@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 
+from moesim import policy
 from moesim.errors import BadInput, Infeasible
 from moesim.explain_offload import Answer, Ask, explain_offload, render, to_json
+from moesim.explain_offload.answer import _search
 from moesim.explain_offload.ask import Base
 from moesim.explain_offload.candidates import RESIDENT, Candidate, kinds
 from moesim.explain_offload.flags import device_experts, engine_flags
 from moesim.explain_offload.play import Player
+from moesim.offload.cached import Policy as Cached
 from moesim.policy import policy_kinds
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +42,16 @@ def report(answer: Answer) -> dict[str, Any]:
 
 def test_every_kind_is_tried_that_a_user_could_mean() -> None:
     tried = {c.kind for c in kinds(concurrency=8)}
-    assert tried == set(policy_kinds("offload")) - {"mixtral_offloading"}  # a cache whose loads swap
+    # a cache whose loads swap; kinds of other packages are tried where they are asked for
+    assert tried == set(policy_kinds("offload")) - {"mixtral_offloading", "split_ilp"}
+
+
+def test_a_kind_of_another_package_is_tried_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(policy._plugins, "offload.outside", Cached)
+    asked = ask(6, kinds=("outside", "fiddler"))
+    tried = {p.candidate.kind: p for p in _search(asked, Player(asked))}
+    assert set(tried) == {"outside", "fiddler"}
+    assert tried["outside"].summary is not None
 
 
 def test_what_is_chosen_is_the_best_that_an_engine_runs(answer: Answer) -> None:

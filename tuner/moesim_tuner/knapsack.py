@@ -16,7 +16,7 @@ Legend: N items, B options, G groups, X steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -74,6 +74,7 @@ def choose(choices: Choices, name: str, tolerance: float, deterministic_time: fl
 
     Costs must add up to at least 0, as a Part's bound does.
     """
+    choices = _in_units(choices)
     option_N = greedy(choices)
     price_G, bound = prices(choices)
     value = choices.cost(option_N) if option_N is not None else float("inf")
@@ -87,6 +88,27 @@ def choose(choices: Choices, name: str, tolerance: float, deterministic_time: fl
         return _core(choices, option_N, price_G, deterministic_time, value - bound)
 
     return close_gap(name, option_N, value, bound, tolerance, solve)
+
+
+def _in_units(choices: Choices) -> Choices:
+    """The same with limits that sizes can meet: where all options of an item differ by multiples of a unit, as widths
+    of experts of one size do, what a limit leaves of a unit is no room, and a bound must not sell it."""
+    real_NB = np.isfinite(choices.cost_NB)
+    least_N = np.where(real_NB, choices.size_NB, np.iinfo(np.int64).max).min(axis=1)
+    unit = int(np.gcd.reduce((choices.size_NB - least_N[:, None])[real_NB], initial=0))
+    if unit <= 1:
+        return choices
+    base = int(least_N.sum())
+    whole_units = replace(choices, budget=base + (choices.budget - base) // unit * unit)
+    if choices.group_N is None:
+        return whole_units
+    group_N, least_G, most_G = choices.groups()
+    base_G = np.bincount(group_N, weights=least_N, minlength=len(least_G)).astype(np.int64)
+    return replace(
+        whole_units,
+        least_G=base_G - (base_G - least_G) // unit * unit,
+        most_G=base_G + (most_G - base_G) // unit * unit,
+    )
 
 
 # ---- steps of the hull

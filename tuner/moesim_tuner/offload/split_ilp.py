@@ -40,7 +40,7 @@ class Policy(Spec):
     sample: Annotated[int, Field(ge=1, le=1 << 20)] = 4096
     running: Annotated[int, Field(ge=1, le=65536)] | None = None
     tolerance: Annotated[float, Field(ge=0, le=1)] = 1e-3
-    deterministic_time: Annotated[float, Field(gt=0, le=1e6)] = 2.0
+    deterministic_time: Annotated[float, Field(gt=0, le=1e6)] = 0.5
 
     def plan(self, context: OffloadContext) -> OffloadPlan:
         """See `moesim.offload.OffloadPolicy.plan`. Without a sample the most popular experts stay, and nothing is

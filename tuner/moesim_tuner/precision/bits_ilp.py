@@ -61,7 +61,7 @@ class Policy(Precision):
     group: Annotated[int, Field(ge=1)] | None = 128
     scale_bits: Annotated[int, Field(ge=0, le=64)] = 32
     tolerance: Annotated[float, Field(ge=0, le=1)] = 1e-4
-    deterministic_time: Annotated[float, Field(gt=0, le=1e6)] = 5.0
+    deterministic_time: Annotated[float, Field(gt=0, le=1e6)] = 0.5
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
