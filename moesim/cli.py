@@ -425,7 +425,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _quiet_pipe()
         code = 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         code = EXIT_RESOURCES
