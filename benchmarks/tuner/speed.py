@@ -274,7 +274,8 @@ def _overhead(what: str) -> None:
         pool: Any = PoolWorkers(2, 600, function="speed:looked_up") if what in ("workers", "whole") else AtOnce()
         first = starts(base_scenario(definition), definition.space, definition.spec)
         found = strategy(definition, first)
-        tasks = [task for c in strategy(definition, first).propose(TRIALS) for task in definition.tasks(c, 0)]
+        number = TRIALS if what == "workers" else 1
+        tasks = [task for c in strategy(definition, first).propose(number) for task in definition.tasks(c.point, 0)]
         pool.submit(tasks[0]).result()
         if what == "workers":
             timed = clock(lambda: in_fours(pool, tasks))

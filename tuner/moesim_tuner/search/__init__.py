@@ -8,7 +8,8 @@ is decided when it is made (`choose_sampler`) and kept with it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from functools import cache
+from typing import Any, Protocol
 
 from moesim.rng import generator
 from moesim_tuner.definition import Definition
@@ -19,6 +20,16 @@ from moesim_tuner.space import Scalar, Space
 __all__ = ["SAMPLERS", "Search", "choose_sampler", "strategy"]
 
 SAMPLERS = ("surrogate", "tpe", "nsga2", "gp", "random", "grid")
+
+
+@cache
+def _blas() -> Any:
+    """The linear algebra libraries of this process; NumPy's and SciPy's are loaded first, so that they are found."""
+    import numpy.linalg  # noqa: F401
+    import scipy.linalg  # noqa: F401
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 class _Sampler(Protocol):
@@ -106,7 +117,9 @@ class Search:
                 take(start.point, start.origin)
         left = self._left(pending)
         wanted = count - len(batch) if left is None else min(count - len(batch), left)
-        found = self._sampler.propose(wanted, pending) if wanted > 0 else []
+        # one thread: products of small matrices, and the same rounding whatever cores there are
+        with _blas().limit(limits=1, user_api="blas"):
+            found = self._sampler.propose(wanted, pending) if wanted > 0 else []
         for place, point in enumerate(found):
             rng = generator(self._seed, "tune/untried", self._told, place)
             new = untried(self._space, point, tried, self._left(pending), rng)
