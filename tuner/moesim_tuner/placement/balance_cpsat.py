@@ -2,13 +2,12 @@
 
 For every layer: EPLB's replica counts, replicas heaviest first and exchanged; then a bound (the mean load, and the
 largest load of a replica, least possible by giving replicas where load / replicas is largest: DeepSeek's EPLB); where
-they differ, the solver. k[e, c] = 1 where expert e has c replicas, n[e, c, g] how many of them on rank g; the load of a
-rank is the sum of n[e, c, g] * w_e / c. Above a size the counts stay EPLB's and the solver packs alone.
+they differ, the solver (`packing`). Above a size the counts stay EPLB's and the solver packs alone.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,8 @@ from moesim.placement import EMPTY, Placement, PlacementContext, check_weights, 
 from moesim.placement.crossings import contiguous_ranks, descend, load_shares
 from moesim.placement.eplb import replicate
 from moesim.spec import Spec
-from moesim_tuner.placement.solution import Part, Solution, cp_model, joint_status, part_of, run
+from moesim_tuner.placement.packing import solved
+from moesim_tuner.placement.solution import Part, Solution, joint_status, part_of
 
 __all__ = ["Policy"]
 
@@ -94,8 +94,11 @@ class Policy(Spec):
             return packed, part_of(name, value, bound, "too_large")
         count_E = np.bincount(packed.expert_S, minlength=experts)
         counts = [range(1, most + 1) if everything else range(c, c + 1) for c in count_E.tolist()]
-        found, proven = _solved(share_E, counts, packed, slots, ranks, self.deterministic_time)
-        if found is not None and found.largest(share_E, ranks) * ranks < value:
+        hint_EG = np.zeros((experts, ranks), np.int64)
+        np.add.at(hint_EG, (packed.expert_S, packed.rank_S), 1)
+        held_EG, proven = solved(share_E, hint_EG, counts, (0, -(-slots // ranks)), self.deterministic_time)
+        found = _Packed(*(np.repeat(at, held_EG.ravel()) for at in np.indices(held_EG.shape).reshape(2, -1)))
+        if found.largest(share_E, ranks) * ranks < value:
             packed, value = found, found.largest(share_E, ranks) * ranks
         return packed, part_of(name, value, max(bound, proven * ranks) if everything else bound)
 
@@ -146,56 +149,3 @@ def _lower_peak(rank_S: IntArray, load_S: FloatArray, ranks: int) -> IntArray:
         load_G[rank_S[j]] += lighter[one, two]
         rank_S[i], rank_S[j] = rank_S[j], rank_S[i]
     return rank_S
-
-
-def _solved(
-    share_E: FloatArray, counts: list[range], hint: _Packed, slots: int, ranks: int, deterministic_time: float
-) -> tuple[_Packed | None, float]:
-    """The solver's packing, and its bound on the largest load (of the counts that it may choose from)."""
-    model = cp_model().CpModel()
-    unit = float(1 << 34)
-    room = -(-slots // ranks)
-    held_EG = np.zeros((len(share_E), ranks), np.int64)
-    np.add.at(held_EG, (hint.expert_S, hint.rank_S), 1)
-    each_E = np.rint(share_E / held_EG.sum(axis=1) * unit)
-    held_EG = held_EG[:, np.argsort(-(each_E @ held_EG), kind="stable")]  # ranks are alike: the fullest first
-    load_G: list[Any] = [0] * ranks
-    size_G: list[Any] = [0] * ranks
-    total: Any = 0
-    start_G = [0] * ranks
-    number: dict[tuple[int, int, int], Any] = {}
-    for expert, choices in enumerate(counts):
-        chosen = [model.new_bool_var("") for _ in choices]
-        model.add_exactly_one(chosen)
-        for count, here in zip(choices, chosen, strict=True):
-            mine = count == int(held_EG[expert].sum())
-            model.add_hint(here, int(mine))
-            each = int(np.rint(share_E[expert] / count * unit))
-            row = []
-            for rank in range(ranks):
-                n = model.new_int_var(0, min(count, room), "")
-                model.add_hint(n, int(held_EG[expert, rank]) if mine else 0)
-                start_G[rank] += each * int(held_EG[expert, rank]) if mine else 0
-                number[expert, count, rank] = n
-                load_G[rank] = load_G[rank] + each * n
-                size_G[rank] = size_G[rank] + n
-                row.append(n)
-            model.add(sum(row) == count * here)
-            total = total + count * here
-    peak = model.new_int_var(0, int(2 * unit), "")
-    model.add_hint(peak, max(start_G))
-    model.add(total == slots)
-    for rank in range(ranks):
-        model.add(size_G[rank] <= room)
-        model.add(load_G[rank] <= (load_G[rank - 1] if rank else peak))
-    model.minimize(peak)
-    solver, bound = run(model, deterministic_time, 0)
-    bound = (bound - 0.5 * slots) / unit  # every copy's load is rounded to a unit
-    if solver is None:
-        return None, bound
-    expert_S, rank_S = [], []
-    for (expert, _, rank), n in number.items():
-        copies = int(solver.value(n))
-        expert_S += [expert] * copies
-        rank_S += [rank] * copies
-    return _Packed(np.array(expert_S, np.int64), np.array(rank_S, np.int64)), bound

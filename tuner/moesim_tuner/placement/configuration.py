@@ -18,11 +18,12 @@ W grid (loads of 0 to T).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linprog
-from scipy.sparse import csr_array
+from scipy.sparse import coo_array
 
 from moesim.arrays import FloatArray, IntArray
 
@@ -146,7 +147,9 @@ class Patterns:
         """Patterns that are worth most by simple measures, and the lightest."""
         self.pool = {(0,) * copies: None for copies in self.ranks_K}
         size = self.size_U.astype(np.float64)
-        for worth_U in (size, np.sqrt(size), (2 * size > cap) + 0.0, (3 * size > cap) + 0.0, np.ones(len(size))):
+        steps = [np.where(parts * size > cap, 1.0, 0.0) for parts in (2, 3)]
+        measures: list[FloatArray] = [size, np.sqrt(size), *steps, np.ones(len(size))]
+        for worth_U in measures:
             best = self._filled(worth_U)
             for copies in self.ranks_K:
                 for cell in np.flatnonzero(best.through(copies, cap) > -np.inf).tolist():
@@ -159,43 +162,47 @@ class Patterns:
         """max sum over classes - sum over ranks. Variables: u [U] in -1..1, v [C], the most of a rank by its copies."""
         cells, classes = len(self.size_U), len(self.first_C)
         column_K = {copies: cells + classes + i for i, copies in enumerate(self.ranks_K)}
-        pairs = [(c, r) for c, r in self.pairs if self.size_CR[c, r] <= cap]
-        taken = [p for p in self.pool if int(self.size_U[list(p)].sum()) <= cap]
-        rows, columns, values = [], [], []
-        for row, (c, r) in enumerate(pairs):  # v_c <= r u
-            rows += [row, row]
-            columns += [cells + c, int(self.cell_CR[c, r])]
-            values += [1.0, -float(self.count_CR[c, r])]
-        for row, pattern in enumerate(taken, len(pairs)):
-            rows += [row] * (len(pattern) + 1)
-            columns += [column_K[len(pattern)], *pattern]
-            values += [-1.0] + [1.0] * len(pattern)
-        row = len(pairs) + len(taken)
-        for cell in range(cells - 1):  # u does not decrease
-            rows += [row, row]
-            columns += [cell, cell + 1]
-            values += [1.0, -1.0]
-            row += 1
+        pair_P2 = np.array([p for p in self.pairs if self.size_CR[p] <= cap], np.int64)
+        rows, class_P = np.arange(len(pair_P2)), pair_P2[:, 0]
+        at = class_P, pair_P2[:, 1]
+        entries = [  # v_c <= r u
+            (rows, cells + class_P, np.ones(len(rows))),
+            (rows, self.cell_CR[at], -self.count_CR[at].astype(np.float64)),
+        ]
+        row = len(rows)
+        for copies, column in column_K.items():  # what a pattern is worth is at most the most of a rank
+            pattern_PK = np.array([p for p in self.pool if len(p) == copies], np.int64)
+            pattern_PK = pattern_PK[self.size_U[pattern_PK].sum(axis=1) <= cap]
+            rows = np.arange(row, row + len(pattern_PK))
+            entries += [(rows, np.full(len(rows), column), -np.ones(len(rows)))]
+            entries += [(rows, cell_P, np.ones(len(rows))) for cell_P in pattern_PK.T]
+            row += len(rows)
+        rows, cell = np.arange(row, row + cells - 1), np.arange(cells - 1)  # u does not decrease
+        entries += [(rows, cell, np.ones(cells - 1)), (rows, cell + 1, -np.ones(cells - 1))]
+        row += cells - 1
         size = cells + classes + len(column_K)
         aim = np.zeros(size)
         aim[cells : cells + classes] = -self.experts_C
         for copies, column in column_K.items():
             aim[column] = self.ranks_K[copies]
+        row_I, column_I, value_I = (np.concatenate(part) for part in zip(*entries, strict=True))
+        matrix: Any = coo_array((value_I, (row_I, column_I)), (row, size)).tocsr()
+        box: list[tuple[float | None, float | None]] = [(-1.0, 1.0)] * cells + [(None, None)] * (size - cells)
         found = linprog(
             aim,
-            A_ub=csr_array((values, (rows, columns)), (row, size)),
+            A_ub=matrix,
             b_ub=np.zeros(row),
-            bounds=[(-1, 1)] * cells + [(None, None)] * (size - cells),
+            bounds=box,
             method="highs-ds",
         )
         if found.x is None:
             raise AssertionError(f"the linear programme over patterns has a solution, HiGHS says: {found.message}")
-        worth_U = np.maximum.accumulate(np.rint(found.x[:cells] * _WORTH))
+        solution: FloatArray = np.asarray(found.x, np.float64)
+        worth_U = np.maximum.accumulate(np.rint(solution[:cells] * _WORTH))
         share_CR = np.zeros(self.count_CR.shape)
-        for (c, r), share in zip(pairs, -np.asarray(found.ineqlin.marginals), strict=False):
-            share_CR[c, r] = share
-        best_K = {copies: float(found.x[column]) for copies, column in column_K.items()}
-        return worth_U, found.x[cells : cells + classes], best_K, share_CR, -float(found.fun)
+        share_CR[at] = -np.asarray(found.ineqlin.marginals)[: len(pair_P2)]
+        best_K = {copies: float(solution[column]) for copies, column in column_K.items()}
+        return worth_U, solution[cells : cells + classes], best_K, share_CR, -float(aim @ solution)
 
     def _filled(self, worth_U: FloatArray) -> _Filled:
         return _Filled.of(self.size_U, worth_U, max(self.ranks_K))

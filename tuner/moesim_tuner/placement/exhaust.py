@@ -70,7 +70,7 @@ class _Search:
 
     def run(self) -> bool:
         """Whether all was looked at."""
-        count_NE = _counts(tuple(bool(a == b) for a, b in itertools.pairwise(self.share_E.tolist())), self.slots)
+        count_NE = _every_count(tuple(bool(a == b) for a, b in itertools.pairwise(self.share_E.tolist())), self.slots)
         each_NE = np.rint(self.share_E * self.unit / count_NE).astype(np.int64)
         first = np.argsort(each_NE.max(axis=1), kind="stable")
         count_NE, each_NE = count_NE[first], each_NE[first]
@@ -89,24 +89,28 @@ class _Search:
         count_NE, each_NE = count_NE[fits], each_NE[fits]
         if not len(count_NE):
             return True
-        expert_NS = np.repeat(np.tile(np.arange(count_NE.shape[1]), len(count_NE)), count_NE.ravel())
-        expert_NS = expert_NS.reshape(-1, self.slots)
+        flat = np.repeat(np.tile(np.arange(count_NE.shape[1]), len(count_NE)), count_NE.ravel())
+        expert_NS = flat.reshape(-1, self.slots)
         load_NS = np.take_along_axis(each_NE, expert_NS, axis=1)
         order_NS = np.argsort(-load_NS, axis=1, kind="stable")
-        expert_NS, load_NS = (np.take_along_axis(a, order_NS, axis=1) for a in (expert_NS, load_NS))
-        return self._fill(load_NS, expert_NS, np.empty((len(load_NS), 0), np.int64), self.ranks, self.more)
+        heavy_NS, sorted_NS = (np.take_along_axis(a, order_NS, axis=1) for a in (expert_NS, load_NS))
+        nothing = np.empty((len(load_NS), 0), np.int64)
+        return self._fill(sorted_NS, heavy_NS, nothing, nothing.sum(axis=1), self.ranks, self.more)
 
-    def _fill(self, load_NS: IntArray, expert_NS: IntArray, placed_NS: IntArray, ranks: int, more: int) -> bool:
-        """Fill one rank in every way, then the others. placed_NS: experts of the ranks before, `room` + 1 to a rank."""
+    def _fill(
+        self, load_NS: IntArray, expert_NS: IntArray, placed_NS: IntArray, worst_N: IntArray, ranks: int, more: int
+    ) -> bool:
+        """Fill one rank in every way, then the others. placed_NS: experts of the ranks before, `room` + 1 to a rank;
+        worst_N: the largest load of those ranks."""
         total_N = load_NS.sum(axis=1)
         for room in (self.room, self.room + 1):
-            left = more - (room > self.room)
+            left = more - int(room > self.room)
             if left < 0 or left > ranks - 1 or room == 0 or (room == self.room and more == ranks):
                 continue
             way_MQ = _ways(load_NS.shape[1] - 1, room - 1)
             step = max(1, _CHUNK // len(way_MQ))
             for at in range(0, len(load_NS), step):
-                load, expert, placed = (a[at : at + step] for a in (load_NS, expert_NS, placed_NS))
+                load, expert, placed, worst = (a[at : at + step] for a in (load_NS, expert_NS, placed_NS, worst_N))
                 self.work += len(load) * len(way_MQ)
                 if self.work > _MOST_WORK:
                     return False
@@ -115,23 +119,24 @@ class _Search:
                     here_NM += load[:, way_MQ[:, q]]
                 there_NM = total_N[at : at + step, None] - here_NM
                 if ranks == 2:
-                    worst_NM = np.maximum(here_NM, there_NM)
+                    worst_NM = np.maximum(np.maximum(here_NM, there_NM), worst[:, None])
                     best = int(worst_NM.argmin())
                     if worst_NM.ravel()[best] <= self.most:
-                        n, m = divmod(best, len(way_MQ))
-                        self.most = int(worst_NM[n, m]) - int(_LEAST_GAIN * _TOTAL)
-                        self._found(expert[n], placed[n], way_MQ[m])
+                        state, way = divmod(best, len(way_MQ))
+                        self.most = int(worst_NM[state, way]) - int(_LEAST_GAIN * _TOTAL)
+                        self._found(expert[state], placed[state], way_MQ[way])
                     continue
                 n, m = np.nonzero((here_NM <= self.most) & (there_NM <= (ranks - 1) * self.most))
-                if len(n) and not self._deeper(load, expert, placed, way_MQ, n, m, ranks, left):
+                fuller = np.maximum(worst[n], here_NM[n, m])
+                if len(n) and not self._deeper(load, expert, placed, fuller, way_MQ, n, m, ranks, left):
                     return False
         return True
 
     def _deeper(
-        self, load_NS: IntArray, expert_NS: IntArray, placed_NS: IntArray, way_MQ: IntArray, n: IntArray, m: IntArray,
-        ranks: int, more: int,
+        self, load_NS: IntArray, expert_NS: IntArray, placed_NS: IntArray, fuller: IntArray, way_MQ: IntArray,
+        n: IntArray, m: IntArray, ranks: int, more: int,
     ) -> bool:  # fmt: skip
-        """The other ranks, with the ways m of states n."""
+        """The other ranks, with the ways m of states n; fuller: the largest rank load of each so far."""
         rest_MS = _others(load_NS.shape[1], way_MQ)
         step = max(1, _CHUNK // 50)
         for at in range(0, len(n), step):
@@ -140,7 +145,8 @@ class _Search:
             mine[:, 0] = expert_NS[state, 0]
             mine[:, 1 : way_MQ.shape[1] + 1] = np.take_along_axis(expert_NS[state], way_MQ[way], axis=1)
             load, expert = (np.take_along_axis(a[state], rest_MS[way], axis=1) for a in (load_NS, expert_NS))
-            if not self._fill(load, expert, np.concatenate([placed_NS[state], mine], axis=1), ranks - 1, more):
+            placed = np.concatenate([placed_NS[state], mine], axis=1)
+            if not self._fill(load, expert, placed, fuller[at : at + step], ranks - 1, more):
                 return False
         return True
 
@@ -176,7 +182,7 @@ def _others(items: int, way_MQ: IntArray) -> IntArray:
 
 
 @cache
-def _counts(alike: tuple[bool, ...], slots: int) -> IntArray:
+def _every_count(alike: tuple[bool, ...], slots: int) -> IntArray:
     """Replica counts [N, E] with `slots` copies; of experts alike (an expert and the next), the first has no fewer."""
     experts, found = len(alike) + 1, []
     for given in itertools.combinations_with_replacement(range(experts), slots - experts):

@@ -35,7 +35,8 @@ def _in_pairs(share_E: FloatArray, count_NE: IntArray, ranks: int) -> tuple[Floa
     expert_NS = np.repeat(np.tile(np.arange(experts), number), count_NE.ravel()).reshape(number, -1)
     load_NS = np.take_along_axis(share_E / count_NE, expert_NS, axis=1)
     order_NS = np.argsort(-load_NS, axis=1, kind="stable")
-    load_NS, expert_NS = (np.take_along_axis(a, order_NS, axis=1) for a in (load_NS, expert_NS))
+    load_NS = np.take_along_axis(load_NS, order_NS, axis=1)
+    expert_NS = np.take_along_axis(expert_NS, order_NS, axis=1)
     load_NG = load_NS[:, :ranks].copy()
     single = 2 * ranks - load_NS.shape[1]
     load_NG[:, single:] += load_NS[:, ranks:][:, ::-1]
@@ -45,14 +46,16 @@ def _in_pairs(share_E: FloatArray, count_NE: IntArray, ranks: int) -> tuple[Floa
 def pair_counts(share_E: FloatArray, count_E: IntArray, ranks: int) -> IntArray:
     """Replica counts [E] whose fullest rank is no fuller. share_E: loads, mean rank load 1."""
     load_NG, expert_NS = _in_pairs(share_E, count_E[None], ranks)
-    best_E, least = count_E, float(load_NG.max())
+    best_E: IntArray = count_E
+    least = float(load_NG.max())
     unit = 1.0 / least
     soft = float(((load_NG * unit) ** _POWER).sum())
     single = 2 * ranks - expert_NS.shape[1]
     for _ in range(_STEPS):
         full = np.argsort(-load_NG[0], kind="stable")[:_FULLEST]
         taker = np.unique(np.concatenate([expert_NS[0, full], expert_NS[0, -1 - (full[full >= single] - single)]]))
-        giver, taker = (a.ravel() for a in np.meshgrid(np.flatnonzero(count_E > 1), taker, indexing="ij"))
+        several = np.flatnonzero(count_E > 1)
+        giver, taker = np.repeat(several, len(taker)), np.tile(taker, len(several))
         giver, taker = giver[giver != taker], taker[giver != taker]
         if not len(giver):
             break
@@ -65,11 +68,11 @@ def pair_counts(share_E: FloatArray, count_E: IntArray, ranks: int) -> IntArray:
         at = int(soft_N.argmin())
         if soft_N[at] >= soft * (1 - 1e-12):
             break
-        soft, count_E = float(soft_N[at]), count_NE[at]
+        soft, count_E = float(soft_N[at]), np.asarray(count_NE[at])
         load_NG, expert_NS = every_NG[[at]], every_NS[[at]]
         if load_NG.max() < least:
             best_E, least = count_E, float(load_NG.max())
-    return best_E
+    return np.asarray(best_E)
 
 
 def paired(share_E: FloatArray, count_E: IntArray, ranks: int) -> IntArray:
@@ -77,7 +80,7 @@ def paired(share_E: FloatArray, count_E: IntArray, ranks: int) -> IntArray:
     expert_S = _in_pairs(share_E, count_E[None], ranks)[1][0]
     single = 2 * ranks - len(expert_S)
     if single == ranks:
-        return expert_S
+        return np.asarray(expert_S)
     table_GQ = np.full((ranks, 2), EMPTY, np.int64)
     table_GQ[:, 0] = expert_S[:ranks]
     table_GQ[single:, 1] = expert_S[ranks:][::-1]

@@ -17,7 +17,7 @@ Legend: L layers, E experts, S slots, G ranks.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,9 +31,9 @@ from moesim.spec import Spec
 from moesim_tuner.placement import starts
 from moesim_tuner.placement.configuration import Patterns
 from moesim_tuner.placement.exhaust import exhaust, small
-from moesim_tuner.placement.packing import solved
+from moesim_tuner.placement.packing import held_of, solved, table_of
 from moesim_tuner.placement.pairs import fits, pair_counts, paired
-from moesim_tuner.placement.solution import Part, Solution, joint_status, part_of
+from moesim_tuner.placement.solution import Part, Solution, Status, joint_status, part_of
 
 __all__ = ["Policy"]
 
@@ -43,6 +43,8 @@ _KICKS = 20
 _MORE_KICKS = 60
 _WIDE = 4e-3
 """gaps below are left to the search: the programme over patterns rounds loads down by nearly as much"""
+_MOST_CELLS = 6_000
+"""(expert, count, rank) triples of CP-SAT's model; above, it is not asked"""
 _PROGRAMMES = 9
 """linear programmes for a layer, at most"""
 _GUIDES = 2
@@ -57,8 +59,6 @@ class Policy(Spec):
     tolerance: gaps to the proven bound up to this share are left. deterministic_time: CP-SAT's, a layer (a unit takes 1
     to 9 seconds); 0: it is not asked.
     """
-
-    exact: ClassVar[bool] = True
 
     num_redundant_experts: Annotated[int, Field(ge=0, le=1 << 20)] = 0
     uneven: bool = True
@@ -84,11 +84,13 @@ class Policy(Spec):
         slots = experts + self.num_redundant_experts
         if not self.uneven:
             slot_count(experts, self.num_redundant_experts, ctx.num_ranks)
+        idle_L = weight_LE.max(axis=1, initial=0.0) <= 0
         work = _Layers(_shares(weight_LE, ctx.num_ranks), slots, ctx, self.tolerance)
         work.search()
         work.try_all()
         work.programmes()
         asked = work.ask(self.deterministic_time)
+        work.value_L[idle_L] = work.bound_L[idle_L] = 1.0  # as `Placement.balance` has it
         parts = tuple(work.part(layer, layer in asked) for layer in range(layers))
         value, bound = (
             float(np.mean([getattr(p, n) for p in parts])) if parts else 1.0 for n in ("objective", "bound")
@@ -108,7 +110,8 @@ def _shares(weight_LE: FloatArray, ranks: int) -> FloatArray:
 def _sorted(table_LS: IntArray, ranks: int) -> IntArray:
     """Experts of a rank in order, its empty slot last."""
     last = np.iinfo(np.int64).max
-    key_LGQ = np.sort(np.where(table_LS == EMPTY, last, table_LS).reshape(len(table_LS), ranks, -1), axis=2)
+    room = table_LS.shape[1] // ranks
+    key_LGQ = np.sort(np.where(table_LS == EMPTY, last, table_LS).reshape(len(table_LS), ranks, room), axis=2)
     return np.where(key_LGQ == last, EMPTY, key_LGQ).reshape(table_LS.shape)
 
 
@@ -129,9 +132,8 @@ class _Layers:
 
     def part(self, layer: int, asked: bool) -> Part:
         """What is known of a layer."""
-        status = (
-            "feasible" if asked or self.value_L[layer] <= self.bound_L[layer] * (1 + self.tolerance) else "too_large"
-        )
+        near = self.value_L[layer] <= self.bound_L[layer] * (1 + self.tolerance)
+        status: Status = "feasible" if asked or near else "too_large"
         return part_of(f"layer {layer}", float(self.value_L[layer]), float(self.bound_L[layer]), status)
 
     def keep(self, layer_L: IntArray, table_LS: IntArray) -> None:
@@ -211,11 +213,20 @@ class _Layers:
 
     def ask(self, deterministic_time: float) -> set[int]:
         """Step 5: the layers that CP-SAT was asked about."""
-        asked = set()
-        for layer in self.open_L.tolist() if deterministic_time else ():
-            found = solved(self.share_LE[layer], self.table_LS[layer], self.slots, self.ranks, deterministic_time)
-            if found is not None:
-                asked.add(layer)
-                self.keep(np.array([layer]), found.table_S[None])
-                self.bound_L[layer] = max(self.bound_L[layer], found.bound)
+        asked: set[int] = set()
+        experts, most = self.share_LE.shape[1], self.slots - self.share_LE.shape[1] + 1
+        if not deterministic_time or self.ranks == 1 or experts * most * self.ranks > _MOST_CELLS:
+            return asked
+        low, more = divmod(self.slots, self.ranks)
+        for layer in self.open_L.tolist():
+            held_EG, proven = solved(
+                self.share_LE[layer],
+                held_of(self.table_LS[layer], experts, self.ranks),
+                [range(1, most + 1)] * experts,
+                (low, low + (more > 0)),
+                deterministic_time,
+            )
+            asked.add(layer)
+            self.keep(np.array([layer]), table_of(held_EG, low + (more > 0))[None])
+            self.bound_L[layer] = min(max(self.bound_L[layer], proven), self.value_L[layer])
         return asked

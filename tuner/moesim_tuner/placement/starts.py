@@ -1,9 +1,9 @@
 """Replica counts to begin a search with, and their packing.
 
-EPLB gives each spare slot to the expert whose copies are heaviest, which makes the heaviest copy least. Where one heavy
-copy fills most of a rank, that is too much of a good thing: ranks of middling copies cannot be filled to the mean, while
-a rank of one copy near the mean wants neighbours that weigh next to nothing. So a part of the spare slots goes to the
-lightest experts instead, whose copies then weigh half; how large a part is tried out.
+EPLB gives each spare slot to the expert whose copies are heaviest, which makes the heaviest copy least. Where a heavy
+copy fills most of a rank, that is too much of a good thing: ranks of middling copies cannot be filled to the mean,
+while a rank with one copy near the mean wants neighbours that weigh next to nothing. So a part of the spare slots goes
+to the lightest experts instead, whose copies then weigh half; how large a part is tried out.
 
 Legend: L layers (or any rows), E experts, S slots, G ranks.
 """
