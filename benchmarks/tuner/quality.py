@@ -184,8 +184,8 @@ def page(names: Sequence[str], samplers: Sequence[str], seeds: int) -> str:
     lines = [
         "# Quality of the search",
         "",
-        "Made by `python benchmarks/tuner/quality.py` from the tables that `python benchmarks/tuner/exhaust.py all` made"
-        " of every point of every space in `benchmarks/tuner/spaces/`.",
+        "Made by `python benchmarks/tuner/quality.py` from the tables that `python benchmarks/tuner/exhaust.py all`"
+        " made of every point of every space in `benchmarks/tuner/spaces/`.",
         "",
         f"Studies of {TRIALS} trials in batches of {BATCH}, {seeds} seeds each, run by the coordinator as `moesim tune`"
         " runs them: the scenario as written and the heuristics first, then the sampler. Regret: how far the best"
@@ -202,10 +202,8 @@ def page(names: Sequence[str], samplers: Sequence[str], seeds: int) -> str:
     worlds = [World(name) for name in names]
     for w in worlds:
         states = [t.state for t in w.all]
-        if w.gain.shape[1] == 1:
-            near = f"{int((w.gain[:, 0] >= w.best - NEAR * abs(w.best)).sum()):,}"
-        else:
-            near = "(a front)"
+        single = w.gain.shape[1] == 1
+        near = f"{int((w.gain[:, 0] >= w.best - NEAR * abs(w.best)).sum()):,}" if single else "(a front)"
         first = w.regrets([w.all[w.space.space.index(c.point)] for c in w.starts])
         star = "" if w.name in DEVELOPED_ON else " *"
         lines.append(
