@@ -265,7 +265,8 @@ def page() -> str:
             "## Bit widths: gaps",
             "",
             "100 instances each: lognormal importance, five widths (1.58, 2, 3, 4, 8), budgets of 2 to 6 bits a weight;"
-            " `choose` of `moesim_tuner.knapsack` with a tenth of a unit of the solver's time.",
+            " `choose` of `moesim_tuner.knapsack` with a tenth of a unit of the solver's time, which"
+            " its presolve may overrun.",
             "",
             bit_gaps(),
             "## Bit widths: 58 layers of 256 experts, five widths",
@@ -297,7 +298,8 @@ def page() -> str:
                     "",
                     "`workloads/offload_dsv2lite_12gb.yaml` without prefetch, device memory for experts as said; fitted"
                     " to the first half of the chats, which the requests do not take. Objective: expected time of a"
-                    " step's experts on the tokens held out. Other kinds: tokens/s beside `split_ilp`'s.",
+                    " step's experts on the tokens held out. Other kinds: tokens/s beside `split_ilp`'s. One run of one"
+                    " seed each: below half a per cent nothing is said.",
                     "",
                     resident_value(),
                 ]
