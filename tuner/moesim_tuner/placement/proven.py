@@ -62,7 +62,7 @@ class Policy(Spec):
 
     num_redundant_experts: Annotated[int, Field(ge=0, le=1 << 20)] = 0
     uneven: bool = True
-    tolerance: Annotated[float, Field(ge=0, le=1)] = 1e-3
+    tolerance: Annotated[float, Field(ge=0, le=1)] = 1e-4
     deterministic_time: Annotated[float, Field(ge=0, le=1e6)] = 1.0
 
     def place(self, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Placement:
@@ -124,6 +124,7 @@ class _Layers:
         self.bound_L = balance_bound(share_LE, slots, self.ranks)
         self.table_LS = np.full((len(share_LE), self.ranks * -(-slots // self.ranks)), EMPTY, np.int64)
         self.value_L = np.full(len(share_LE), np.inf)
+        self.linear_programmes = 0
 
     @property
     def open_L(self) -> IntArray:
@@ -196,6 +197,7 @@ class _Layers:
             if not patterns.useful or self.value_L[layer] <= self.bound_L[layer] * (1 + _WIDE):
                 continue
             self.bound_L[layer] = patterns.bound(float(self.bound_L[layer]), self.tolerance, _PROGRAMMES)
+            self.linear_programmes += patterns.rounds
             for share_CR in patterns.fractions[-_GUIDES:]:
                 count_E = patterns.counts(share_CR)
                 if fits(self.slots, self.ranks):
