@@ -41,6 +41,8 @@ _SAME = 1e-10
 """values that differ by less are the same"""
 _KICKS = 20
 _MORE_KICKS = 60
+_NEAR = 1e-3
+"""gaps below are closed faster by kicks than by other starts"""
 _WIDE = 4e-3
 """gaps below are left to the search: the programme over patterns rounds loads down by nearly as much"""
 _MOST_CELLS = 6_000
@@ -163,8 +165,10 @@ class _Layers:
             if number == 1 and small(self.share_LE.shape[1], self.slots, self.ranks):
                 self.try_all()
                 left = self.open_L
-                if not len(left):
-                    return
+            if number:
+                left = left[self.value_L[left] > self.bound_L[left] * (1 + _NEAR)]
+            if not len(left):
+                break
             count_LE = starts.counts(self.share_LE[left], self.slots, self.ranks, self.bound_L[left], part)
             table_LS = starts.pack_counts(self.share_LE[left], count_LE, self.ranks)
             self.keep(left, improve(self.share_LE[left], table_LS, self.ranks, 0, self.bound_L[left]))
