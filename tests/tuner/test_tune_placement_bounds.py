@@ -90,7 +90,7 @@ def test_trying_all_finds_the_optimum(layer: tuple[Any, int, int]) -> None:
 
 def test_a_heavy_expert_and_its_neighbours_by_hand() -> None:
     """2.4 and six of 0.1 in eight slots of three ranks (3, 3 and 2): the spare slot goes to the heavy one, and its
-    copies, of 1.2, have two neighbours and one: 1.4. With seven of 0.6 / 7 in nine slots each copy has two neighbours."""
+    copies, of 1.2, have two neighbours and one: 1.4. With seven of 0.6 / 7 in nine slots each copy has two."""
     assert least(np.array([2.4, *[0.1] * 6]), 8, 3) == pytest.approx(1.4)
     share_E = np.array([2.4, *[0.6 / 7] * 7])
     assert least(share_E, 9, 3) == pytest.approx(1.2 + 1.2 / 7)

@@ -41,6 +41,8 @@ _SAME = 1e-10
 """values that differ by less are the same"""
 _KICKS = 20
 _MORE_KICKS = 60
+_NEAR = 1e-3
+"""gaps below are closed faster by kicks than by other starts"""
 _WIDE = 4e-3
 """gaps below are left to the search: the programme over patterns rounds loads down by nearly as much"""
 _MOST_CELLS = 6_000
@@ -62,7 +64,7 @@ class Policy(Spec):
 
     num_redundant_experts: Annotated[int, Field(ge=0, le=1 << 20)] = 0
     uneven: bool = True
-    tolerance: Annotated[float, Field(ge=0, le=1)] = 1e-3
+    tolerance: Annotated[float, Field(ge=0, le=1)] = 1e-4
     deterministic_time: Annotated[float, Field(ge=0, le=1e6)] = 1.0
 
     def place(self, weight_LE: NDArray[np.float64], ctx: PlacementContext) -> Placement:
@@ -124,6 +126,7 @@ class _Layers:
         self.bound_L = balance_bound(share_LE, slots, self.ranks)
         self.table_LS = np.full((len(share_LE), self.ranks * -(-slots // self.ranks)), EMPTY, np.int64)
         self.value_L = np.full(len(share_LE), np.inf)
+        self.linear_programmes = 0
 
     @property
     def open_L(self) -> IntArray:
@@ -162,8 +165,10 @@ class _Layers:
             if number == 1 and small(self.share_LE.shape[1], self.slots, self.ranks):
                 self.try_all()
                 left = self.open_L
-                if not len(left):
-                    return
+            if number:
+                left = left[self.value_L[left] > self.bound_L[left] * (1 + _NEAR)]
+            if not len(left):
+                break
             count_LE = starts.counts(self.share_LE[left], self.slots, self.ranks, self.bound_L[left], part)
             table_LS = starts.pack_counts(self.share_LE[left], count_LE, self.ranks)
             self.keep(left, improve(self.share_LE[left], table_LS, self.ranks, 0, self.bound_L[left]))
@@ -196,6 +201,7 @@ class _Layers:
             if not patterns.useful or self.value_L[layer] <= self.bound_L[layer] * (1 + _WIDE):
                 continue
             self.bound_L[layer] = patterns.bound(float(self.bound_L[layer]), self.tolerance, _PROGRAMMES)
+            self.linear_programmes += patterns.rounds
             for share_CR in patterns.fractions[-_GUIDES:]:
                 count_E = patterns.counts(share_CR)
                 if fits(self.slots, self.ranks):

@@ -28,7 +28,8 @@ __all__ = [
 class Solution:
     """A placement, its objective (less is better), a proven lower bound, and how far the solver came.
 
-    parts: layers or stages by themselves.
+    parts: layers or stages by themselves. linear_programmes, solver_calls: how many were solved on the way, and how
+    often CP-SAT was asked, where a policy counts them.
     """
 
     placement: Placement
@@ -36,6 +37,8 @@ class Solution:
     bound: float
     status: Status
     parts: tuple[Part, ...] = ()
+    linear_programmes: int = 0
+    solver_calls: int = 0
 
     @property
     def gap(self) -> float:
