@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,7 @@ SAMPLERS = [
 @pytest.mark.parametrize(("sampler", "objectives"), SAMPLERS)
 def test_a_strategy_made_anew_proposes_the_same(sampler: str, objectives: int) -> None:
     """Cut before every batch: a strategy that never was there before is told the trials, and goes on."""
-    until = 30 if sampler != "gp" else 20
+    until = 24
     told: list[Trial] = []
     for batch in batches(strategy(definition(sampler, KNOBS, objectives), STARTS), told, objectives, until):
         fresh = strategy(definition(sampler, KNOBS, objectives), STARTS)
@@ -123,9 +124,10 @@ def test_a_strategy_made_anew_proposes_the_same(sampler: str, objectives: int) -
 
 @pytest.mark.parametrize("sampler", ["surrogate", "tpe", "nsga2", "random", "grid"])
 def test_every_point_once_and_then_none(sampler: str) -> None:
-    space = definition(sampler, FINITE).space
-    told = study(sampler, 1000, FINITE)
-    assert space.count == 2 * 7 * 5 * 3 + 7 * 3
+    few = {**FINITE, "batch": {"log_range": [1, 64], "factor": 8}}
+    space = definition(sampler, few).space
+    told = study(sampler, 1000, few)
+    assert space.count == 2 * 3 * 5 * 3 + 3 * 3
     assert {space.key(t.point) for t in told} == {space.key(p) for p in space.points()}
     assert len(told) == space.count
 
@@ -147,24 +149,29 @@ def test_the_hash_seed_changes_nothing() -> None:
     """The same proposals from processes whose sets and dicts have other orders."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import test_tune_search as t\n"
-        "for s, k in (('surrogate', 1), ('surrogate', 2), ('tpe', 2), ('nsga2', 1)):\n"
-        "    print(t.canonical([x.point for x in t.study(s, 26, objectives=k)]))"
+        "for s, k in (('surrogate', 2), ('tpe', 2), ('nsga2', 1)):\n"
+        "    print(t.canonical([x.point for x in t.study(s, 17, objectives=k)]))"
     )
-    out = set()
-    for seed in ("0", "1", "random"):
+    here = [
+        canonical([t.point for t in study(s, 17, objectives=k)])
+        for s, k in (("surrogate", 2), ("tpe", 2), ("nsga2", 1))
+    ]
+    out = {"\n".join(here) + "\n"}
+    for seed in ("1", "random"):
         path = os.pathsep.join(p for p in sys.path if p)
         env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path}
         ran = [sys.executable, "-c", code, str(Path(__file__).parent)]
         out.add(subprocess.run(ran, capture_output=True, text=True, check=True, env=env).stdout)
     assert len(out) == 1
-    assert len(next(iter(out)).splitlines()) == 4
+    assert len(next(iter(out)).splitlines()) == 3
 
 
 @pytest.mark.parametrize(("sampler", "objectives"), [("surrogate", 1), ("tpe", 1), ("nsga2", 1), ("surrogate", 2)])
 def test_it_learns_what_is_good_and_what_is_not_allowed(sampler: str, objectives: int) -> None:
-    """Later trials are better than a draw's, and seldom illegal, too large or too slow."""
-    late = study(sampler, 70, objectives=objectives, trials=70)[35:]
-    drawn = study("random", 400, trials=400)
+    """Later trials are better than a draw's, and fewer of them are illegal, too large or too slow."""
+    number = 40 if sampler == "surrogate" else 80
+    late = study(sampler, number, objectives=objectives, trials=number)[number // 2 :]
+    drawn = study("random", 250, trials=250)
 
     def kept(trials: list[Trial]) -> float:
         run = [t for t in trials if t.state in ("complete", "pruned") and t.violation <= 0]
@@ -173,9 +180,9 @@ def test_it_learns_what_is_good_and_what_is_not_allowed(sampler: str, objectives
     def good(trials: list[Trial]) -> float:
         return float(np.mean([t.values[0] for t in trials if t.state == "complete"]))
 
-    assert kept(late) > (kept(drawn) + 0.05 if sampler != "nsga2" else kept(drawn))
+    assert kept(late) > kept(drawn)
     if objectives == 1:
-        assert good(late) > good(drawn) + 1.0
+        assert good(late) > good(drawn) + 0.5
 
 
 def test_it_finds_the_best_of_210_in_40() -> None:
@@ -241,8 +248,10 @@ def test_auto_lists_a_space_that_the_trials_go_through() -> None:
 
 def test_gp_is_for_few_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     many = {f"p{i}": {"choices": [1, 2]} for i in range(21)}
-    with pytest.raises(BadInput, match=r"at most 20 parameters|PyTorch is not installed"):
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+    with pytest.raises(BadInput, match="at most 20 parameters"):
         choose_sampler(definition("gp", many))
+    assert choose_sampler(definition("gp", KNOBS)) == "gp"
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(BadInput, match="PyTorch is not installed"):
         choose_sampler(definition("gp", {"p0": {"choices": [1, 2]}}))

@@ -23,7 +23,7 @@ _ROOT5 = math.sqrt(5.0)
 _LENGTH_AT, _LENGTH_SPREAD = 0.6, 0.8
 """log-normal prior of a length scale: its median, as a share of a parameter's range, times the root of how many
 parameters there are (Hvarfner et al., arXiv:2402.02229, section 4: scales grow with the root of the dimension)"""
-_NOISE_AT, _NOISE_SPREAD = 1e-3, 1.5
+_NOISE_AT, _NOISE_SPREAD = 1e-5, 1.5
 _LEAST_NOISE, _MOST_NOISE = 1e-6, 0.3
 
 

@@ -6,10 +6,11 @@ probability that it keeps everything (Gardner et al., ICML 2014, equation 4). Wi
 batch weighs them anew, and improvement is that of the hypervolume scalarisation (Golovin and Zhang, arXiv:2006.04655,
 definition 1), whose mean over weights is the hypervolume. Candidates are all points not yet tried where they are few,
 else a draw of them with the neighbours of the best. The points of a batch are chosen one after the other, each as if
-those before it had come out as expected.
+those before it had come out as expected. Every fourth place goes to a neighbour of the best trials, so that what the
+model overlooks next to them is found; and where the model promises next to nothing, most places go to draws.
 
 Everything is a function of the trials told and of the seed: length scales are learned again whenever the trials have
-grown by a quarter, from the trials told by then, so a strategy that was made anew knows the same ones.
+grown by an eighth, from the trials told by then, so a strategy that was made anew knows the same ones.
 """
 
 from __future__ import annotations
@@ -41,7 +42,10 @@ _LISTED = 50_000
 """points of a space that are listed; of larger ones some are drawn"""
 _DRAWN = 512
 """points of a larger space that are drawn each time"""
-_SAMPLES = 64
+_SAMPLES = 32
+_LITTLE = 0.005
+"""where no candidate promises so much of the best value, the model has no more to say, and what it does not know of is
+found by trying"""
 _FEWEST = 4
 """measured trials that a model is made from"""
 
@@ -82,40 +86,43 @@ class Surrogate:
     def propose(self, count: int, pending: Sequence[Point]) -> list[dict[str, Scalar]]:
         """`count` points, none told nor among `pending`; fewer where there are no more."""
         told = len(self._trials)
-        points, at_MD = self._candidates(pending)
+        points, at_MD, near = self._candidates(pending)
         count = min(count, len(at_MD))
         if not count:
             return []
         measured = [t for t in self._trials if t.values]
         if told < self._design or len(measured) < _FEWEST:
             return [points(i) for i in self._spread(at_MD, count, told)]
-        model = _Model(self, at_MD)
+        model = _Model(self, at_MD, near)
         return [points(model.next(place)) for place in range(count)]
 
-    def _candidates(self, pending: Sequence[Point]) -> tuple[Callable[[int], dict[str, Scalar]], Floats]:
-        """Points not taken that are looked at this time: by number, and encoded [M, D]."""
+    def _candidates(self, pending: Sequence[Point]) -> tuple[Callable[[int], dict[str, Scalar]], Floats, int]:
+        """Points not taken that are looked at this time: by number, encoded [M, D], and how many of them, the first
+        ones, are neighbours of the best trials."""
         told = len(self._trials)
         room = max(512, (_MOST_CELLS if told <= 64 else _LATER_CELLS) // max(1, min(told, _MOST_TRAINED)))
         rng = generator(self._seed, "tune/candidates", told)
         if self._all_MD is not None and self._free_M is not None:
             free_M = self._free_M.copy()
             free_M[[self._space.index(point) for point in pending if point in self._space]] = False
-            free = np.flatnonzero(free_M)
-            if len(free) > room:
-                near = {self._space.index(p) for p in self._near_best()}
-                near_M = np.array(sorted(i for i in near if free_M[i]), np.int64)
-                rest = np.setdiff1d(free, near_M, assume_unique=True)
-                free = np.concatenate([near_M, np.sort(rng.permutation(rest)[: max(room - len(near_M), 0)])])
-            return lambda i: self._space.at(int(free[i])), self._all_MD[free]
+            near_M = np.array(sorted({i for i in map(self._space.index, self._near_best()) if free_M[i]}), np.int64)
+            free_M[near_M] = False
+            rest = np.flatnonzero(free_M)
+            if len(rest) > room:
+                rest = np.sort(rng.permutation(rest)[:room])
+            at = np.concatenate([near_M, rest])
+            return lambda i: self._space.at(int(at[i])), self._all_MD[at], len(near_M)
         taken = self._told_keys | {self._space.key(point) for point in pending}
-        found: dict[str, dict[str, Scalar]] = {}
-        for point in self._near_best():
-            found.setdefault(self._space.key(point), point)
+        near = {self._space.key(point): point for point in self._near_best()}
+        found = {key: point for key, point in near.items() if key not in taken}
+        number = len(found)
         for _ in range(min(room, _DRAWN)):
             point = self._space.random(rng)
-            found.setdefault(self._space.key(point), point)
-        points = [point for key, point in found.items() if key not in taken]
-        return lambda i: points[i], self._encoding.rows(points)
+            key = self._space.key(point)
+            if key not in taken:
+                found.setdefault(key, point)
+        points = list(found.values())
+        return lambda i: points[i], self._encoding.rows(points), number
 
     def _near_best(self) -> list[dict[str, Scalar]]:
         """Neighbours of the best trials."""
@@ -171,8 +178,8 @@ class Surrogate:
         column_D, parameters = self._encoding.column_D, self._encoding.parameters
         rows_N, y_N = data.target(name)
         step = 8
-        while step * 5 // 4 <= len(self._trials):
-            step = step * 5 // 4
+        while step * 9 // 8 <= len(self._trials):
+            step = step * 9 // 8
         key = (name, step)
         if key not in self._scales:
             early = self.learned_from(step)
@@ -209,7 +216,7 @@ class _Data:
         if name == "runs":
             return np.ones(len(self.x_ND), bool), np.where(self.ran_N, 1.0, -1.0) - self.run_mean
         if name.startswith("objective "):
-            return self.ran_N, _scaled(self.value_NK[self.ran_N, int(name.split()[1])])
+            return self.ran_N, _scaled(self.value_NK[self.ran_N, int(name.split()[1])])[0]
         seen_N = self.ran_N & ~np.isnan(self.broken[name])
         y_N = np.clip(self.broken[name][seen_N], -1.0, 1.0)
         return seen_N, y_N / max(float(np.sqrt((y_N * y_N).mean())) if len(y_N) else 1.0, 1e-9)
@@ -218,7 +225,8 @@ class _Data:
 class _Model:
     """The processes of one batch, at its candidates."""
 
-    def __init__(self, of: Surrogate, at_MD: Floats) -> None:
+    def __init__(self, of: Surrogate, at_MD: Floats, near: int) -> None:
+        self._near = near
         self._seed, self._told = of._seed, len(of._trials)
         data = of.learned_from(self._told)
         names = [f"objective {k}" for k in range(len(of._signs))]
@@ -231,15 +239,40 @@ class _Model:
         self._limits = [of.posterior(name, data, at_MD) for name in broken]
         self._processes = [*self._objectives, *self._limits, *([self._runs] if self._runs else [])]
         self._gone: list[int] = []
+        # an improvement by half a percent of the best value, in the model's scale
+        self._little = _LITTLE
+        if len(names) == 1:
+            best = float(np.abs(data.value_NK[data.kept_N, 0]).max(initial=0.0))
+            self._little *= best / _scaled(data.value_NK[data.ran_N, 0])[1]
 
     def next(self, place: int) -> int:
         """The candidate that is worth most, which then counts as tried."""
-        worth_M = self._improvement(place) * self._probability()
+        probability_M = self._probability()
+        worth_M = self._improvement(place) * probability_M
         worth_M[self._gone] = -1.0
+        little = float(worth_M.max()) < self._little
+        if place % 4 == (1 if little else 3) and self._near and float(worth_M[: self._near].max()) >= 0:
+            return self._take(int(worth_M[: self._near].argmax()), probability_M)
+        if place and little:
+            return self._take(self._elsewhere(place, probability_M), probability_M)
         # a rounding that another processor would do otherwise decides nothing; of equals the first
         top = float(worth_M.max())
         index = int((worth_M >= top * (1 - 1e-9)).argmax()) if top > 0 else int(worth_M.argmax())
+        return self._take(index, probability_M)
+
+    def _elsewhere(self, place: int, probability_M: Floats) -> int:
+        """A draw, by the probability that everything is kept."""
+        weight_M = np.round(probability_M, 6) + 1e-9
+        weight_M[self._gone] = 0.0
+        sum_M = np.cumsum(weight_M)
+        drawn = generator(self._seed, "tune/elsewhere", self._told, place).random() * sum_M[-1]
+        return min(int(np.searchsorted(sum_M, drawn, side="right")), len(sum_M) - 1)
+
+    def _take(self, index: int, probability_M: Floats) -> int:
+        """`index` counts as tried, and as good as its mean where it is likely to keep everything."""
         self._gone.append(index)
+        if probability_M[index] > 0.5 and len(self._kept_NK):
+            self._kept_NK = np.vstack([self._kept_NK, [process.mean_M[index] for process in self._objectives]])
         for process in self._processes:
             process.imagine(index)
         return index
@@ -280,14 +313,15 @@ class _Model:
         return total_M / _SAMPLES
 
 
-def _scaled(value_N: Floats) -> Floats:
+def _scaled(value_N: Floats) -> tuple[Floats, float]:
     """Mean 0 and deviation 1, with what is far worse than the rest brought nearer: differences among bad points say
-    little about where the best is."""
+    little about where the best is. Also how much one of the scale is, among the good."""
     low, middle, high = np.quantile(value_N, [0.25, 0.5, 0.75])
-    spread = max(float(high - low), 1e-12 + 1e-9 * abs(float(middle)))
-    z_N = (value_N - middle) / spread
+    span = max(float(high - low), 1e-12 + 1e-9 * abs(float(middle)))
+    z_N = (value_N - middle) / span
     z_N = np.where(z_N < -1.0, -1.0 - np.log1p(np.maximum(-1.0 - z_N, 0.0)), z_N)
-    return np.asarray((z_N - z_N.mean()) / max(float(z_N.std()), 1e-9))
+    deviation = max(float(z_N.std()), 1e-9)
+    return np.asarray((z_N - z_N.mean()) / deviation), span * deviation
 
 
 def _expected(mean_M: Floats, deviation_M: Floats, best: float) -> Floats:
