@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from moesim.cost import bank, tokens
+from moesim.cost import bank, blocks, tokens
 from moesim.cost.experts import ExpertPrices
 from moesim.cost.tokens import TokenExperts
 from moesim.cost.touch import touch
@@ -151,7 +151,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def spy(patch: pytest.MonkeyPatch, watch: Watch) -> None:
     """Check the engine and the cost model from inside."""
     plan, preempt, end = Rank.plan, Rank._preempt, Group._end
-    compute, price, draw = ExpertPrices.compute, ExpertPrices.price, bank._Blocks.draw
+    compute, price, draw = ExpertPrices.compute, ExpertPrices.price, bank.Blocks.draw
 
     def checked_plan(rank: Rank) -> Any:
         rank._check()
@@ -209,8 +209,8 @@ def spy(patch: pytest.MonkeyPatch, watch: Watch) -> None:
     patch.setattr(Group, "_end", checked_end)
     patch.setattr(ExpertPrices, "compute", checked_compute)
     patch.setattr(ExpertPrices, "price", checked_price)
-    patch.setattr(bank._Blocks, "draw", checked_draw)
-    for module in (bank, tokens):
+    patch.setattr(bank.Blocks, "draw", checked_draw)
+    for module in (blocks, tokens):
         patch.setattr(module, "touch", checked_touch)
 
 
@@ -387,8 +387,8 @@ def test_a_broken_run_is_seen(folder: Path) -> None:
         with pytest.raises(AssertionError):
             simulate(built)
     with pytest.MonkeyPatch.context() as patch:
-        draw = bank._Blocks.draw
-        patch.setattr(bank._Blocks, "draw", lambda self, number, *rest: draw(self, 2 * number, *rest))
+        draw = bank.Blocks.draw
+        patch.setattr(bank.Blocks, "draw", lambda self, number, *rest: draw(self, 2 * number, *rest))
         spy(patch, Watch())
         with pytest.raises(AssertionError):
             simulate(dataclasses.replace(built))
