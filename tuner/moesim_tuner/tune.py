@@ -123,13 +123,26 @@ def search(
     stage: Callable[[str], None],
 ) -> Found:
     """Search, judge, explain. stage: is told what is done now, in a few words."""
+    from moesim_tuner.workers import make_workers
+
+    timeout_s = float(session.definition.spec.timeout_s)
+    pool = make_workers(workers, timeout_s, cluster=cluster)  # starts while the rest is imported
+    try:
+        _search(session, pool, told, stage)
+    finally:
+        pool.close()
+    return _found(session.name, session.store.kept)
+
+
+def _search(
+    session: Session, pool: Workers, told: Callable[[Sequence[Trial]], None], stage: Callable[[str], None]
+) -> None:
     from moesim_tuner.heuristics import starts
     from moesim_tuner.judge import base_scenario, judge
     from moesim_tuner.ladder import Rungs
     from moesim_tuner.search import strategy
     from moesim_tuner.study import run_study
     from moesim_tuner.why import why
-    from moesim_tuner.workers import make_workers
 
     definition, store = session.definition, session.store
     scenario = base_scenario(definition)
@@ -139,21 +152,16 @@ def search(
             " ones. Begin another study (--study NAME)"
         )
         raise BadInput(Problem(session.name, message))
-    pool: Workers = make_workers(workers, float(definition.spec.timeout_s), cluster=cluster)
-    try:
-        first = starts(scenario, definition.space, definition.spec)
-        stage("searching")
-        trials = run_study(definition, strategy(definition, first), Rungs(definition), pool, store, told)
-        if any(trial.feasible for trial in trials):
-            stage("judging the best on fresh seeds and held-out traffic")
-            judgement = judge(definition, trials, pool)
-            store.note(JUDGEMENT, judgement.to_json())
-            if judgement.winner is not None:
-                stage("asking why")
-                store.note(WHY, why(definition, trials, judgement, pool).to_json())
-    finally:
-        pool.close()
-    return _found(session.name, store.kept)
+    first = starts(scenario, definition.space, definition.spec)
+    stage("searching")
+    trials = run_study(definition, strategy(definition, first), Rungs(definition), pool, store, told)
+    if any(trial.feasible for trial in trials):
+        stage("judging the best on fresh seeds and held-out traffic")
+        judgement = judge(definition, trials, pool)
+        store.note(JUDGEMENT, judgement.to_json())
+        if judgement.winner is not None:
+            stage("asking why")
+            store.note(WHY, why(definition, trials, judgement, pool).to_json())
 
 
 @dataclass(frozen=True)
