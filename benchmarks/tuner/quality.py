@@ -194,8 +194,8 @@ def page(names: Sequence[str], samplers: Sequence[str], seeds: int) -> str:
         " with the same heuristics, random search too.",
         "",
         "Settings of the surrogate were chosen on " + ", ".join(DEVELOPED_ON) + "; the others (marked *) were seen"
-        " in earlier runs of this page alone, and nothing was changed for them. `overlap` joined the four after such a run"
-        " had shown it missed; `batch_limits` was made harder when random search had been as good there.",
+        " in earlier runs of this page alone, and nothing was changed for them. `overlap` joined the four after such"
+        " a run had shown it missed; `batch_limits` was made harder when random search had been as good there.",
         "",
         "| space | points | feasible | illegal | do not fit | within 1 % | default's regret | best start's regret |",
         "|---|---|---|---|---|---|---|---|",
