@@ -546,7 +546,7 @@ def check_read_only(tmp_path: Path, become: object) -> None:
     db = tmp_path / "there" / "tune.db"
     made(db)
     for folder in tmp_path.parents:
-        if folder.owner() == tmp_path.owner() and folder.name.startswith("pytest-"):
+        if folder.owner() == tmp_path.owner() and folder.name.startswith(("pytest-", "popen-")):
             folder.chmod(0o755)
     for path in (tmp_path, db.parent, journal_of(db).parent):
         path.chmod(0o555)
