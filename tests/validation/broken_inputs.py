@@ -191,7 +191,6 @@ def _keys() -> Iterator[Case]:
     yield Case("mode", "'serving' or 'training'", sets=("mode=x",))
     yield Case("mode-training-of-requests", "nothing is asked for while a model trains", sets=("mode=training",))
     yield Case("training-of-serving", "is read in mode training only", sets=("training={steps: 3}",))
-    yield Case("reserved-tune", "not simulated yet", sets=("tune=x",))
     for key, told in {
         "communication=x": "communication",
         "communication.all_to_all=nccl": "'pairwise'",
