@@ -65,7 +65,7 @@ class OptunaSampler:
             check_gp(space)
         self._kind, self._space, self._seed = kind, space, seed
         self._objectives, self._signs = tuple(objectives), tuple(signs)
-        self._constraints = (*constraints, "memory", "legality")
+        self._constraints = (*constraints, "memory", "legality", "climbed")
         self._startup = max(1, min(10, trials // 4))
         self._population = min(50, max(8, trials // 6))
         self._distributions = {p.name: _distribution(p) for p in space.parameters}
