@@ -129,24 +129,20 @@ class RoutingSource:
             return self
         start = self.sequence_start[first : last + 1]
         rows, sequences = slice(int(start[0]), int(start[-1])), slice(first, last)
-        return replace(
-            self,
-            expert_TLK=self.expert_TLK[rows],
-            weight_TLK=None if self.weight_TLK is None else self.weight_TLK[rows],
-            score_TLE=None if self.score_TLE is None else self.score_TLE[rows],
-            token_T=None if self.token_T is None else self.token_T[rows],
-            phase_T=None if self.phase_T is None else self.phase_T[rows],
-            sequence_start=start - start[0],
-            domain_Q=None if self.domain_Q is None else self.domain_Q[sequences],
-            window_Q=None if self.window_Q is None else self.window_Q[sequences],
-            source=f"{self.source}, sequences {first:,} to {last - 1:,} of {total:,}",
-        )
+        cut = self._cut(rows, sequences, start - start[0])
+        return replace(cut, source=f"{self.source}, sequences {first:,} to {last - 1:,} of {total:,}")
 
     def take_sequences(self, sequence_N: NDArray[np.int64]) -> RoutingSource:
         """A pool of the given sequences, in the given order (rows are copied)."""
         start, length = self.sequence_start[sequence_N], self.sequence_tokens_Q[sequence_N]
         ends = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
         rows = np.arange(ends[-1]) + np.repeat(start - ends[:-1], length)
+        return self._cut(rows, sequence_N, ends)
+
+    def _cut(
+        self, rows: slice | NDArray[np.int64], sequences: slice | NDArray[np.int64], sequence_start: NDArray[np.int64]
+    ) -> RoutingSource:
+        """The pool of these rows and sequences: views where they are slices, else copies."""
         return replace(
             self,
             expert_TLK=self.expert_TLK[rows],
@@ -154,9 +150,9 @@ class RoutingSource:
             score_TLE=None if self.score_TLE is None else self.score_TLE[rows],
             token_T=None if self.token_T is None else self.token_T[rows],
             phase_T=None if self.phase_T is None else self.phase_T[rows],
-            sequence_start=ends,
-            domain_Q=None if self.domain_Q is None else self.domain_Q[sequence_N],
-            window_Q=None if self.window_Q is None else self.window_Q[sequence_N],
+            sequence_start=sequence_start,
+            domain_Q=None if self.domain_Q is None else self.domain_Q[sequences],
+            window_Q=None if self.window_Q is None else self.window_Q[sequences],
         )
 
 
