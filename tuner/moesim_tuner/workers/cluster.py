@@ -123,7 +123,11 @@ class ClusterWorkers:
 
     def _check(self, task: Task, worker: str, found: Row, row: Future[Row]) -> None:
         """Does the worker read the same files?"""
-        here = _hash_here(task)
+        try:
+            here = _hash_here(task)
+        except Exception as error:  # noqa: BLE001  in a thread of its own: told to whoever waits for the row
+            _fail(row, error)
+            return
         if here == found.scenario_hash:
             self._known.add(worker)
             _settle(row, found)
