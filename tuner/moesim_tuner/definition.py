@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from moesim.tune_spec import RungSpec, TuneSpec
 from moesim_tuner.figures import more_is_better
-from moesim_tuner.records import Point, Task, canonical, derived_seed
+from moesim_tuner.records import Point, Task, Trial, canonical, derived_seed
 from moesim_tuner.space import Space
 
-__all__ = ["Definition", "field_texts"]
+__all__ = ["Definition", "Study", "field_texts"]
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,19 @@ class Definition:
             scenario_hash=str(found["scenario_hash"]),
             asynchronous=bool(found["asynchronous"]),
         )
+
+
+class Study(Protocol):
+    """What is known of a study (`moesim_tuner.tune.Found`)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def definition(self) -> Definition: ...
+
+    @property
+    def trials(self) -> Sequence[Trial]: ...
 
 
 def field_texts(fields: Mapping[str, Any]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from moesim_tuner.definition import Definition
+from moesim_tuner.definition import Definition, Study
 from moesim_tuner.diagnose import diagnose
 from moesim_tuner.figures import more_is_better
 from moesim_tuner.pareto import best_so_far, front
@@ -23,17 +23,9 @@ SCHEMA_VERSION = 1
 _STATES = ("complete", "pruned", "infeasible", "illegal", "failed")
 
 
-class Finding(Protocol):
-    """What is known of a study (`moesim_tuner.tune.Found`). judgement, why: JSON, None before there is one."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def definition(self) -> Definition: ...
-
-    @property
-    def trials(self) -> Sequence[Trial]: ...
+class Finding(Study, Protocol):
+    """What a report knows of a study besides (`moesim_tuner.tune.Found`). judgement, why: JSON, None before there is
+    one."""
 
     @property
     def judgement(self) -> Mapping[str, Any] | None: ...

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from moesim.run_result import RunResult
 from moesim.scenario.load import Scenario, load_scenario_text
 from moesim.scenario.yamlio import dump_yaml
 from moesim.simulate import simulate
-from moesim_tuner.definition import Definition
+from moesim_tuner.definition import Definition, Study
 from moesim_tuner.export.options import check
 from moesim_tuner.export.sheet import Settings, Winner, leaves
 from moesim_tuner.figures import figures_of
@@ -39,19 +39,6 @@ MARKER = "export.json"
 _ENGINE = re.compile(rb"^def misfit\(", re.MULTILINE)
 ENGINES = tuple(sorted(f.stem for f in Path(__file__).parent.glob("[a-z]*.py") if _ENGINE.search(f.read_bytes())))
 """names of the files of this folder that know an engine"""
-
-
-class Study(Protocol):
-    """What is known of a study, as far as an export goes (`moesim_tuner.tune.Found`)."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def definition(self) -> Definition: ...
-
-    @property
-    def trials(self) -> Sequence[Trial]: ...
 
 
 @dataclass(frozen=True)
