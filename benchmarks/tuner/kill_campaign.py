@@ -147,6 +147,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     out = None if args.out is None else args.out.resolve()
+    # an installed package has its bytecode; without it every start would compile some 200 modules anew
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moesim-kills-")))
