@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -46,7 +46,7 @@ from moesim.training.run import simulate_training
 from moesim.units import s_to_ns
 from moesim.workload.requests import RequestsSpec, RequestStream, build_requests
 
-__all__ = ["SCHEMA_VERSION", "RunResult", "simulate"]
+__all__ = ["SCHEMA_VERSION", "Prepared", "RunResult", "found", "prepare", "simulate"]
 
 
 def simulate(
@@ -65,6 +65,30 @@ def simulate(
 def _serve(
     scenario: Scenario, requests: RequestsSpec, seed: int, progress: Callable[[float], None] | None
 ) -> RunResult:
+    prepared = prepare(scenario, requests, seed)
+    result = prepared.result
+    if prepared.deployment is None:
+        return result
+    began = time.perf_counter()
+    outcome = run(prepared.stream, prepared.deployment, progress)
+    result.loop_s = time.perf_counter() - began
+    return found(prepared, outcome)
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A deployment that has been laid out, placed, checked for memory and priced, and has not run yet. deployment: what
+    the event loop is given; None where it does not fit, and `result` says why. result: without what a run finds."""
+
+    result: RunResult
+    stream: RequestStream
+    layout: Layout
+    ops: Operators
+    deployment: Deployment | None
+
+
+def prepare(scenario: Scenario, requests: RequestsSpec, seed: int) -> Prepared:
+    """Everything of a serving run but the run. Raises BadInput for traffic or routing that cannot be used."""
     degrees = (scenario.parallel.tp, scenario.parallel.dp, scenario.parallel.ep)
     layout = Layout.of(scenario.model, scenario.cluster, *degrees, scenario.communication)
     result = RunResult(scenario, seed, layout=layout)
@@ -72,6 +96,7 @@ def _serve(
     result.stream = stream
     ops = Operators(scenario.cluster.profile, scenario.engine.cuda_graph)
     check_dispatch(scenario, layout)
+    prepared = Prepared(result, stream, layout, ops, None)
     try:
         experts = experts_of(scenario, layout, ops, stream, seed) if scenario.model.is_moe else None
         slots = experts.slot_size if experts is not None else 0
@@ -87,7 +112,7 @@ def _serve(
             )
     except Infeasible as error:
         result.reasons, result.over = error.reasons, error.over
-        return result
+        return prepared
     result.memory, result.experts, result.offload = memory, experts, offload
     result.warnings = (
         *scenario.warnings,
@@ -106,7 +131,7 @@ def _serve(
     result.ready_ns = load_weights_ns(
         scenario.engine.weights_from, scenario.cluster, layout, memory, scenario.parallel.replicas
     )
-    deployment = Deployment(
+    prepared.deployment = Deployment(
         pricers=_one_each(pricers, groups),
         ranks_per_group=layout.dp if layout.meets else 1,
         kv=kv,
@@ -120,16 +145,23 @@ def _serve(
         until_ns=None if scenario.engine.max_duration_s is None else s_to_ns(scenario.engine.max_duration_s),
         near=_near(scenario, layout, experts),
     )
-    began = time.perf_counter()
-    outcome = run(stream, deployment, progress)
-    result.loop_s = time.perf_counter() - began
+    return prepared
+
+
+def found(prepared: Prepared, outcome: Outcome) -> RunResult:
+    """The result of a run of what was prepared: the engine's records, wherever its step times came from. Steps that
+    `StepPricer`s priced are explained. Raises BadInput where max_model_len let no request in."""
+    result, deployment = prepared.result, prepared.deployment
+    assert deployment is not None
+    assert result.memory is not None
     if (outcome.requests.target == REJECTED).all():
-        why = _none_served(stream, deployment, memory)
+        why = _none_served(prepared.stream, deployment, result.memory)
         result.reasons, result.over = why.reasons, why.over
         return result
     result.outcome = outcome
     result.peak_kv_units = outcome.peak_kv_units
-    result.explanation = _explain(outcome, deployment.pricers, offload)
+    if all(isinstance(pricer, StepPricer) for pricer in deployment.pricers):
+        result.explanation = _explain(outcome, deployment.pricers, result.offload)
     return result
 
 

@@ -14,7 +14,7 @@ from moesim.cost.split import HalfLayers
 from moesim.cost.touch import count_slots, touch
 from moesim.cost.weights import Guests
 from moesim.dispatch import DispatchPolicy
-from moesim.dispatch.plan import Plan, couples, serve_batches
+from moesim.dispatch.plan import Plan, Served, couples, serve_batches
 from moesim.layout import Layout
 from moesim.placement import Placement
 from moesim.routing.batch import BatchRouter
@@ -171,6 +171,27 @@ class TokenExperts:
             drawn = Drawn.plain(tokens_S, kept_S)
         return _PricedSteps(priced, priced.sums(ports, drawn))
 
+    def slots_of(
+        self, request_N: IntArray, position_N: IntArray, rank_N: IntArray, tick: int, phase: Phase
+    ) -> AnyArray:
+        """The slot that serves each choice of one step's tokens, as `decode_ns` and `mixed_ns` price them: integers
+        [N, L, K], where the number of all slots stands for nothing (refused, or a null expert)."""
+        rows = self._replay.rows(request_N, position_N)
+        token_N = request_N.astype(np.int64) * (1 << 32) + position_N
+        ids, offsets = self._source.expert_TLK[rows], np.array([0, len(rows)])
+        if self._router is not None:
+            ids = self._routed(rows, request_N, position_N, offsets, rank_N, tick, phase)[0]
+        return self._served(ids, token_N, offsets, rank_N)[0].slot_TLK
+
+    def _served(self, ids: AnyArray, token_N: IntArray, offsets: IntArray, rank_N: IntArray) -> tuple[Served, IntArray]:
+        """What dispatch makes of ids [N, L, K], and the rank that each token is sent from [N]."""
+        layout = self._layout
+        # a data-parallel rank's tokens are dealt out to its tensor-parallel ranks for the exchange
+        turn_N = np.arange(len(ids)) - np.repeat(offsets[:-1], np.diff(offsets))
+        source = rank_N * layout.tp + turn_N % layout.tp
+        part = source if layout.exchanges else source // layout.expert_tp
+        return serve_batches(self._dispatch, ids, part, offsets[:-1], self._placement, self._seed, token_N), source
+
     def _tally(self, slot_SLS: AnyArray, plan: Plan | None) -> FloatArray:
         """Keep what slots and experts served; returns the routed experts' pairs of each step [S]."""
         if plan is None or not plan.guests:
@@ -213,13 +234,8 @@ class TokenExperts:
     ) -> tuple[AnyArray, Ports | None, Plan | None]:
         """Tokens per slot [S, L, slots] and ports, from the slot that dispatch chooses for every token, and its
         plan, where it makes one."""
-        layout, placement = self._layout, self._placement
-        steps = len(offsets) - 1
-        # a data-parallel rank's tokens are dealt out to its tensor-parallel ranks for the exchange
-        turn_N = np.arange(len(ids)) - np.repeat(offsets[:-1], np.diff(offsets))
-        source = rank_N * layout.tp + turn_N % layout.tp
-        part = source if layout.exchanges else source // layout.expert_tp
-        served = serve_batches(self._dispatch, ids, part, offsets[:-1], placement, self._seed, token_N)
+        layout, steps = self._layout, len(offsets) - 1
+        served, source = self._served(ids, token_N, offsets, rank_N)
         slot_TLK = served.slot_TLK
         step_N = np.repeat(np.arange(steps), np.diff(offsets))
         count = count_slots(slot_TLK, step_N, steps, served.slots)

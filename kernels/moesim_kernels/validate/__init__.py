@@ -1,0 +1,1 @@
+"""`moesim validate`: predictions written down first, then measured with real kernels, then judged."""
