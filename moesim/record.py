@@ -90,3 +90,14 @@ class Recorder:
     def resumed(self, stall_ns: int) -> None:
         """A preempted request put out its next token `stall_ns` after the one before."""
         self.stalls.append(stall_ns)
+
+    def steps(self) -> StepRecords:
+        """What was recorded, as columns."""
+        rows = np.array(self.rows, np.int64).reshape(-1, 6).T
+        group, start, steps, decoding, preempted, waiting = (np.ascontiguousarray(row) for row in rows)
+        duration = np.concatenate([run.cumulative_ns for run in self.runs]) if self.runs else np.zeros(0, np.int64)
+        first = np.cumsum(steps) - steps
+        before = np.roll(duration, 1)
+        before[first] = 0
+        stalls = np.array(self.stalls, np.int64)
+        return StepRecords(group, start, steps, decoding, waiting, preempted, duration - before, stalls)

@@ -148,9 +148,9 @@ def prepare(scenario: Scenario, requests: RequestsSpec, seed: int) -> Prepared:
     return prepared
 
 
-def found(prepared: Prepared, outcome: Outcome) -> RunResult:
-    """The result of a run of what was prepared: the engine's records, wherever its step times came from. Steps that
-    `StepPricer`s priced are explained. Raises BadInput where max_model_len let no request in."""
+def found(prepared: Prepared, outcome: Outcome, priced: bool = True) -> RunResult:
+    """The result of a run of what was prepared: records, wherever its step times came from. priced: the deployment's
+    pricers made them, and explain them. Raises BadInput where max_model_len let no request in."""
     result, deployment = prepared.result, prepared.deployment
     assert deployment is not None
     assert result.memory is not None
@@ -160,7 +160,7 @@ def found(prepared: Prepared, outcome: Outcome) -> RunResult:
         return result
     result.outcome = outcome
     result.peak_kv_units = outcome.peak_kv_units
-    if all(isinstance(pricer, StepPricer) for pricer in deployment.pricers):
+    if priced:
         result.explanation = _explain(outcome, deployment.pricers, result.offload)
     return result
 

@@ -159,7 +159,7 @@ class _Simulation:
         events = self.requests + sum(group.handled for group in self.groups)
         peak = max(rank.peak for group in self.groups for rank in group.ranks)
         runs = self.recorder.runs
-        steps = self._step_records()
+        steps = self.recorder.steps()
         end = max(int(self.env.now), steps.end_ns())
         return Outcome(self._request_records(), steps, runs, events, end, peak)
 
@@ -171,17 +171,6 @@ class _Simulation:
             column(self.arrival), column(self.first), column(self.finish), self.stream.prompt_tokens,
             self.stream.output_tokens, column(self.target), column(self.preempted),
         )  # fmt: skip
-
-    def _step_records(self) -> StepRecords:
-        r = self.recorder
-        rows = np.array(r.rows, np.int64).reshape(-1, 6).T
-        group, start, steps, decoding, preempted, waiting = (np.ascontiguousarray(row) for row in rows)
-        duration = np.concatenate([run.cumulative_ns for run in r.runs]) if r.runs else np.zeros(0, np.int64)
-        first = np.cumsum(steps) - steps
-        before = np.roll(duration, 1)
-        before[first] = 0
-        stalls = np.array(r.stalls, np.int64)
-        return StepRecords(group, start, steps, decoding, waiting, preempted, duration - before, stalls)
 
 
 def run(stream: RequestStream, deployment: Deployment, progress: Callable[[float], None] | None = None) -> Outcome:

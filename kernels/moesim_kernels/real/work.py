@@ -21,12 +21,16 @@ from moesim.cost.explain import explain
 from moesim.cost.pricer import Batch, Chunk
 from moesim.cost.step import StepPricer
 from moesim.cost.tokens import TokenExperts
+from moesim.dispatch.plan import couples
 from moesim.errors import BadInput, Infeasible
 from moesim.routing.capacity import Phase
 from moesim.scenario.load import Scenario
 from moesim.simulate import Prepared, prepare
 
-__all__ = ["PART_OF", "PricedStep", "Setting", "StepWork", "prepare_real", "price", "requests_for", "resolve"]
+__all__ = [
+    "PART_OF", "PricedStep", "Setting", "StepWork", "couples_tokens", "make_work", "phase_of", "prepare_real", "price",
+    "requests_for", "resolve", "slots_of",
+]  # fmt: skip
 
 PART_OF: Mapping[str, str] = {
     "host": "host",
@@ -171,9 +175,13 @@ def _experts(prepared: Prepared) -> TokenExperts:
 
 
 def _phase(setting: Setting) -> Phase:
-    """As the simulator says of a step with prompts."""
     prompts = sum(c[2] for c in setting.chunks)
-    return "prefill" if 2 * prompts > setting.tokens else "decode"
+    return phase_of(prompts, setting.tokens)
+
+
+def phase_of(prompts: int, tokens: int) -> Phase:
+    """The phase of a step of `tokens` tokens of which `prompts` are of prompts."""
+    return "prefill" if 2 * prompts > tokens else "decode"
 
 
 def _chunks(setting: Setting) -> list[Chunk]:
@@ -185,29 +193,52 @@ def resolve(prepared: Prepared, setting: Setting) -> StepWork:
 
     Raises BadInput for a setting that the scenario does not hold.
     """
-    ranks = prepared.layout.dp
     _check(prepared, setting)
     decode = np.array(setting.decode, np.int64).reshape(-1, 3)
     chunks = _chunks(setting)
     request = np.concatenate([decode[:, 0], *(np.full(c.tokens, c.request, np.int64) for c in chunks)])
     position = np.concatenate([decode[:, 1], *(np.arange(c.start, c.start + c.tokens) for c in chunks)])
     rank = np.concatenate([decode[:, 2], *(np.full(c.tokens, c.rank, np.int64) for c in chunks)])
-    last = [np.arange(c.tokens) == c.tokens - 1 if c.last else np.zeros(c.tokens, bool) for c in chunks]
+    slot = slots_of(prepared, request, position, rank, _phase(setting))
+    return make_work(prepared, (request, position, rank), slot, len(decode), chunks)
+
+
+def make_work(
+    prepared: Prepared,
+    tokens: tuple[IntArray, IntArray, IntArray],
+    slot_NLK: AnyArray,
+    decode: int,
+    chunks: list[Chunk],
+) -> StepWork:
+    """A step whose tokens (request, position, rank: those that decode, then the chunks') have their slots."""
     experts = prepared.result.experts
     assert experts is not None
-    slot = _experts(prepared).slots_of(request, position, rank, 0, _phase(setting))
+    last = [np.arange(c.tokens) == c.tokens - 1 if c.last else np.zeros(c.tokens, bool) for c in chunks]
     return StepWork(
-        request_N=request,
-        position_N=position,
-        rank_N=rank,
-        sampled_N=np.concatenate([np.ones(len(decode), bool), *last]),
-        slot_NLK=np.asarray(slot, np.int64),
-        decode=len(decode),
+        *tokens,
+        sampled_N=np.concatenate([np.ones(decode, bool), *last]),
+        slot_NLK=np.asarray(slot_NLK, np.int64),
+        decode=decode,
         chunks=tuple(chunks),
         num_slots=experts.placement.num_slots,
         slots_per_rank=experts.placement.slots_per_rank,
-        ranks=ranks,
+        ranks=prepared.layout.dp,
     )
+
+
+def slots_of(
+    prepared: Prepared, request_N: IntArray, position_N: IntArray, rank_N: IntArray, phase: Phase = "decode"
+) -> AnyArray:
+    """The slots of one step's tokens, [N, L, K]. Where nothing `couples` tokens, any others may stand beside them."""
+    return _experts(prepared).slots_of(request_N, position_N, rank_N, 0, phase)
+
+
+def couples_tokens(prepared: Prepared) -> bool:
+    """Whether a token's slots depend on the others of its step: a router or capacity of whole batches, a dispatch that
+    plans."""
+    experts = prepared.result.experts
+    assert experts is not None
+    return experts.batches is not None or couples(prepared.result.scenario.policies.dispatch)
 
 
 def _check(prepared: Prepared, setting: Setting) -> None:
