@@ -176,6 +176,11 @@ def main() -> int:
                         return
                     study, kills = queue.pop(0)
                 campaign(study, journals_of(study.storage, folder), kills, args.seed, 2.5, told)
+                left = kills - sum(study.kills.values())
+                if left > 0 and study.ended:  # it was done before all its deaths had come: a fresh one has the rest
+                    with lock:
+                        found.append(study.again())
+                        queue.append((found[-1], left))
 
         lanes = [threading.Thread(target=lane) for _ in range(args.lanes)]
         for thread in lanes:

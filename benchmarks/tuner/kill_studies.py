@@ -92,6 +92,13 @@ class Study:
     ended: bool = False
     faults: list[str] = field(default_factory=list)
 
+    def again(self) -> Study:
+        """The same kind of study, not begun."""
+        name, _, turn = self.name.partition("~")
+        study = Study(f"{name}~{int(turn or 1) + 1}", self.kind, self.storage, self.workers, self.file, self.folder)
+        study.warm = self.warm
+        return study
+
     def plan(self, seed: int, number: int, begin_s: float) -> Plan:
         """The number-th death, drawn from the campaign's seed."""
         rng = generator(seed, "kill-campaign", *self.name.encode(), number)
@@ -260,8 +267,7 @@ def unfinished(storage: str) -> int:
 def campaign(
     study: Study, journals: Path, kills: int, seed: int, begin_s: float, told: Callable[[Study], None]
 ) -> None:
-    """Kill a study `kills` times, checking after each, then let it end. One that ends before is begun again under
-    another name, and what it had is kept in the counts."""
+    """Kill a study up to `kills` times, checking after each, then let it end; it may end before."""
     number = 0
     while sum(study.kills.values()) < kills and not study.ended and number < 4 * kills + 8:
         study.live(study.plan(seed, number, begin_s))
