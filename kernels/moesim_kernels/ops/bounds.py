@@ -31,6 +31,8 @@ __all__ = [
     "factor",
     "fp8_rounded",
     "fp8_unit",
+    "rms_norm_ball",
+    "score_ball",
     "swiglu_ball",
 ]
 
@@ -132,6 +134,22 @@ def attention_weights(score: Ball, visible: torch.Tensor) -> Ball:
     value = torch.softmax(score.value.masked_fill(~visible, float("-inf")), dim=-1)
     terms = score.value.shape[-1]
     return Ball(value, value * (torch.expm1(2 * off) + 2 * ELEMENTARY + 2 * terms * FP32))
+
+
+def score_ball(logit: Ball, score: str) -> Ball:
+    """Scores of a router: softmax or sigmoid of its logits, in fp32."""
+    if score == "softmax":
+        return attention_weights(logit, torch.ones_like(logit.value, dtype=torch.bool))
+    value = torch.sigmoid(logit.value)  # d log sigmoid / dx <= 1
+    return Ball(value, value * (torch.expm1(logit.error) + ELEMENTARY))
+
+
+def rms_norm_ball(x: Ball, weight: Ball, eps: float, unit: float) -> Ball:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, stored after the quotient and after the product."""
+    mean = x.times(x, FP32).sum(-1).times(factor(1 / x.value.shape[-1]), 2 * FP32)
+    inverse = (mean.value + eps).rsqrt()  # the slope of x^-1/2 is x^-3/2 / 2, largest at the lower end
+    low = (mean.value - mean.error).clamp_min(0.0) + eps
+    return x.times(Ball(inverse, 0.5 * low**-1.5 * mean.error + ELEMENTARY * inverse), unit).times(weight, unit)
 
 
 def fp8_rounded(x: Ball, scale: torch.Tensor) -> Ball:

@@ -9,7 +9,18 @@ from dataclasses import dataclass
 import torch
 
 from . import attention, backward, dense, fp8, moe, reference
-from .bounds import ELEMENTARY, UNIT, Ball, attention_weights, exact, factor, fp8_rounded, fp8_unit, swiglu_ball
+from .bounds import (
+    UNIT,
+    Ball,
+    attention_weights,
+    exact,
+    factor,
+    fp8_rounded,
+    fp8_unit,
+    rms_norm_ball,
+    score_ball,
+    swiglu_ball,
+)
 from .checks import DTYPES, LAYERS, Outcome, agreeing, compare, holds, normal, poisoned
 
 __all__ = ["ATTENTIONS", "ROUTERS", "Attention", "Router", "acceptable", "around_checks"]
@@ -165,7 +176,7 @@ def check_gates(case: Router, dtype: torch.dtype, device: torch.device) -> Outco
         expert_TK, gate_TK = _route(case, hidden_TH, router_EH)
     chosen = expert_TK.cpu()
     logit = exact(hidden_TH).matmul(exact(router_EH).t, UNIT[dtype])
-    score = _score_ball(logit, case.score)
+    score = score_ball(logit, case.score)
     gate = Ball(score.value.gather(1, chosen), score.error.gather(1, chosen))
     if case.renormalise:
         gate = gate.over(gate.sum(1), FP32)
@@ -177,13 +188,6 @@ def check_gates(case: Router, dtype: torch.dtype, device: torch.device) -> Outco
     biased = (score.value + case.bias_E(device).double().cpu()).gather(1, chosen)
     rises = biased.diff(dim=1) <= 2 * score.error.amax(dim=1, keepdim=True) if case.tokens else torch.ones(1)
     return compare((gate_TK, gate)) if gate_TK.dtype == torch.float32 and bool(rises.all()) else holds(False)
-
-
-def _score_ball(logit: Ball, score: str) -> Ball:
-    if score == "softmax":
-        return attention_weights(logit, torch.ones_like(logit.value, dtype=torch.bool))
-    value = torch.sigmoid(logit.value)  # d log sigmoid / dx <= 1
-    return Ball(value, value * (torch.expm1(logit.error) + ELEMENTARY))
 
 
 def check_router_backward(case: Router, dtype: torch.dtype, device: torch.device) -> Outcome:
@@ -221,7 +225,7 @@ def check_router_backward(case: Router, dtype: torch.dtype, device: torch.device
 
 def _logit_grad_ball(case: Router, logit: Ball, chosen: torch.Tensor, grad: Ball) -> Ball:
     """The formulas of `router_backward`, carried with their errors."""
-    every = _score_ball(logit, case.score)
+    every = score_ball(logit, case.score)
     score = Ball(every.value.gather(1, chosen), every.error.gather(1, chosen))
     if case.renormalise:
         total = score.sum(1)
@@ -360,12 +364,7 @@ def check_norm_residual(rows: int, dtype: torch.dtype, device: torch.device) -> 
     total = exact(hidden).plus(exact(residual), unit)
     with poisoned(device):
         out = dense.norm_residual(hidden, residual, weight, eps)
-    mean = total.times(total, FP32).sum(1).times(factor(1 / 48), 2 * FP32)
-    inverse = (mean.value + eps).rsqrt()  # the slope of x^-1/2 is x^-3/2 / 2, largest at the lower end
-    low = (mean.value - mean.error).clamp_min(0.0) + eps
-    norm = Ball(inverse, 0.5 * low**-1.5 * mean.error + ELEMENTARY * inverse)
-    ball = total.times(norm, unit).times(exact(weight), unit)
-    return compare((out, agreeing(ball, expected)), (residual, total))
+    return compare((out, agreeing(rms_norm_ball(total, exact(weight), eps, unit), expected)), (residual, total))
 
 
 def check_quantise(per: fp8.Per, device: torch.device) -> Outcome:

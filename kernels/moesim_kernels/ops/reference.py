@@ -5,6 +5,8 @@ No shared code with the operators. Suffixes as in moe.py and attention.py.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "gates_reference",
     "moe_reference",
     "norm_residual_reference",
+    "rotary_reference",
     "router_reference",
     "scores_reference",
 ]
@@ -122,3 +125,15 @@ def norm_residual_reference(
     """(hidden + residual) over its root mean square, times weight; float64 [T, H]."""
     sum_TH = hidden_TH.double() + residual_TH.double()
     return sum_TH / torch.sqrt((sum_TH * sum_TH).mean(dim=1, keepdim=True) + eps) * weight_H.double()
+
+
+def rotary_reference(head_TXD: torch.Tensor, position_T: list[int], base: float) -> torch.Tensor:
+    """Each pair of neighbouring elements turned by position x base^(-2j/D); float64 [T, X, D] (arXiv 2104.09864)."""
+    out, dim = head_TXD.double().clone(), head_TXD.shape[-1]
+    for t, position in enumerate(position_T):
+        for j in range(dim // 2):
+            angle = position * base ** (-2 * j / dim)
+            x, y = head_TXD[t, :, 2 * j].double(), head_TXD[t, :, 2 * j + 1].double()
+            out[t, :, 2 * j] = x * math.cos(angle) - y * math.sin(angle)
+            out[t, :, 2 * j + 1] = x * math.sin(angle) + y * math.cos(angle)
+    return out

@@ -17,6 +17,7 @@ import torch
 
 from .checks import Outcome, layer_checks
 from .checks_around import around_checks
+from .checks_block import block_checks
 from .moe import HowLayer
 
 __all__ = ["all_checks", "main"]
@@ -26,7 +27,7 @@ def all_checks(device: torch.device) -> dict[str, Callable[[], Outcome]]:
     """Every check that this device can run, by name."""
     fused = device.type == "cuda" and importlib.util.find_spec("triton") is not None
     hows: tuple[HowLayer, ...] = ("loop", "grouped", "triton") if fused else ("loop", "grouped")
-    return {**layer_checks(device, hows), **around_checks(device)}
+    return {**layer_checks(device, hows), **around_checks(device), **block_checks(device)}
 
 
 def main(arguments: list[str] | None = None) -> int:
