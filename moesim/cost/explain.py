@@ -13,7 +13,7 @@ from typing import cast
 
 import numpy as np
 
-from moesim.arrays import FloatArray, IntArray
+from moesim.arrays import AnyArray, FloatArray, IntArray
 from moesim.cost.bank import BankDetail, CountExperts
 from moesim.cost.dense import Part
 from moesim.cost.experts import STATS, MoESums
@@ -32,22 +32,29 @@ _Found = tuple[IntArray, FloatArray, IntArray, IntArray, float]
 
 @dataclass(slots=True)
 class Explanation:
-    """Sums over all steps of one group. `ns`, `operator`: by part; `grade_ns` [4]: ns by grade; `stats` [STATS] (see
-    `MoESums`), summed over steps; `max_over_mean`: summed over steps; `bank_sigma`: relative standard error."""
+    """Sums over all steps of one group. `ns`, `operator`: by part; `part_grade_ns`: by part, ns by grade [4]; `stats`
+    [STATS] (see `MoESums`), summed over steps; `max_over_mean`: summed over steps; `bank_sigma`: relative standard
+    error."""
 
     ns: dict[str, int]
     operator: dict[str, str]
-    grade_ns: FloatArray
+    part_grade_ns: dict[str, FloatArray]
     stats: FloatArray
     steps: int
     bank_sigma: float
+
+    @property
+    def grade_ns(self) -> FloatArray:
+        """ns by grade [4], all parts together."""
+        return np.asarray(sum(self.part_grade_ns.values(), np.zeros(4)))
 
     def add(self, other: Explanation) -> None:
         """Add another group's."""
         for name, value in other.ns.items():
             self.ns[name] = self.ns.get(name, 0) + value
         self.operator.update(other.operator)
-        self.grade_ns += other.grade_ns
+        for name, grade_ns in other.part_grade_ns.items():
+            self.part_grade_ns[name] = self.part_grade_ns.get(name, np.zeros(4)) + grade_ns
         self.stats += other.stats
         self.steps += other.steps
         self.bank_sigma = max(self.bank_sigma, other.bank_sigma)
@@ -63,19 +70,24 @@ def explain(runs: list[Run], pricer: StepPricer) -> Explanation:
     chunk_R, halves_R = key[:, 9], key[:, 11]
     ns: dict[str, int] = {}
     operator: dict[str, str] = {}
-    grade_ns = np.zeros(4)
+    part_grade_ns: dict[str, FloatArray] = {}
+
+    def firm(name: str, grade_R: AnyArray, spent_R: AnyArray) -> None:
+        found = np.bincount(grade_R, weights=spent_R, minlength=4)
+        part_grade_ns[name] = part_grade_ns.get(name, np.zeros(4)) + found
+
     rest_R = total_R - prefill_R
     moved_R = np.array([0 if r.rebalance_ns is None else r.rebalance_ns[-1] for r in runs], np.int64)
     if moved_R.any():
         ns["rebalance"], operator["rebalance"] = int(moved_R.sum()), "peer_to_peer"
-        grade_ns[ASSUMED] += moved_R.sum()
+        firm("rebalance", np.full(len(runs), ASSUMED), moved_R)
         rest_R = rest_R - moved_R
     parts = [(p, tokens_R, False) for p in dense.parts] + [(p, sampled_R, True) for p in dense.head_parts]
     for part, at_R, head in parts:
         spent_R = _part_ns(part, part.ns_N[at_R], halves_R, pricer, head) * steps_R
         ns[part.name] = ns.get(part.name, 0) + int(spent_R.sum())
         operator[part.name] = part.operator
-        grade_ns += np.bincount(part.grade_N[at_R], weights=spent_R, minlength=4)
+        firm(part.name, part.grade_N[at_R], spent_R)
         rest_R = rest_R - spent_R
     stats, sigma = np.zeros(STATS), 0.0
     experts = _experts(runs, steps_R, pricer)
@@ -89,18 +101,18 @@ def explain(runs: list[Run], pricer: StepPricer) -> Explanation:
             if spent_R.any():
                 ns[name] = int(spent_R.sum())
                 operator[name] = ("all_to_all" if dense.exchanges else gathers[name]) if column != 1 else "moe"
-            grade_ns += np.bincount(grade_R, weights=spent_R, minlength=4)
+            firm(name, grade_R, spent_R)
             rest_R = rest_R - spent_R
     attention = pricer.full if pricer.full is not None else pricer.window
     if attention is not None:
         ns["attention_prefill"], ns["attention_decode"] = int(prefill_R.sum()), int(rest_R.sum())
         operator |= {"attention_prefill": "attention_prefill", "attention_decode": "attention_decode"}
         prompt_grade_R = attention.prompt_grade_Q[np.minimum(chunk_R, len(attention.prompt_grade_Q) - 1)]
-        grade_ns += np.bincount(prompt_grade_R, weights=prefill_R, minlength=4)
+        firm("attention_prefill", prompt_grade_R, prefill_R)
         column_R = np.minimum(context_R >> attention.shift, attention.decode_BC.shape[1] - 1)
         decode_grade_R = attention.decode_grade_BC[decoding_R, column_R]
-        grade_ns += np.bincount(decode_grade_R, weights=np.maximum(rest_R, 0), minlength=4)
-    return Explanation(ns, operator, grade_ns, stats, int(steps_R.sum()), sigma)
+        firm("attention_decode", decode_grade_R, np.maximum(rest_R, 0))
+    return Explanation(ns, operator, part_grade_ns, stats, int(steps_R.sum()), sigma)
 
 
 def _part_ns(part: Part, ns_R: IntArray, halves_R: IntArray, pricer: StepPricer, head: bool) -> IntArray:

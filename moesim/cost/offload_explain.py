@@ -37,12 +37,13 @@ def explain_offloaded(runs: list[Run], pricer: OffloadedPricer, fetch_grade: int
     tokens_X, sampled_X, decoding_X, context_X, _, full_X, window_X, host_X = passes.T
     ns: dict[str, int] = {}
     operator: dict[str, str] = {}
-    grade_ns = np.zeros(4)
+    part_grade_ns: dict[str, FloatArray] = {}
 
     def book(name: str, priced_by: str, spent: AnyArray | int, grade: AnyArray | int) -> None:
         ns[name] = ns.get(name, 0) + int(np.sum(spent))
         operator[name] = priced_by
-        grade_ns[:] += np.bincount(np.atleast_1d(grade), weights=np.atleast_1d(spent), minlength=4)
+        found = np.bincount(np.atleast_1d(grade), weights=np.atleast_1d(spent), minlength=4)
+        part_grade_ns[name] = part_grade_ns.get(name, np.zeros(4)) + found
 
     for part in dense.parts:
         at_X = part.ns_N[tokens_X]
@@ -71,4 +72,4 @@ def explain_offloaded(runs: list[Run], pricer: OffloadedPricer, fetch_grade: int
             book(shown, priced_by, spent, grades.get(name, int(ASSUMED)))
     assert sum(ns.values()) == total, "the parts of a run add up to its time"
     stats: FloatArray = np.sum([d.stats[:, 0] for d in details], axis=0) if details else np.zeros(STATS)
-    return Explanation(ns, operator, grade_ns, stats, len(runs), 0.0)
+    return Explanation(ns, operator, part_grade_ns, stats, len(runs), 0.0)

@@ -125,12 +125,14 @@ class StepWork:
 @dataclass(frozen=True, slots=True)
 class PricedStep:
     """What the simulator says of a step: ns in all, by operation of the simulator, and by part (`PART_OF`). grade:
-    share of the time by grade, [measured, interpolated, extrapolated, assumed]."""
+    share of the time by grade, [measured, interpolated, extrapolated, assumed]; operation_grade: the same of each
+    operation that takes time."""
 
     ns: int
     operation_ns: dict[str, int]
     operator: dict[str, str]
-    grade: tuple[float, float, float, float]
+    grade: tuple[float, ...]
+    operation_grade: dict[str, tuple[float, ...]]
 
     @property
     def part_ns(self) -> dict[str, int]:
@@ -268,7 +270,8 @@ def price(prepared: Prepared, setting: Setting) -> PricedStep:
     found = explain([run], pricer)
     total = int(run.cumulative_ns[-1])
     shares = tuple(float(x) / max(total, 1) for x in found.grade_ns)
-    return PricedStep(total, dict(found.ns), dict(found.operator), (shares[0], shares[1], shares[2], shares[3]))
+    firm = {name: tuple(map(float, ns / ns.sum())) for name, ns in found.part_grade_ns.items() if ns.sum() > 0}
+    return PricedStep(total, dict(found.ns), dict(found.operator), shares, firm)
 
 
 def _batch(prepared: Prepared, setting: Setting) -> Batch:
