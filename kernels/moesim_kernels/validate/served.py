@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 
 from moesim.arrays import FloatArray, IntArray
+from moesim_kernels.validate.bounds import SERVED
 
 __all__ = ["BOUNDS", "ServedJudgement", "in_system", "judge_served", "served_figures"]
 
-BOUNDS: Mapping[str, float] = {"tpot_mean_ms": 0.08, "makespan_s": 0.08, "ttft_p50_ms": 0.15}
+BOUNDS: Mapping[str, float] = {
+    "tpot_mean_ms": SERVED["tpot"], "makespan_s": SERVED["makespan"], "ttft_p50_ms": SERVED["ttft_p50"]
+}  # fmt: skip
 """|predicted / measured - 1| that a quiet CPU is to keep"""
 _BINS = 40
 
