@@ -28,6 +28,7 @@ OPERATORS = (
     "host",
     "router",
     "router_backward",
+    "block",
     "moe_dgrad",
     "moe_wgrad",
     "attention_backward",

@@ -2,17 +2,20 @@
 
 For n = 0 .. max tokens of a rank: projections, norms, feed-forward, router, shared expert, tensor-parallel
 all-reduces, embedding, host overhead; for n = 0 .. max sequences: lm_head and sampling. Each operation of each layer
-is rounded to a nanosecond before it is added, and the tables keep the parts so that a result can be explained.
+is rounded to a nanosecond before it is added, and the tables keep the parts so that a result can be explained. Where
+the profile knows what a MoE layer's own part takes as a whole (operator `block`), the parts are scaled to add up to it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moesim.arrays import IntArray, U8Array
+from moesim.arrays import FloatArray, IntArray, U8Array
+from moesim.cost.links import as_sizes
 from moesim.cost.operators import AttentionShape, Operators, Priced
+from moesim.cost.own import OwnPart, OwnSizes, attention_parts, block_shape, moe_parts
 from moesim.engine_spec import EngineSpec
 from moesim.layout import Layout
 from moesim.model import MoEModel, dtype_bytes
@@ -57,6 +60,14 @@ def attention_shape(model: MoEModel, tp: int, window: bool) -> AttentionShape:
     )
 
 
+_OWN = ("norm", "attention_projections", "rope_kv_write", "router", "top_k")  # parts of attention and MoE blocks
+
+
+def _scaled(part: Part, factor_N: FloatArray, grade_N: U8Array) -> Part:
+    """A part of a block that was measured as a whole."""
+    return Part(part.name, "block", np.rint(part.ns_N * factor_N).astype(np.int64), grade_N)
+
+
 class DenseTables:
     """Tables of one replica's ranks. `total_N`: all stages together, for groups of one rank (nobody to wait for).
     `blocks`: the parts of one layer's attention, dense and MoE block, and of a pass's beginning and end. tokens_N: the
@@ -80,8 +91,9 @@ class DenseTables:
         self._shared = shared
         most = max(engine.max_num_batched_tokens, engine.max_num_seqs) + max(engine.graph_batch_sizes, default=0)
         self._n = np.arange(most + 1, dtype=np.int64) if tokens_N is None else tokens_N
+        self._sizes = OwnSizes.of_model(model, layout.tp)
         self.program = stages(model, meet)
-        blocks = {
+        blocks: dict[str, list[Part]] = {
             "attention": self._attention(),
             "dense": self._dense_block() if len(model.moe_layers) < model.num_layers else [],
             "moe": self._moe_block() if model.is_moe else [],
@@ -89,7 +101,8 @@ class DenseTables:
             "first": self._first(),
             "last": self._last(),
         }
-        self.blocks: dict[str, list[Part]] = blocks
+        self._scale_to_block(blocks)
+        self.blocks = blocks
         sums = {name: sum((p.ns_N for p in parts), np.zeros_like(self._n)) for name, parts in blocks.items()}
         self.stages = [
             StageTable(
@@ -143,15 +156,31 @@ class DenseTables:
         return Part(name, operator, ns, grade)
 
     def _gemms(self, where: str, *names: str) -> list[Priced]:
-        """Products of one layer that run `where`, only those of `names` if given.
-
-        MLA's absorbed up-projections serve prompt rows too: a token costs as many FLOP as in the expanded form.
-        """
+        """Products of one layer that run `where`, only those of `names` if given."""
         return [
             self._ops.gemm(self._n, g.n * g.batch, g.k, g.dtype)
             for g in self._model.gemms(self._layout.tp)
             if g.where == where and g.phase != "prefill" and (not names or g.name in names)
         ]
+
+    def _own(self, parts: list[OwnPart]) -> list[Part]:
+        return [self._part(p.name, p.operator, *p.priced) for p in parts]
+
+    def _scale_to_block(self, blocks: dict[str, list[Part]]) -> None:
+        """Scale a MoE layer's own parts, in place, to what the profile says the block takes as a whole; attention
+        blocks of dense layers are taken to be slowed alike. Without a curve nothing changes. Norms elsewhere get
+        names of their own, for they are no part of a block."""
+        shape = block_shape(self._model, self._layout.tp)
+        own = [p for name in ("attention", "moe") for p in blocks[name] if p.name in _OWN]
+        parts_N: IntArray = sum((p.ns_N for p in own), np.zeros_like(self._n))
+        block = None if shape is None else self._ops.block(self._n, parts_N, shape)
+        if block is None:
+            return
+        factor_N = block.ns / np.maximum(parts_N, 1)
+        for name in ("attention", "moe"):
+            blocks[name] = [_scaled(p, factor_N, block.grade) if p.name in _OWN else p for p in blocks[name]]
+        for name, norm in (("dense", "dense_norm"), ("last", "final_norm")):
+            blocks[name] = [replace(p, name=norm) if p.name == "norm" else p for p in blocks[name]]
 
     def _shared_names(self) -> list[str]:
         return [g.name for g in self._model.gemms(self._layout.tp) if g.where == "moe" and g.name.startswith("shared")]
@@ -168,15 +197,8 @@ class DenseTables:
         return [self._part(name, "all_reduce", priced)]
 
     def _attention(self) -> list[Part]:
-        m, a, tp = self._model, self._model.attention, self._layout.tp
-        heads = -(-a.num_heads // tp)
-        rotated = heads * a.head_dim + m.kv_heads_per_rank(tp) * (a.head_dim + a.v_head_dim)
         return [
-            # residual add and norm: read both, write both
-            self._part("norm", "elementwise", self._rows(4 * m.hidden_size)),
-            self._part("attention_projections", "gemm", *self._gemms("attention")),
-            # rotary embedding in place, keys and values into the cache
-            self._part("rope_kv_write", "elementwise", self._rows(2 * rotated)),
+            *self._own(attention_parts(self._ops, as_sizes(self._n), self._sizes)),
             *self._all_reduce("attention_all_reduce"),
         ]
 
@@ -192,13 +214,7 @@ class DenseTables:
 
     def _moe_block(self) -> list[Part]:
         m = self._model
-        out = [
-            self._part("norm", "elementwise", self._rows(4 * m.hidden_size)),
-            self._part("router", "gemm", *self._gemms("moe", "router")),
-            # scores read, ids and gates written
-            self._part("top_k", "elementwise", self._rows(2 * m.num_scores + 4 * m.top_k)),
-            *self._latent(),
-        ]
+        out = [*self._own(moe_parts(self._ops, as_sizes(self._n), self._sizes)), *self._latent()]
         if m.shared_intermediate_size and self._shared:
             wide = m.shared_intermediate_size // self._layout.tp
             out.append(self._part("shared_expert", "gemm", *self._gemms("moe", *self._shared_names())))

@@ -7,8 +7,9 @@ Zero work costs zero. Nothing runs below the roofline of the datasheet's rates.
 
 Curve keys: gemm (n, k, dtype); moe and its gradients (hidden, intermediate, slots, top_k, dtype, matrices);
 attention (kind, query heads, KV heads, head dim, value dim, window, kv dtype), MLA (kind, heads, kv_dim, kv dtype);
-router (hidden, experts, top_k, dtype, score, groups, top groups); copy (direction, memory, streams, busy 0 or 1);
-storage (mode, block bytes, depth).
+router (hidden, experts, top_k, dtype, score, groups, top groups); block (hidden, heads, KV heads, head dim, experts,
+top_k, dtype, router dtype, score, groups, top groups, bias 0 or 1, norm of heads 0 or 1); copy (direction, memory,
+streams, busy 0 or 1); storage (mode, block bytes, depth).
 """
 
 from __future__ import annotations
@@ -27,7 +28,16 @@ from moesim.cost.swaps import SwapKind, Swaps, Way
 from moesim.dtypes import dtype_bytes
 from moesim.hardware import EXTRAPOLATED, INTERPOLATED, DeviceProfile, RowWork
 
-__all__ = ["AttentionShape", "MoEShape", "Operators", "Priced", "RouterShape", "decode_work", "prefill_work"]
+__all__ = [
+    "AttentionShape",
+    "BlockShape",
+    "MoEShape",
+    "Operators",
+    "Priced",
+    "RouterShape",
+    "decode_work",
+    "prefill_work",
+]
 
 _MLA_WIDTH = 17.0 / 9.0  # scores over latent and rope, values over the latent, which is 8/9 of both
 _KV = {"fp8": "fp8", "int8": "fp8", "fp8_block": "fp8", "fp32": "fp32"}  # a cache format's measured stand-in; else bf16
@@ -74,6 +84,44 @@ class RouterShape:
         """The curve key of both passes."""
         dtype = _HALF.get(self.dtype, self.dtype)
         return (self.hidden, self.experts, self.top_k, dtype, self.score, self.groups, self.top_groups)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """A rank's own part of one MoE layer with grouped-query attention (`moesim.cost.own`): sizes on this rank, dtype of
+    weights and activations, dtype of the router, how it chooses, as in `RouterShape`, and whether the projection has
+    a bias and query and key heads are normed.
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    experts: int
+    top_k: int
+    dtype: str
+    router_dtype: str
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    groups: int = 1
+    top_groups: int = 1
+    bias: int = 0
+    head_norm: int = 0
+
+    @property
+    def key(self) -> Key:
+        """The curve key."""
+        heads = (self.heads, self.kv_heads, self.head_dim)
+        dtypes = (_HALF.get(self.dtype, self.dtype), _HALF.get(self.router_dtype, self.router_dtype))
+        choice = (self.score, self.groups, self.top_groups)
+        return (self.hidden, *heads, self.experts, self.top_k, *dtypes, *choice, self.bias, self.head_norm)
+
+    def work(self, tokens: FloatArray) -> tuple[float, FloatArray]:
+        """Bytes of weights read once, and FLOP of the three products."""
+        wide = self.heads * self.head_dim
+        projections = self.hidden * (2.0 * wide + 2.0 * self.kv_heads * self.head_dim)
+        router = float(self.hidden * self.experts)
+        moved = projections * dtype_bytes(self.dtype) + router * dtype_bytes(self.router_dtype)
+        return moved, tokens * (2.0 * (projections + router))
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +226,18 @@ class Operators:
         floor = rates.floor_ns(np.where(t > 0, wide * size, 0.0), t * (2.0 * wide * products))
         ratio, grade = residual.at((t,))
         return _priced(ns, ratio, floor, grade, t > 0)
+
+    def block(self, tokens: ArrayLike, parts_ns: ArrayLike, shape: BlockShape) -> Priced | None:
+        """A rank's own part of one MoE layer: `parts_ns`, what its operators add up to (`moesim.cost.own.block_ns`),
+        times the measured residual. None where the profile has no curve of this block or of one near it.
+        """
+        t, ns = _together(tokens, parts_ns)
+        rates, residual = self._find("block", shape.key, shape.dtype, shape.dtype)
+        if residual.curve is None:
+            return None
+        moved, flop = shape.work(t)
+        ratio, grade = residual.at((t,))
+        return _priced(ns, ratio, rates.floor_ns(moved, flop), grade, t > 0)
 
     def attention_prefill(
         self, q_tokens: ArrayLike, kv_tokens: ArrayLike, shape: AttentionShape, sequences: ArrayLike = 1

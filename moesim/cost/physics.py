@@ -31,6 +31,7 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "attention_decode": {"launch": 4.0, "mem_eff": 0.85, "flop_eff": 0.6},
     "elementwise": {"launch": 1.0, "mem_eff": 0.80, "flop_eff": 1.0},
     "router": {"launch": 2.0, "mem_eff": 0.85, "flop_eff": 0.5},
+    "block": {"launch": 0.0, "mem_eff": 1.0, "flop_eff": 1.0},  # its physics are the parts' prices
     "copy": {"launch": 2.0, "eff": 0.85, "mem_eff": 1.0, "flop_eff": 1.0},
     "storage": {"launch": 10.0, "eff": 0.8, "mem_eff": 1.0, "flop_eff": 1.0},
 }

@@ -22,6 +22,9 @@ from moesim_kernels.ops.moe import moe_local  # noqa: E402
 EXPERTS: dict[str, Any] = {"hidden": 32, "intermediate": 16, "slots": 4, "top_k": 2}
 ROWS: dict[str, Any] = {"tokens": 8, "rows": 16, "histogram": "uniform"}
 ROUTER: dict[str, Any] = {"hidden": 32, "experts": 8, "top_k": 2, "score": "softmax", "groups": 1, "top_groups": 1}
+BLOCK: dict[str, Any] = ROUTER | {
+    "heads": 4, "kv_heads": 2, "head_dim": 8, "router_dtype": "fp32", "bias": False, "head_norm": False,
+}  # fmt: skip
 GQA: dict[str, Any] = {"kind": "gqa", "heads": 4, "kv_heads": 2, "head_dim": 16, "v_head_dim": 16, "window": 0}
 MLA: dict[str, Any] = {"kind": "mla", "heads": 4, "kv_dim": 24, "rope_dim": 8, "nope_dim": 16, "v_head_dim": 16}
 SHARE = {key: EXPERTS[key] for key in ("hidden", "slots", "top_k")}
@@ -37,6 +40,8 @@ COMPUTE: list[Case] = [
     Case("router", ROUTER, {"tokens": 8}, "fp32"),
     Case("router", ROUTER | {"score": "sigmoid", "groups": 4, "top_groups": 2}, {"tokens": 8}, "fp32"),
     Case("router_backward", ROUTER, {"tokens": 8}, "fp32"),
+    Case("block", BLOCK, {"tokens": 1}, "fp32"),
+    Case("block", BLOCK | {"score": "sigmoid", "bias": True, "head_norm": True}, {"tokens": 40}, "fp32"),
     Case("permute", SHARE, ROWS, "fp32"),
     Case("permute", SHARE, {"tokens": 8, "rows": 5, "histogram": "zipf:1.2"}, "fp32"),
     Case("combine", SHARE, ROWS, "fp32"),

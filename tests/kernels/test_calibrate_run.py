@@ -99,7 +99,7 @@ def test_the_profile_is_measured_says_where_from_and_grades_the_scenario_as_meas
     assert said["versions"]["torch"]
     assert "node.nvlink_gb_per_s" in said["assumed"]
     assert said["points"]["not_reached"] == 0
-    assert set(said["held_out"]) == {"moe", "gemm", "attention_prefill", "attention_decode", "elementwise"}
+    assert set(said["held_out"]) == {"moe", "gemm", "block", "attention_prefill", "attention_decode", "elementwise"}
     assert made.interval("moe", 1) is not None
     scenario = load_scenario(folder / "scenario.yaml", [f"cluster.device={profile}"])
     shares = simulate(scenario).to_json()["provenance"]["shares"]
@@ -148,7 +148,7 @@ def test_a_short_log_gives_what_it_can_or_says_what_is_missing(folder: Path, tmp
         fitted(*(key for keys in few for key in keys), *by_op["heldout moe"])
     spec = fitted(*by_op["grid moe"][3:], *by_op["heldout gemm"])
     assert spec["provenance"]["priced_by_physics_alone"] == ["moe"]
-    assert set(spec["provenance"]["held_out"]) == {"attention_prefill", "attention_decode", "elementwise"}
+    assert set(spec["provenance"]["held_out"]) == {"attention_prefill", "attention_decode", "block", "elementwise"}
 
 
 def test_nothing_is_left_half_written(folder: Path, profile: Path, tmp_path: Path, monkeypatch: Any) -> None:

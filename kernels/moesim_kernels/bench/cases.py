@@ -278,6 +278,21 @@ def _router(case: Case, device: Device, pool: Pool) -> Prepared:
     return _prepared(case, device, lambda i: route(x_TH, sets[i][0], top_k, **options), len(sets))
 
 
+def _block(case: Case, device: Device, pool: Pool) -> Prepared:
+    """A MoE layer's own part: `ops.block`."""
+    from moesim_kernels.bench.block_case import block_call
+
+    sets, tokens, hidden = _weights(case, pool), int(case.size["tokens"]), int(case.shape["hidden"])
+    wide = int(case.shape["heads"]) * int(case.shape["head_dim"])
+    hidden_TH, attended_TM = _inputs(case, pool, (tokens, hidden), (tokens, wide))
+    scratch = _scratch(case, pool, output_elements(case))
+    prepared = _prepared(
+        case, device, block_call(case, device, pool, sets, (hidden_TH, attended_TM, scratch)), len(sets)
+    )
+    prepared.follows = True
+    return prepared
+
+
 def _router_backward(case: Case, device: Device, pool: Pool) -> Prepared:
     from moesim_kernels.ops.backward import router_backward
     from moesim_kernels.ops.dense import gemm
@@ -427,6 +442,7 @@ BUILDERS: dict[str, Builder] = {
     "moe_wgrad": _moe_gradient,
     "router": _router,
     "router_backward": _router_backward,
+    "block": _block,
     "permute": _permute,
     "combine": _combine,
     "shared_expert": _shared_expert,

@@ -63,7 +63,7 @@ class HostSampler:
             while (wanted := repeats(call_ns, resolution_ns)) > self.inner:
                 self.inner = min(wanted, 8 * self.inner)  # a short try overstates a call: come from below
                 call_ns, _ = self._timed(self.inner)
-        self._cover = call_ns < _COVERED_NS
+        self._cover = prepared.follows or call_ns < _COVERED_NS
 
     def _calls(self, count: int) -> None:
         run, rotations, at = self._prepared.run, self._prepared.rotations, self._at

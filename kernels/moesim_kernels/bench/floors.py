@@ -16,6 +16,7 @@ from moesim_kernels.ops.routing import histogram
 
 __all__ = [
     "activation_dtype",
+    "block_cache_shape",
     "case_counts",
     "context_of",
     "element_bytes",
@@ -32,6 +33,8 @@ __all__ = [
 Shape = tuple[int, ...]
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 MAX_SLOTS = 1 << 20
+BLOCK_SEQUENCES = 16  # that the tokens of a block come from
+BLOCK_CONTEXT = 512  # least room of each in the cache
 NORM_HIDDEN = 4096  # the width of the elementwise case
 
 
@@ -68,6 +71,8 @@ def weight_shapes(case: Case) -> list[Shape]:
         return [(slots, 2 * inner, hidden), (slots, hidden, inner)]
     if case.op in ("router", "router_backward"):
         return [(int(s["experts"]), int(s["hidden"]))]
+    if case.op == "block":
+        return _block_weights(case)
     if case.op == "shared_expert":
         hidden, inner = _int(s, "hidden", "intermediate")
         return [(2 * inner, hidden), (hidden, inner)]
@@ -84,6 +89,22 @@ def weight_shapes(case: Case) -> list[Shape]:
     return []
 
 
+def _block_weights(case: Case) -> list[Shape]:
+    """Two norms, two projections, their bias and head norm, and the router where it has their dtype."""
+    s = case.shape
+    hidden, heads, kv_heads, dim, experts = _int(s, "hidden", "heads", "kv_heads", "head_dim", "experts")
+    fused = (heads + 2 * kv_heads) * dim
+    out: list[Shape] = [(hidden,), (fused, hidden), (hidden, heads * dim), (hidden,), (fused,), (heads + kv_heads, dim)]
+    return [*out, (experts, hidden)] if s["router_dtype"] == case.dtype else out
+
+
+def block_cache_shape(case: Case) -> Shape:
+    """[2, S, G, C, D] of a block case: room for its tokens in at most 16 sequences, and then other places as often."""
+    tokens, kv_heads, dim = int(case.size["tokens"]), *_int(case.shape, "kv_heads", "head_dim")
+    sequences = min(tokens, BLOCK_SEQUENCES)
+    return 2, sequences, kv_heads, max(BLOCK_CONTEXT, 2 * -(-tokens // sequences)), dim
+
+
 def _kv_shapes(s: dict[str, Any], batch: int, tokens: int) -> tuple[Shape, Shape]:
     """Keys and values of a prefill, or of decoding with grouped heads."""
     heads = int(s["kv_heads"] if s["kind"] == "gqa" else s["heads"])
@@ -98,6 +119,8 @@ def input_elements(case: Case) -> int:
         return int(z["n"]) ** 2 if case.op == "peak_gemm" else int(z["m"]) * int(s["k"])
     if case.op in ("moe", "router", "router_backward", "shared_expert"):
         return int(z["tokens"]) * int(s["hidden"])
+    if case.op == "block":
+        return int(z["tokens"]) * (int(s["hidden"]) + int(s["heads"]) * int(s["head_dim"]))
     if case.op in ("moe_dgrad", "moe_wgrad"):
         return int(z["rows"]) * (2 * int(s["hidden"]) + 3 * int(s["intermediate"]))
     if case.op in ("permute", "combine"):
@@ -116,6 +139,8 @@ def output_elements(case: Case) -> int:
         return int(z["m"]) * int(s["n"])
     if case.op in ("moe", "combine"):
         return int(z["tokens"]) * int(s["hidden"])
+    if case.op == "block":
+        return int(z["tokens"]) * int(s["hidden"]) + math.prod(block_cache_shape(case))
     if case.op in ("peak_gemm", "elementwise"):
         return input_elements(case)
     return math.prod(weight_shapes(case)[0]) if case.op == "copy_bandwidth" else 0
@@ -161,6 +186,8 @@ def floors(case: Case) -> tuple[float, float]:
         tokens, hidden, experts = int(z["tokens"]), *_int(s, "hidden", "experts")
         times = 1 if case.op == "router" else 2
         return float(times * width * (tokens * hidden + experts * hidden)), 2.0 * times * tokens * hidden * experts
+    if case.op == "block":
+        return _block_floors(case)
     if case.op in ("permute", "combine"):
         rows, tokens, hidden = *_int(z, "rows", "tokens"), int(s["hidden"])
         return float(width * hidden * (rows + min(rows, tokens))), 0.0
@@ -172,6 +199,17 @@ def floors(case: Case) -> tuple[float, float]:
     if case.op in ("elementwise", "read_bandwidth", "copy_bandwidth"):
         return float(int(z["bytes"])), 0.0
     return 0.0, 0.0
+
+
+def _block_floors(case: Case) -> tuple[float, float]:
+    """Weights read; hidden states and residual read and the residual written, twice; queries, keys and values written,
+    what attention returns read, rows for the experts written."""
+    s, tokens = case.shape, int(case.size["tokens"])
+    hidden, heads, kv_heads, dim, experts = _int(s, "hidden", "heads", "kv_heads", "head_dim", "experts")
+    weights = sum(math.prod(shape) for shape in weight_shapes(case))
+    moved = tokens * (7 * hidden + 2 * (heads + kv_heads) * dim)
+    products = hidden * (2 * (heads + kv_heads) * dim + experts)
+    return element_bytes(case.dtype) * float(weights + moved), 2.0 * tokens * products
 
 
 def _expert_floors(case: Case) -> tuple[float, float]:

@@ -39,17 +39,19 @@ _LEAST = dict.fromkeys(_FROM_ONE.split(), 1) | dict.fromkeys(("rows", "prefix", 
 _MOST = 1 << 50
 _CHOICES = {
     "score": ("softmax", "sigmoid"),
+    "router_dtype": ("fp32", "bf16"),
     "direction": ("h2d", "d2h", "host"),
     "memory": ("pinned", "pageable"),
     "mode": ("direct", "buffered", "warm"),  # buffered: after advice to drop the blocks from the page cache
     "backend": ("gloo", "nccl"),
 }
-_FLAGS = ("busy", "graph")
+_FLAGS = ("busy", "graph", "bias", "head_norm")
 _HISTOGRAM = re.compile(r"uniform|balanced|one|zipf:\d{1,2}(\.\d{1,6})?|few:[1-9]\d{0,6}")
 
 _EXPERTS = ("hidden", "intermediate", "slots", "top_k")
 _ROWS = ("tokens", "rows", "histogram")
 _ROUTER = ("hidden", "experts", "top_k", "score", "groups", "top_groups")
+_BLOCK = ("heads", "kv_heads", "head_dim", "router_dtype", *_ROUTER, "bias", "head_norm")
 _GQA = ("heads", "kv_heads", "head_dim", "v_head_dim", "window")
 _MLA = ("heads", "kv_dim", "rope_dim", "nope_dim", "v_head_dim")
 _RANKS = ("ranks", "backend")
@@ -61,6 +63,7 @@ OPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "moe_wgrad": (_EXPERTS, _ROWS),
     "router": (_ROUTER, ("tokens",)),
     "router_backward": (_ROUTER, ("tokens",)),
+    "block": (_BLOCK, ("tokens",)),
     "permute": (("hidden", "slots", "top_k"), _ROWS),
     "combine": (("hidden", "slots", "top_k"), _ROWS),
     "shared_expert": (("hidden", "intermediate"), ("tokens",)),

@@ -94,7 +94,8 @@ class Prepared:
     (events). `graph`: may be captured into a CUDA graph. `close` frees what the pool does not own.
     `timed`, where there is one, is used in place of `run` under any clock: it does one call on rotation `i` and
     returns its nanoseconds (a collective's slowest rank, a read after its blocks have left the cache). `note` says
-    what the log must say beside the times.
+    what the log must say beside the times. `follows`: in a step the same call has just run for the layer before, so a
+    sample begins with an untimed one, however long it takes.
     """
 
     run: Callable[[int], Any]
@@ -106,6 +107,7 @@ class Prepared:
     close: Callable[[], None] = lambda: None
     timed: Callable[[int], int] | None = None
     note: str = ""
+    follows: bool = False
 
 
 @dataclass

@@ -15,7 +15,8 @@ from typing import Any
 
 from moesim.cost.dense import attention_shape
 from moesim.cost.experts import ExpertPrices
-from moesim.cost.operators import AttentionShape, MoEShape, Operators
+from moesim.cost.operators import AttentionShape, BlockShape, MoEShape, Operators
+from moesim.cost.own import block_shape
 from moesim.dtypes import dtype_bytes
 from moesim.engine_spec import EngineSpec
 from moesim.errors import BadInput, Problem
@@ -97,6 +98,12 @@ class Deployment:
         """The kernel of full-attention layers and that of layers with a window, as far as the model has them."""
         kinds = [kind != "full" for kind in self.model.attention_kind_of_layer]
         return [attention_shape(self.model, self.layout.tp, window) for window in sorted(set(kinds))]
+
+    def block(self) -> BlockShape | None:
+        """A MoE layer's own part on one rank; None where the model has none that kernels here run."""
+        shape = block_shape(self.model, self.layout.tp)
+        wanted = (*MEASURED_DTYPES, "fp16")
+        return shape if shape is not None and {shape.dtype, shape.router_dtype} <= set(wanted) else None
 
     def group_tokens(self, tokens: int) -> int:
         """Tokens that enter an MoE layer together where every data-parallel rank holds `tokens`."""

@@ -157,12 +157,15 @@ def _raise_rates(machine: Machine, points: Sequence[Point], found: Sorted) -> No
 
 
 def _fit_all(grid: Sequence[Samples], base: DeviceProfile) -> list[Fitted]:
-    """Every operator variant that has enough points and physics; the experts' gradients come last."""
+    """Every operator variant that has enough points and physics. The experts' gradients come after the experts, whose
+    row work they use; a block after all, for it is set against the prices of its parts."""
     parts: list[Fitted] = []
     profile = base
-    for s in sorted(grid, key=lambda s: s.op in ("moe_dgrad", "moe_wgrad")):
+    for s in sorted(grid, key=lambda s: (s.op == "block", s.op in ("moe_dgrad", "moe_wgrad"))):
         least = _LEAST_POINTS + (s.op == "moe")  # the table of row work asks for one more
         if s.op in PARAMETERS and len(s.ns) >= least:
+            if s.op == "block":
+                profile = with_fits(base, parts)
             part = fit_operator(s, profile)
             whole = s.extra["kv"] <= s.size[:, 1] if "kv" in s.extra else np.ones(len(s.ns), bool)
             if not whole.all():  # chunks on a prefix shape the physics; residuals are those of whole prompts

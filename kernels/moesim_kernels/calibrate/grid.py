@@ -24,6 +24,7 @@ from moesim_kernels.calibrate.deployment import Deployment
 
 __all__ = [
     "attention_cases",
+    "block_cases",
     "ladder",
     "layer_cases",
     "moe_cases",
@@ -153,6 +154,32 @@ def layer_cases(d: Deployment, device: str, rng: np.random.Generator) -> Iterato
         yield Case("elementwise", {}, {"bytes": moved}, act)
     for i in range(HELD_OUT):
         yield Case("elementwise", {}, {"bytes": _log_uniform(rng, least, most)}, act, role="heldout", seed=i + 1)
+
+
+def block_cases(d: Deployment, rng: np.random.Generator) -> Iterator[Case]:
+    """A MoE layer's own part as a whole: 10 token counts, and held-out ones."""
+    s = d.block()
+    if s is None:
+        return
+    shape: _Sizes = {
+        "hidden": s.hidden,
+        "heads": s.heads,
+        "kv_heads": s.kv_heads,
+        "head_dim": s.head_dim,
+        "experts": s.experts,
+        "top_k": s.top_k,
+        "router_dtype": _name(s.router_dtype),
+        "score": s.score,
+        "groups": s.groups,
+        "top_groups": s.top_groups,
+        "bias": bool(s.bias),
+        "head_norm": bool(s.head_norm),
+    }
+    for tokens in ladder(d.max_tokens, 10):
+        yield Case("block", shape, {"tokens": tokens}, _name(s.dtype))
+    for i in range(HELD_OUT):
+        tokens = _log_uniform(rng, 1, d.max_tokens)
+        yield Case("block", shape, {"tokens": tokens}, _name(s.dtype), role="heldout", seed=i + 1)
 
 
 def _router(d: Deployment, op: str, tokens: int) -> Case:

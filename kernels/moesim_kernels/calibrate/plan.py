@@ -10,7 +10,14 @@ import numpy as np
 from moesim.errors import BadInput
 from moesim_kernels.bench.plan import Case, Plan
 from moesim_kernels.calibrate.deployment import Deployment
-from moesim_kernels.calibrate.grid import attention_cases, layer_cases, moe_cases, stream_cases, training_cases
+from moesim_kernels.calibrate.grid import (
+    attention_cases,
+    block_cases,
+    layer_cases,
+    moe_cases,
+    stream_cases,
+    training_cases,
+)
 
 __all__ = ["make_plan"]
 
@@ -40,6 +47,7 @@ def make_plan(
             *moe_cases(d, device, backend, rng),
             *layer_cases(d, device, rng),
             *attention_cases(d, device, rng),
+            *block_cases(d, np.random.default_rng([seed, at, 1])),
             *(training_cases(d, backend, rng) if training else ()),
         ]
         for case in cases:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from moesim.cost.operators import AttentionShape, RouterShape
+from moesim.cost.operators import AttentionShape, BlockShape, RouterShape
 from moesim_kernels.bench.floors import case_counts, element_bytes, floors, weight_shapes
 from moesim_kernels.bench.log import Point
 from moesim_kernels.bench.plan import Case
@@ -37,7 +37,7 @@ READ_MARGIN = 0.9  # of the least time that the measured ceiling allows; the cei
 FLOP_MARGIN = 0.8  # the reference product is square, and another shape may suit the library a little better
 _MATRICES = 3  # gate, up, down
 _MOE = ("moe", "moe_dgrad", "moe_wgrad")
-FLOP_OPS = ("gemm", "router", "shared_expert", "attention_prefill", "attention_decode", *_MOE)
+FLOP_OPS = ("gemm", "router", "block", "shared_expert", "attention_prefill", "attention_decode", *_MOE)
 _RINGS = ("all_reduce", "all_gather", "reduce_scatter")
 
 
@@ -133,6 +133,27 @@ def _attention_shape(case: Case) -> AttentionShape:
     )
 
 
+def _block_shape(case: Case) -> BlockShape:
+    """The cost model's shape of a block case."""
+    s = case.shape
+    score, groups, top_groups = _choice(case)
+    return BlockShape(
+        hidden=int(s["hidden"]),
+        heads=int(s["heads"]),
+        kv_heads=int(s["kv_heads"]),
+        head_dim=int(s["head_dim"]),
+        experts=int(s["experts"]),
+        top_k=int(s["top_k"]),
+        dtype=case.dtype,
+        router_dtype=str(s["router_dtype"]),
+        score=score,
+        groups=groups,
+        top_groups=top_groups,
+        bias=int(s["bias"]),
+        head_norm=int(s["head_norm"]),
+    )
+
+
 def sort_points(points: Sequence[Point], top: Ceilings) -> Sorted:
     """Refuse what cannot be, and group the rest by operator and variant into samples to fit and held-out samples.
 
@@ -158,7 +179,7 @@ def sort_points(points: Sequence[Point], top: Ceilings) -> Sorted:
 
 def _variant(case: Case) -> str | None:
     """Whose physics a case is fitted with; None for an operator that profiles do not price."""
-    if case.op in ("gemm", "router", "router_backward", *_MOE):
+    if case.op in ("gemm", "router", "router_backward", "block", *_MOE):
         return case.dtype
     if case.op.startswith("attention"):
         return _attention_shape(case).variant
@@ -190,9 +211,11 @@ def curve_key(case: Case) -> Key:
         sizes = (int(s["hidden"]), int(s["intermediate"]), int(s["slots"]), int(s["top_k"]))
         return (*sizes, case.dtype, _MATRICES)
     if case.op in ("router", "router_backward"):
-        score: Literal["softmax", "sigmoid"] = "sigmoid" if s["score"] == "sigmoid" else "softmax"
-        groups = (int(s["groups"]), int(s["top_groups"]))
-        return RouterShape(int(s["hidden"]), int(s["experts"]), int(s["top_k"]), case.dtype, score, *groups).key
+        score, groups, top_groups = _choice(case)
+        three = (int(s["hidden"]), int(s["experts"]), int(s["top_k"]))
+        return RouterShape(*three, case.dtype, score, groups, top_groups).key
+    if case.op == "block":
+        return _block_shape(case).key
     if case.op.startswith("attention"):
         return _attention_shape(case).key
     if case.op == "copy":
@@ -202,6 +225,12 @@ def curve_key(case: Case) -> Key:
     return (int(s["ranks"]),) if case.op in _RINGS else (0,)
 
 
+def _choice(case: Case) -> tuple[Literal["softmax", "sigmoid"], int, int]:
+    """How a router chooses: scores, groups of experts, and how many of them a token may use."""
+    score: Literal["softmax", "sigmoid"] = "sigmoid" if case.shape["score"] == "sigmoid" else "softmax"
+    return score, int(case.shape["groups"]), int(case.shape["top_groups"])
+
+
 def _sizes(case: Case) -> tuple[float, ...]:
     """The sizes on the curve's axes."""
     size = case.size
@@ -209,7 +238,7 @@ def _sizes(case: Case) -> tuple[float, ...]:
         return (float(size["m"]),)
     if case.op in _MOE:
         return (float(size["rows"]),)
-    if case.op in ("router", "router_backward"):
+    if case.op in ("router", "router_backward", "block"):
         return (float(size["tokens"]),)
     if case.op == "attention_decode":
         return float(size["batch"]), float(size["context"])

@@ -16,7 +16,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from moesim.cost.operators import AttentionShape, MoEShape, Operators, RouterShape
+from moesim.cost.operators import AttentionShape, BlockShape, MoEShape, Operators, RouterShape
+from moesim.cost.own import block_ns
 from moesim.hardware import Curve, DeviceProfile, ProfileSpec, RowWork
 from moesim_kernels.fit.curves import Axes, curves, every_size
 from moesim_kernels.fit.physics import dtype_of, fit_physics
@@ -46,8 +47,9 @@ def fit_operator(s: Samples, profile: DeviceProfile, axes_of: Axes = every_size,
     """Physics by least squares on log time over at most `most` points, and residual curves at the sizes of `axes_of`.
 
     `profile` gives the device's rates (hbm, FLOP by dtype, links) and the rows of a MoE block; its curves are not
-    looked at. MoE samples with counts give the row-work table as well (`fit_work`); its gradients use the table that
-    `profile` has, so fit the forward pass first. Raises ValueError for samples of an operator without physics.
+    looked at, but by a `block`, which is set against the prices of its parts: fit those first. MoE samples with counts
+    give the row-work table as well (`fit_work`); its gradients use the table that `profile` has, so fit the forward
+    pass first. Raises ValueError for samples of an operator without physics.
     """
     dtype, table = dtype_of(s), None
     if s.op == "moe" and s.counts is not None:
@@ -110,6 +112,11 @@ def _price(ops: Operators, s: Samples, key: tuple[Any, ...]) -> NDArray[np.float
         return ops.moe_gradient("dgrad" if s.op == "moe_dgrad" else "wgrad", first, active, work, shape).ns
     if s.op in ("router", "router_backward"):
         return ops.router(first, RouterShape(*key), s.op == "router_backward").ns
+    if s.op == "block":
+        shape_of = BlockShape(*key)
+        parts = block_ns(ops, first, shape_of)
+        whole = ops.block(first, parts, shape_of)
+        return parts if whole is None else whole.ns
     if s.op.startswith("attention"):
         length = s.size[:, 1]
         heads = _attention(key, dtype_of(s))

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
-from moesim.cost.operators import AttentionShape, decode_work, prefill_work
+from moesim.cost.operators import AttentionShape, BlockShape, Operators, decode_work, prefill_work
+from moesim.cost.own import block_ns
 from moesim.cost.physics import BACKWARD, Rates, causal_pairs
 from moesim.dtypes import Dtype, dtype_bytes
 from moesim.hardware import DeviceProfile
@@ -54,6 +55,7 @@ PARAMETERS: dict[str, dict[str, Start]] = {
     },
     "router": _GEMM,
     "router_backward": _GEMM,
+    "block": {},  # what its parts add up to on the profile
     "moe": _MOE,
     "moe_dgrad": _MOE,
     "moe_wgrad": _MOE,
@@ -104,7 +106,9 @@ def work_rows(s: Samples, profile: DeviceProfile) -> FloatArray:
 
 
 def physics_ns(s: Samples, values: Mapping[str, float], profile: DeviceProfile) -> FloatArray:
-    """Physics of every sample with these parameters, [points]."""
+    """Physics of every sample with these parameters, [points]; of a block, what `profile` says of its parts."""
+    if s.op == "block":
+        return _blocks(s, profile)
     r, x, dtype = rates(values, dtype_of(s), profile), s.extra, dtype_of(s)
     if s.op == "gemm":
         return np.asarray(r.gemm_ns(s.size[:, 0], x["n"], x["k"], dtype_bytes(dtype)))
@@ -135,6 +139,14 @@ def stream_rate(op: str, key: tuple[Any, ...], profile: DeviceProfile) -> float:
     if op == "storage":
         return profile.node.nvme_bytes_per_s * 1e-9
     return (profile.node.host_bytes_per_s if key[0] == "host" else profile.node.pcie_bytes_per_s) * 1e-9
+
+
+def _blocks(s: Samples, profile: DeviceProfile) -> FloatArray:
+    """The sum of every block's parts."""
+    ops, out = Operators(profile), np.zeros(len(s.ns))
+    for key, rows in s.by_key().items():
+        out[rows] = block_ns(ops, s.size[rows, 0], BlockShape(*key))
+    return out
 
 
 def _prefill(s: Samples, r: Rates) -> FloatArray:
@@ -188,6 +200,8 @@ def fit_physics(
     if name not in PARAMETERS:
         raise ValueError(f"{s.op} has no physics to fit; operators: {', '.join(PARAMETERS)}")
     table = PARAMETERS[name]
+    if not table:
+        return {}
     some = s.where(np.unique(np.linspace(0, len(s.ns) - 1, min(most, len(s.ns))).astype(int)))
     fixed = {**({"switch_rows": 32.0} if name == "gemm@eager" else {}), **(given or {})}
     names = [n for n in table if n not in fixed]

@@ -19,6 +19,7 @@ _KEY_NAMES = {
     **dict.fromkeys(("moe", "moe_dgrad", "moe_wgrad"), ("hidden", "inter", "slots", "top_k", "dtype", "matrices")),
     **dict.fromkeys(("all_reduce", "all_gather", "reduce_scatter"), ("ranks",)),
 }
+_NO_NUMBERS = ("elementwise", "all_to_all", "copy", "storage", "block")
 _GQA = ("kind", "heads", "kv_heads", "dim", "v_dim", "window")
 
 
@@ -28,8 +29,8 @@ class Samples:
 
     op: a name of `moesim.hardware.OPERATORS`. variant: whose physics (`fits` of a profile). key[i]: shape of point i,
     in the order `moesim.cost.operators` documents. size: its sizes on the curve's axes, [points, axes]: gemm rows; moe
-    (token, expert) pairs on the rank; router tokens; attention (batch, length), length being the new tokens of
-    a sequence (prefill) or its context (decode); every other operator bytes. ns: [points].
+    (token, expert) pairs on the rank; router and block tokens; attention (batch, length), length being the new tokens
+    of a sequence (prefill) or its context (decode); every other operator bytes. ns: [points].
 
     extra: numbers by name, each [points]. gemm: n, k. moe: hidden, inter, matrices, active (experts with a row), other
     (pairs of other ranks that the kernel touches). attention: heads, kv_heads, dim, v_dim, window, and kv (keys in
@@ -91,7 +92,7 @@ def sample_points(
     names = _KEY_NAMES.get(op, _GQA)
     if op.startswith("attention") and key and key[0][0] == "mla":
         names = ("kind", "heads")
-    columns = {} if op in ("elementwise", "all_to_all", "copy", "storage") else _columns(key, names)
+    columns = {} if op in _NO_NUMBERS else _columns(key, names)
     histograms = None
     if op.startswith("moe"):
         columns["other"] = np.zeros(len(times))

@@ -48,6 +48,7 @@ PART_OF: Mapping[str, str] = {
     "dispatch": "dispatch",
     "experts": "experts",
     "combine": "combine",
+    "final_norm": "own",
     "lm_head": "head",
     "sampling": "head",
 }
