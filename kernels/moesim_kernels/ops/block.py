@@ -182,7 +182,7 @@ def order(slot_TK: torch.Tensor, first: int, slots: int, rows: int) -> Order:
     which the host knows.
     """
     local_R = slot_TK.flatten() - first
-    key_R = torch.where((local_R >= 0) & (local_R < slots), local_R, slots)
+    key_R = local_R.masked_fill((local_R < 0) | (local_R >= slots), slots)
     sorted_R, choice_R = key_R.sort(stable=True)
     each_E = torch.arange(slots, dtype=sorted_R.dtype, device=sorted_R.device)
     end_E = torch.searchsorted(sorted_R, each_E, right=True, out_int32=True)
