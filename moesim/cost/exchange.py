@@ -125,7 +125,8 @@ class Exchange:
         if self._kind == "ll":
             turns = np.maximum(1.0, np.ceil(own / self.communication.max_dispatch_tokens - 1e-9))
         near, far = ports.nvlink * size / turns, ports.nic * size / turns
-        priced = self._ops.all_to_all(near, far, lay.ranks, lay.nodes, self._top_k, kind, way, sms)  # type: ignore[arg-type]
+        total = ports.nvlink_total * size / turns
+        priced = self._ops.all_to_all(near, far, lay.ranks, lay.nodes, self._top_k, kind, way, sms, total)  # type: ignore[arg-type]
         return priced._replace(ns=priced.ns * turns)
 
     def _coherent(self, own: FloatArray, there_ns: IntArray, grade: U8Array) -> tuple[IntArray, IntArray, U8Array]:

@@ -311,6 +311,7 @@ class Operators:
         kind: SwapKind | Literal["auto"] = "auto",
         way: Way = "dispatch",
         sms: int = 0,
+        total_bytes: ArrayLike | None = None,
     ) -> Priced:
         """One phase of an expert all-to-all, from its busiest ports. kind: see `moesim.cost.swaps`; `auto`: the faster
         of DeepEP's two kernels.
@@ -318,13 +319,14 @@ class Operators:
         nvlink_bytes, nic_bytes: the most bytes that any rank sends or receives at that level, copies counted as the
         kind does (`auto`: once for each other rank, and once for each other node on the NIC). top_k: experts a token,
         which says how many copies the low-latency kernels of `auto` send instead. sms: multiprocessors that run the
-        kernel, 0: as many as it takes by itself.
+        kernel, 0: as many as it takes by itself. total_bytes: over NVLink, of all ranks; None: all ports are as busy.
         """
         near, far = _together(nvlink_bytes, nic_bytes)
+        total = None if total_bytes is None else np.broadcast_to(as_sizes(total_bytes), near.shape)
         if kind == "auto":
             ns, grade = self.swaps.all_to_all(near, far, ranks, nodes, top_k, way, sms)
         else:
-            ns, grade = self.swaps.swap(kind, near, far, ranks, nodes, way, sms)
+            ns, grade = self.swaps.swap(kind, near, far, ranks, nodes, way, sms, total)
         return Priced(np.where((near + far > 0) & (ranks > 1), ns, 0.0), grade)
 
     def copy(

@@ -12,14 +12,17 @@ kernel. Parameters are `fits["all_to_all/KIND"]` of a device profile, whose defa
   the receiving end make combine slower: `combine_launch_ns`, `combine_forward_per_s`, `combine_nic_per_s`.
 - `v2` (DeepEP V2): the same shape; parameters from its README.
 - `ll` (DeepEP's low-latency kernels): no SM is waited for; t = launch + max(n / ..., f / ...).
-- `pairwise` (NCCL's all-to-all, point-to-point): a message to every peer, one after the other, costs peer_ns
-  (nic_peer_ns across nodes) besides its bytes; the two levels work at the same time.
+- `pairwise` (NCCL's or gloo's all-to-all, point-to-point): a message to every peer, one after the other, costs peer_ns
+  (nic_peer_ns across nodes) besides its bytes; the two levels work at the same time. counts_ns: what a dispatch inside
+  a node takes to tell every rank how many rows will come; 0 where it was measured without. shared (0 to 1): how far
+  the ports of a node are one medium, as loopback in one memory is: n is then (1 - shared) of the busiest port's bytes
+  and `shared` of the mean port's. 0: ports of their own, both ways at once.
 - `hierarchical` (Tutel's 2DH, arXiv:2206.03382, figure 15): all-to-all in the node, tokens put together by target node
   (read and written once), all-to-all across nodes: the three in turn, nodes - 1 far messages for each rank.
 
 The launch across nodes grows with log2 of the nodes (`nic_step_ns`). Measured residuals over bytes correct all of it
-where a profile has curves: key (kind, ranks) over n inside a node, key ("KIND/nodes/WAY", ranks) over f across
-nodes, `notify` apart.
+where a profile has curves: key (kind, ranks) over n inside a node, or ("KIND/WAY", ranks) where the ways were measured
+apart, key ("KIND/nodes/WAY", ranks) over f across nodes, `notify` apart.
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "ll": {"launch_ns": 4.3, "nvlink_eff": 0.52, "sms": 0.0, "nic_launch_ns": 4.0, "nic_step_ns": 1.1, "nic_eff": 0.93},
     # across nodes nothing is measured: launch and cost of a peer are assumed
     "pairwise": {"launch_ns": 3.0, "nvlink_eff": 0.6, "sms": 16.0, "peer_ns": 0.09, "nic_launch_ns": 8.0,
+                 "counts_ns": 0.0, "shared": 0.0,
                  "nic_step_ns": 0.0, "nic_peer_ns": 0.4, "nic_eff": 0.85},
 }  # fmt: skip
 """Those of the H100, rounded: `_ns` in launches of a CUDA graph's kernel, `_per_s` (bytes that an SM moves) in shares
@@ -91,18 +95,23 @@ class Swaps:
         nodes: int,
         way: Way = "dispatch",
         sms: int = 0,
+        total: FloatArray | None = None,
     ) -> tuple[FloatArray, U8Array]:
         """One phase of an exchange. near, far: bytes through the busiest NVLink port and NIC, as the kind counts
-        copies. sms: of the kernel, 0: as measured."""
+        copies. sms: of the kernel, 0: as measured. total: bytes over NVLink that all ranks send, None: as many as if
+        all ports were as busy."""
         fit = self._values[kind]
+        if total is not None and nodes == 1 and fit.get("shared", 0.0) > 0:
+            near = near + fit["shared"] * (total / ranks - near)
         if kind == "hierarchical":
             return self._two_level(near, far, ranks, nodes)
         if nodes > 1:
             ns = self.across_ns(kind, near, far, ranks, nodes, way, sms)
             ratio, grade = self._residual(f"{kind}/nodes/{way}", ranks).at((far,))
         else:
-            ns = self.inside_ns(kind, near, ranks, sms)
-            ratio, grade = self._residual(kind, min(ranks, self.profile.node.gpus_per_node)).at((near,))
+            ns = self.inside_ns(kind, near, ranks, sms, way)
+            name = f"{kind}/{way}" if self._known(f"{kind}/{way}") else kind
+            ratio, grade = self._residual(name, ranks).at((near,))
         if sms and sms != fit["sms"] and "sm_per_s" in fit:
             grade = np.maximum(grade, INTERPOLATED)
         return self.notify_ns(kind, nodes) + ns * np.exp(ratio), grade
@@ -117,9 +126,11 @@ class Swaps:
         return int(self._values[kind]["sms"])
 
     # -- physics, residuals and notify apart --------------------------------------------------------------------
-    def inside_ns(self, kind: SwapKind, near: FloatArray, ranks: int, sms: int) -> FloatArray:
+    def inside_ns(self, kind: SwapKind, near: FloatArray, ranks: int, sms: int, way: Way = "dispatch") -> FloatArray:
         fit, node = self._values[kind], self.profile.node
         launch = fit["launch_ns"] + node.nvlink_latency_ns + fit.get("peer_ns", 0.0) * (ranks - 1)
+        if way == "dispatch":
+            launch += fit.get("counts_ns", 0.0)
         wire = near / (node.nvlink_bytes_per_s * fit["nvlink_eff"] * 1e-9)
         if "sm_per_s" not in fit:
             return launch + wire
@@ -177,11 +188,15 @@ class Swaps:
         found = self._residuals.get((kind, ranks))
         if found is None:
             found = residual_of(self.profile, "all_to_all", (kind, ranks), "", self.eager)
-            if not any(c.key[0] == kind for c in self.profile.curves.get("all_to_all", ())):
+            if not self._known(kind):
                 # nothing of the kind was measured here
                 found = Residual(None, "", found.bare if kind in ("normal", "ll") else ASSUMED)
             self._residuals[kind, ranks] = found
         return found
+
+    def _known(self, kind: str) -> bool:
+        """Whether the profile has a curve of this kind."""
+        return any(c.key[0] == kind for c in self.profile.curves.get("all_to_all", ()))
 
     def _undone(
         self, near: FloatArray, far: FloatArray, ranks: int, nodes: int, top_k: int

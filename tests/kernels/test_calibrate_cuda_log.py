@@ -56,7 +56,7 @@ def write_log(plan: Plan, path: Path, facts: dict[str, Any], skip: tuple[str, ..
 
 
 def test_a_log_from_a_gpu_becomes_a_profile_of_that_gpu(plan: Plan, tmp_path: Path) -> None:
-    write_log(plan, tmp_path / "l.jsonl", FACTS, skip=("all_reduce", "all_gather", "reduce_scatter", "all_to_all"))
+    write_log(plan, tmp_path / "l.jsonl", FACTS, skip=("all_reduce", "all_gather", "reduce_scatter", "token_exchange"))
     made = calibrate_log(plan, tmp_path / "l.jsonl", "gpu", "by hand")
     write_profile(tmp_path / "gpu.yaml", made.spec, made.curves)
     profile = load_profile(tmp_path / "gpu.yaml")
@@ -84,7 +84,9 @@ def test_a_log_from_a_gpu_becomes_a_profile_of_that_gpu(plan: Plan, tmp_path: Pa
 def test_links_are_measured_where_ranks_are_and_cases_that_could_not_run_are_told(plan: Plan, tmp_path: Path) -> None:
     rings = [c for c in plan.cases if c.op in ("all_reduce", "all_gather", "reduce_scatter")]
     assert {int(c.shape["ranks"]) for c in rings} == {4}
-    write_log(plan, tmp_path / "l.jsonl", {**FACTS, "device": "Some GPU", "gpus": 8}, skip=("storage", "all_to_all"))
+    write_log(
+        plan, tmp_path / "l.jsonl", {**FACTS, "device": "Some GPU", "gpus": 8}, skip=("storage", "token_exchange")
+    )
     storage = next(c for c in plan.cases if c.op == "storage")
     with (tmp_path / "l.jsonl").open("a") as file:
         file.write(json.dumps({"id": storage.id, "refused": "OSError: no direct reads here"}) + "\n")

@@ -68,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (out / "model.yaml").write_text(MODEL)
     (out / "scenario.yaml").write_text(SCENARIO)
     whole = make_plan([from_scenario(out / "scenario.yaml", [])], "cpu")
-    few = ("storage", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "copy")
+    few = ("storage", "all_reduce", "all_gather", "reduce_scatter", "token_exchange", "copy")
     plan = type(whole)("cpu", tuple(c for c in whole.cases if c.op not in few), 1, whole.note)
     save_plan(plan, out / "p.json")
     command = [sys.executable, "-m", "moesim_kernels.bench", "--plan", str(out / "p.json")]

@@ -19,7 +19,7 @@ from moesim_kernels.bench.errors import BadPlan
 from moesim_kernels.bench.io_cases import IO_BUILDERS, exchange_call
 from moesim_kernels.bench.plan import Case
 from moesim_kernels.bench.pool import Device, Pool, PoolFull
-from moesim_kernels.ops.workers import OPS, Call, Group, WorkerFailed
+from moesim_kernels.ops.workers import EXCHANGES, OPS, Call, Group, WorkerFailed
 
 START_S = 120.0  # a loaded machine takes long to import torch several times
 
@@ -90,6 +90,37 @@ def test_uneven_and_empty_splits(group: Group, dtype: str, composed: bool) -> No
         check(group, Call("all_to_allv", dtype=dtype, splits=splits, composed=composed), seed)
 
 
+def exchanged(call: Call, parts: list[np.ndarray]) -> list[np.ndarray]:
+    """What a dispatch or a combine ends with, rank by rank."""
+    ranks, wide = len(parts), call.width
+    rows = [part.reshape(-1, wide) for part in parts]
+    splits = np.array(call.splits)
+    if call.op == "dispatch":  # rows are copies of the tokens, round and round, in the order of the destinations
+        rows = [part[np.arange(sum(row)) % max(len(part), 1)] for part, row in zip(rows, splits, strict=True)]
+    else:
+        splits = splits.T
+    blocks = [np.split(part, np.cumsum(row)[:-1]) for part, row in zip(rows, splits, strict=True)]
+    return [np.concatenate([blocks[source][to] for source in range(ranks)]).ravel() for to in range(ranks)]
+
+
+@pytest.mark.parametrize("op", EXCHANGES)
+@pytest.mark.parametrize("composed", [False, True], ids=["native", "composed"])
+def test_tokens_travel_to_the_ranks_of_their_experts_and_results_back(group: Group, op: str, composed: bool) -> None:
+    ranks = group.ranks
+    draw = np.random.default_rng(11)
+    tables = [draw.integers(0, 30, (ranks, ranks)), np.zeros((ranks, ranks), dtype=int)]
+    idle = draw.integers(1, 9, (ranks, ranks))
+    idle[1:] = 0  # all other ranks are without tokens, and take part
+    for seed, table in enumerate([*tables, idle, idle.T]):
+        splits = tuple(tuple(int(n) for n in row) for row in table)
+        call = Call(op, splits=splits, composed=composed, width=6, slots=4, top_k=2)
+        parts = given(call, ranks, seed)
+        for got, want in zip(group.values(call, parts), exchanged(call, parts), strict=True):
+            np.testing.assert_array_equal(got, want)
+    assert min(group.rank_ns(call)) > 0
+    group.release(call)
+
+
 @pytest.mark.parametrize("op", ["reduce_scatter", "all_to_all"])
 def test_compositions_equal_numpy(group: Group, op: str) -> None:
     for dtype in ("fp32", "bf16"):
@@ -130,6 +161,7 @@ def test_refuses_what_is_no_collective() -> None:
         {"op": "all_to_allv"},
         {"op": "all_to_allv", "splits": ((1, 1), (1,))},
         {"op": "all_reduce", "composed": True},
+        {"op": "dispatch", "splits": ((1, 1), (1, 1)), "width": 0},
     ):
         with pytest.raises(ValueError, match=r"\w"):
             Call(**wrong)  # type: ignore[arg-type]
@@ -216,8 +248,9 @@ def test_cases_run_a_failed_group_starts_again_and_one_that_stalls_is_given_up(g
     key = ("group", 2, "gloo")
     ended = pool.get(key, 0, lambda: groups.get(2) or live(groups, 2))
     ended.close()  # without effect where a test before this one has killed it
-    for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"):
-        prepared = IO_BUILDERS[op](case_of(op, size=4096), pool.device, pool)
+    for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "token_exchange"):
+        case = exchange_of() if op == "token_exchange" else case_of(op, size=4096)
+        prepared = IO_BUILDERS[op](case, pool.device, pool)
         assert prepared.timed is not None
         assert prepared.timed(0) > 0
         assert prepared.bytes == 4096  # two ranks: all_reduce moves 2 (n-1)/n = 1 times its buffer through a port
@@ -243,6 +276,11 @@ def case_of(op: str, ranks: int = 2, size: int = 64, dtype: str = "bf16", backen
     return Case(op, {"ranks": ranks, "backend": backend}, {"bytes": size}, dtype=dtype)
 
 
+def exchange_of(way: str = "dispatch", size: int = 4096) -> Case:
+    shape = {"ranks": 2, "backend": "gloo", "way": way, "hidden": 8, "slots": 3, "top_k": 2}
+    return Case("token_exchange", shape, {"bytes": size, "spread": "drawn"}, dtype="bf16", seed=3)
+
+
 @pytest.mark.parametrize(
     ("case", "says"),
     [
@@ -250,8 +288,9 @@ def case_of(op: str, ranks: int = 2, size: int = 64, dtype: str = "bf16", backen
         (case_of("all_reduce", dtype="fp8"), "collectives run in"),
         (case_of("all_reduce", ranks=1), "from 2 to"),
         (case_of("all_reduce", backend="nccl"), "use gloo"),
+        (exchange_of(size=100), "whole rows of 8 bf16 elements"),
     ],
-    ids=["part of an element", "fp8", "one rank", "nccl on cpu"],
+    ids=["part of an element", "fp8", "one rank", "nccl on cpu", "part of a row"],
 )
 def test_cases_that_cannot_run_say_why(case: Case, says: str) -> None:
     pool = Pool(Device("cpu"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,14 +13,18 @@ import pytest
 from moesim.communication_spec import CommunicationSpec
 from moesim.cost.exchange import Exchange, Ports
 from moesim.cost.operators import Operators
-from moesim.cost.swaps import Way, undo
+from moesim.cost.swaps import Swaps, Way, undo
 from moesim.cost.touch import touch
 from moesim.errors import BadInput
+from moesim.hardware import INTERPOLATED, Curve
 from moesim.layout import Copies, Layout
 from moesim.memory import RankMemory, deepep_queue_bytes, low_latency_buffer_bytes, rank_memory
 from moesim.model import MoEModel
+from moesim.scenario.load import load_profile
 from moesim.simulate import simulate
 from tests.build import scenario, tiny_model, training_scenario
+
+WAYS = get_args(Way)
 
 
 def build(
@@ -58,6 +63,42 @@ def test_auto_is_the_faster_of_deepeps_two_kernels(tmp_path: Path) -> None:
         ]
         np.testing.assert_allclose(expected, np.minimum(*one_by_one), rtol=1e-12)
         np.testing.assert_array_equal(found, np.rint(expected).astype(np.int64))
+
+
+def pairwise(**fit: float) -> Swaps:
+    """Exchanges over a link of 1 GB/s without latency, and these parameters."""
+    base = load_profile(Path("hw_profiles/cpu_2core.yaml"))
+    node = replace(base.node, nvlink_bytes_per_s=1e9, nvlink_latency_ns=0.0)
+    values = {"launch_ns": 100.0, "peer_ns": 0.0, "nvlink_eff": 1.0, **fit}
+    return Swaps(replace(base, node=node, fits={"all_to_all/pairwise": values}, curves={}), True)
+
+
+def test_a_dispatch_tells_how_many_rows_will_come_and_a_combine_knows() -> None:
+    near, far = np.array([0.0, 1000.0]), np.zeros(2)
+    swaps = pairwise(counts_ns=40.0)
+    np.testing.assert_allclose(swaps.swap("pairwise", near, far, 2, 1, "dispatch")[0], [140.0, 1140.0])
+    np.testing.assert_allclose(swaps.swap("pairwise", near, far, 2, 1, "combine")[0], [100.0, 1100.0])
+
+
+def test_ports_that_share_a_medium_cost_what_all_ranks_send() -> None:
+    near, far = np.array([1000.0, 1000.0]), np.zeros(2)
+    total = np.array([2000.0, 1000.0])  # both ranks send, or one alone
+    for shared, expected in ((0.0, [1100.0, 1100.0]), (0.5, [1100.0, 850.0]), (1.0, [1100.0, 600.0])):
+        swaps = pairwise(shared=shared)
+        np.testing.assert_allclose(swaps.swap("pairwise", near, far, 2, 1, total=total)[0], expected)
+        np.testing.assert_allclose(swaps.swap("pairwise", near, far, 2, 1)[0], [1100.0, 1100.0])
+
+
+def test_ways_that_were_measured_apart_have_curves_of_their_own() -> None:
+    swaps = pairwise()
+    axis, flat = (np.array([1.0, 1e6]),), np.zeros(2)
+    curves = tuple(Curve((f"pairwise/{way}", 2), "pairwise", axis, flat + i) for i, way in enumerate(WAYS, 1))
+    swaps = Swaps(replace(swaps.profile, curves={"all_to_all": curves}), True)
+    near, far = np.array([1000.0]), np.zeros(1)
+    for i, way in enumerate(WAYS, 1):
+        ns, grade = swaps.swap("pairwise", near, far, 2, 1, way)
+        np.testing.assert_allclose(ns, 1100.0 * np.exp(i))
+        assert grade == [INTERPOLATED]
 
 
 def test_experts_split_over_ranks_gather_all_tokens(tmp_path: Path) -> None:

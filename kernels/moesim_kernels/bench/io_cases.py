@@ -17,6 +17,7 @@ from moesim_kernels.bench.errors import BadPlan
 from moesim_kernels.bench.plan import Case
 from moesim_kernels.bench.pool import Device, Pool, Prepared
 from moesim_kernels.ops.copies import DIRECTIONS, DeviceCopy, host_copy
+from moesim_kernels.ops.routing import exchange_splits
 from moesim_kernels.ops.storage import Reader, StoredFile, aligned_buffer
 from moesim_kernels.ops.workers import DTYPES, Call, Group, WorkerFailed
 
@@ -104,6 +105,22 @@ def exchange_call(elements: int, ranks: int, dtype: str) -> Call:
     return Call("all_to_allv", dtype=dtype, splits=splits)
 
 
+def _call_of(case: Case, ranks: int) -> Call:
+    """What a case asks of a group of workers. Raises ValueError where that cannot be."""
+    size = int(case.size["bytes"])
+    elements = size // DTYPES[case.dtype]
+    if case.op == "all_to_all":
+        return exchange_call(elements, ranks, case.dtype)
+    if case.op != "token_exchange":
+        return Call(case.op, elements, case.dtype)
+    hidden, slots, top_k = (int(case.shape[name]) for name in ("hidden", "slots", "top_k"))
+    if elements % hidden:
+        raise ValueError(f"bytes must be whole rows of {hidden} {case.dtype} elements; got {size}")
+    splits = exchange_splits(elements // hidden, ranks, str(case.size["spread"]), case.seed)
+    way = str(case.shape["way"])
+    return Call(way, dtype=case.dtype, splits=splits, width=hidden, slots=slots, top_k=top_k)
+
+
 def _collective(case: Case, device: Device, pool: Pool) -> Prepared:
     """One collective, timed by its slowest rank after a barrier. bytes as in moesim.cost.operators."""
     ranks, backend, size = int(case.shape["ranks"]), str(case.shape["backend"]), int(case.size["bytes"])
@@ -118,9 +135,10 @@ def _collective(case: Case, device: Device, pool: Pool) -> Prepared:
         raise BadPlan("backend nccl needs a plan for cuda; use gloo", where)
     if backend == "nccl" and ranks > (gpus := _gpus()):  # said before processes are started that can only fail
         raise BadPlan(f"nccl runs one process a GPU: {ranks} ranks, and torch sees {gpus}", where)
-    elements = size // DTYPES[case.dtype]
-    exchange = case.op == "all_to_all"
-    call = exchange_call(elements, ranks, case.dtype) if exchange else Call(case.op, elements, case.dtype)
+    try:
+        call = _call_of(case, ranks)
+    except ValueError as error:
+        raise BadPlan(str(error), where) from None
     group = _group(ranks, backend, pool)
     key = ("collective", ranks, backend, call)
     pool.get(key, call.buffer_bytes(ranks), lambda: call)  # the workers' memory counts as the pool's
@@ -135,7 +153,7 @@ def _collective(case: Case, device: Device, pool: Pool) -> Prepared:
         group = _group(ranks, backend, pool)  # a new one where another case broke it
         return group.time_ns(call)
 
-    port = {"all_reduce": 2.0 * (ranks - 1) / ranks, "all_to_all": 1.0}.get(case.op, ranks - 1.0)
+    port = {"all_reduce": 2.0 * (ranks - 1) / ranks, "all_to_all": 1.0, "token_exchange": 1.0}.get(case.op, ranks - 1.0)
     note = "" if group.native[call.op] else f"{backend} has no {call.op}: composed of sends and receives"
     return Prepared(timed, 1, port * size, 0.0, "wall", close=close, timed=timed, note=note)
 
@@ -176,4 +194,5 @@ IO_BUILDERS: dict[str, Callable[[Case, Device, Pool], Prepared]] = {
     "all_gather": _collective,
     "reduce_scatter": _collective,
     "all_to_all": _collective,
+    "token_exchange": _collective,
 }

@@ -37,7 +37,8 @@ _SYNC_S = 1.0
 _QUARTERS = 4
 _COUNTS = ("cpus", "gpus", "sms", "threads", "cache_bytes", "host_memory_bytes", "memory_bytes")
 Normalise = Literal["level", "reference", "none"]
-_OWN_DRIFT = ("copy", "storage", "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "launch")
+_LINKS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "token_exchange")
+_OWN_DRIFT = ("copy", "storage", *_LINKS, "launch")
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ _CHOICES = {
     "memory": ("pinned", "pageable"),
     "mode": ("direct", "buffered", "warm"),  # buffered: after advice to drop the blocks from the page cache
     "backend": ("gloo", "nccl"),
+    "way": ("dispatch", "combine"),
+    "spread": ("even", "one", "drawn"),  # of tokens over ranks: moesim_kernels.ops.routing.exchange_splits
 }
 _FLAGS = ("busy", "graph", "bias", "head_norm")
 _HISTOGRAM = re.compile(r"uniform|balanced|one|zipf:\d{1,2}(\.\d{1,6})?|few:[1-9]\d{0,6}")
@@ -81,6 +83,7 @@ OPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "all_gather": (_RANKS, ("bytes",)),
     "reduce_scatter": (_RANKS, ("bytes",)),
     "all_to_all": (_RANKS, ("bytes",)),
+    "token_exchange": ((*_RANKS, "way", "hidden", "slots", "top_k"), ("bytes", "spread")),
 }
 
 

@@ -24,7 +24,16 @@ from moesim_kernels.bench.log import Point, Record, read_log, read_points, speed
 from moesim_kernels.bench.plan import Plan
 from moesim_kernels.bench.strict import canonical
 from moesim_kernels.calibrate.machine import Machine, machine_of
-from moesim_kernels.calibrate.points import FLOP_OPS, Ceilings, Refused, Sorted, ceilings, least_work, sort_points
+from moesim_kernels.calibrate.points import (
+    FLOP_OPS,
+    Ceilings,
+    Refused,
+    Sorted,
+    ceilings,
+    least_work,
+    priced_as,
+    sort_points,
+)
 from moesim_kernels.fit.conformal import interval, log_error
 from moesim_kernels.fit.curves import curves
 from moesim_kernels.fit.model import Fitted, fit_operator, predict, with_fits
@@ -168,6 +177,8 @@ def _fit_all(grid: Sequence[Samples], base: DeviceProfile) -> list[Fitted]:
                 profile = with_fits(base, parts)
             part = fit_operator(s, profile)
             whole = s.extra["kv"] <= s.size[:, 1] if "kv" in s.extra else np.ones(len(s.ns), bool)
+            if "total" in s.extra:  # so do exchanges of unequal ranks; residuals are those of equal ones
+                whole = np.isclose(s.extra["total"], s.size[:, 0] * s.extra["ranks"])
             if not whole.all():  # chunks on a prefix shape the physics; residuals are those of whole prompts
                 part = replace(part, curves=curves(s.where(whole), part.values, profile))
             parts.append(part)
@@ -258,7 +269,7 @@ def _provenance(
         "points": made.counts,
         "held_out": {j.operator: j.to_json() for j in made.judged},
         "refused": [str(r) for r in made.refused[:20]],
-        "priced_by_physics_alone": sorted({c.op for c in plan.cases if c.op in PARAMETERS} - set(made.curves)),
+        "priced_by_physics_alone": sorted({priced_as(c) for c in plan.cases} & set(PARAMETERS) - set(made.curves)),
         "could_not_run": dict(list(made.failed.items())[:20]),
         "assumed": machine.assumed,
         "sources": {

@@ -310,8 +310,8 @@ def training_cases(d: Deployment, backend: str, rng: np.random.Generator) -> Ite
         yield _moe(d, "moe_wgrad", backend, tokens, kind, role="heldout", seed=i + 1)
 
 
-def stream_cases(device: str, dtypes: Iterable[str], ranks: int) -> Iterator[Case]:
-    """What belongs to the machine and not to a model: ceilings, launch, copies, storage, collectives."""
+def stream_cases(device: str, dtypes: Iterable[str]) -> Iterator[Case]:
+    """What belongs to the machine and not to a model: ceilings, launch, copies, storage."""
     cuda = device == "cuda"
     big = (8 << 30) if cuda else (256 << 20)
     yield Case("read_bandwidth", {}, {"bytes": big}, "fp32", role="ceiling")
@@ -324,12 +324,6 @@ def stream_cases(device: str, dtypes: Iterable[str], ranks: int) -> Iterator[Cas
         yield Case("launch", {"graph": True}, {}, "fp32", role="ceiling")
     yield from _copies(cuda)
     yield from _reads((512 << 20) if cuda else (64 << 20))
-    if cuda and ranks < 2:
-        return
-    shape: _Sizes = {"ranks": ranks if cuda else 2, "backend": "nccl" if cuda else "gloo"}
-    for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all"):
-        for moved in _fours(8, 28 if cuda else 24):
-            yield Case(op, shape, {"bytes": moved}, "fp32")
 
 
 def _fours(least: int, most: int) -> list[int]:

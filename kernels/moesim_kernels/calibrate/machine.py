@@ -97,18 +97,20 @@ def _rate(points: Sequence[Point], op: str, chosen: Callable[[Mapping[str, Any]]
 
 
 def _links(points: Sequence[Point]) -> dict[str, float | None]:
-    """Rate and latency of the link between ranks: the best rate of a port over all collectives, and half of the
-    shortest one's time a hop (the other half is left to its launch).
+    """Rate and latency of the link between ranks: the best rate of a port over all collectives and exchanges, and half
+    of the shortest collective's time a hop (the other half is left to its launch).
     """
     rates, shortest = [], []
     for p in points:
+        if p.case.op == "token_exchange":
+            rates.append(float(p.case.size["bytes"]) / p.ns_median)
         if p.case.op not in ("all_reduce", "all_gather", "reduce_scatter"):
             continue
         ranks = int(p.case.shape["ranks"])
         traffic = 2.0 * (ranks - 1) / ranks if p.case.op == "all_reduce" else ranks - 1.0
         rates.append(float(p.case.size["bytes"]) * traffic / p.ns_median)
         shortest.append(p.ns_median)
-    if not rates:
+    if not shortest:
         return {}
     return {"nvlink_gb_per_s": max(rates), "nvlink_latency_us": min(shortest) / 2e3 / 2.0}
 

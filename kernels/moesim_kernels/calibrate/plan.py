@@ -10,6 +10,7 @@ import numpy as np
 from moesim.errors import BadInput
 from moesim_kernels.bench.plan import Case, Plan
 from moesim_kernels.calibrate.deployment import Deployment
+from moesim_kernels.calibrate.exchange import collective_cases, exchange_cases, ranks_of
 from moesim_kernels.calibrate.grid import (
     attention_cases,
     block_cases,
@@ -49,12 +50,14 @@ def make_plan(
             *attention_cases(d, device, rng),
             *block_cases(d, np.random.default_rng([seed, at, 1])),
             *(training_cases(d, backend, rng) if training else ()),
+            *exchange_cases(d, device, np.random.default_rng([seed, at, 1])),
         ]
         for case in cases:
             found.setdefault(case.id, case)
             dtypes.add(case.dtype)
-        ranks = max(ranks, min(d.layout.ranks, d.layout.gpus_per_node))
-    machine = {case.id: case for case in stream_cases(device, dtypes, ranks)}
+        ranks = max(ranks, ranks_of(d, device))
+    links = collective_cases(device, ranks, np.random.default_rng([seed, len(deployments), 1]))
+    machine = {case.id: case for case in (*stream_cases(device, dtypes), *links)}
     note = {"deployments": [_described(d) for d in deployments], "seed": seed}
     return Plan(device, (*machine.values(), *(c for i, c in found.items() if i not in machine)), threads, note)
 

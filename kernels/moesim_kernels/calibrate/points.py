@@ -19,6 +19,7 @@ from moesim_kernels.bench.floors import case_counts, element_bytes, floors, weig
 from moesim_kernels.bench.log import Point
 from moesim_kernels.bench.plan import Case
 from moesim_kernels.fit.samples import Key, Samples, sample_points
+from moesim_kernels.ops.routing import exchange_splits
 
 __all__ = [
     "FLOP_OPS",
@@ -30,6 +31,7 @@ __all__ = [
     "curve_key",
     "floor_ns",
     "least_work",
+    "priced_as",
     "sort_points",
 ]
 
@@ -168,7 +170,7 @@ def sort_points(points: Sequence[Point], top: Ceilings) -> Sorted:
             continue
         variant = _variant(p.case)
         if variant is not None and p.case.role in ("grid", "heldout"):
-            groups.setdefault((p.case.role, p.case.op, variant), []).append(p)
+            groups.setdefault((p.case.role, priced_as(p.case), variant), []).append(p)
     for (role, op, variant), found in groups.items():
         into = out.grid if role == "grid" else out.held_out
         into.append(_samples(op, variant, found))
@@ -177,12 +179,19 @@ def sort_points(points: Sequence[Point], top: Ceilings) -> Sorted:
     return out
 
 
+def priced_as(case: Case) -> str:
+    """The operator of a profile whose times a case measures."""
+    return "all_to_all" if case.op == "token_exchange" else case.op
+
+
 def _variant(case: Case) -> str | None:
     """Whose physics a case is fitted with; None for an operator that profiles do not price."""
     if case.op in ("gemm", "router", "router_backward", "block", *_MOE):
         return case.dtype
     if case.op.startswith("attention"):
         return _attention_shape(case).variant
+    if case.op == "token_exchange":
+        return "pairwise"
     return "" if case.op in ("elementwise", "copy", "storage", *_RINGS) else None
 
 
@@ -190,6 +199,7 @@ def _samples(op: str, variant: str, points: Sequence[Point]) -> Samples:
     cases = [p.case for p in points]
     kv = [float(c.size["length"]) + float(c.size["prefix"]) for c in cases] if "length" in cases[0].size else None
     counts = [case_counts(c) for c in cases] if op in _MOE else None
+    total = [_sent_bytes(c) for c in cases] if op == "all_to_all" else None
     return sample_points(
         op,
         variant,
@@ -198,8 +208,16 @@ def _samples(op: str, variant: str, points: Sequence[Point]) -> Samples:
         [p.ns_median for p in points],
         counts=counts,
         kv=kv,
+        total=total,
         dtype=cases[0].dtype,
     )
+
+
+def _sent_bytes(case: Case) -> float:
+    """Bytes that all ranks of an exchange send to others."""
+    ranks, row = int(case.shape["ranks"]), int(case.shape["hidden"]) * element_bytes(case.dtype)
+    rows_GG = np.array(exchange_splits(int(case.size["bytes"]) // row, ranks, str(case.size["spread"]), case.seed))
+    return float((rows_GG.sum() - np.trace(rows_GG)) * row)
 
 
 def curve_key(case: Case) -> Key:
@@ -222,6 +240,8 @@ def curve_key(case: Case) -> Key:
         return str(s["direction"]), str(s["memory"]), int(s["streams"]), int(s["busy"])
     if case.op == "storage":
         return str(s["mode"]), int(s["block_bytes"]), int(s["depth"])
+    if case.op == "token_exchange":
+        return f"pairwise/{s['way']}", int(s["ranks"])
     return (int(s["ranks"]),) if case.op in _RINGS else (0,)
 
 

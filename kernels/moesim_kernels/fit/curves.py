@@ -25,7 +25,7 @@ Axes = Callable[[FloatArray], list[list[float]]]
 """Of one shape's sizes [points, axes], the sizes to keep on each axis."""
 
 
-_NO_KERNEL = ("all_reduce", "all_gather", "reduce_scatter", "copy", "storage")
+_NO_KERNEL = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "copy", "storage")
 
 
 def spread(counts: Iterable[float], number: int) -> list[float]:

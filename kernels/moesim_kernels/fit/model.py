@@ -57,9 +57,25 @@ def fit_operator(s: Samples, profile: DeviceProfile, axes_of: Axes = every_size,
         values, table = worked.values, worked.table
         profile = replace(profile, moe_row_work=MappingProxyType({**profile.moe_row_work, dtype: table}))
     else:
-        serial = s.op.startswith("moe") and profile.fit("moe", s.variant, "serial", 0.0)
-        values = fit_physics(s, profile, most, {"serial": 1.0} if serial else {})
+        values = fit_physics(s, profile, most, _given(s, profile))
     return Fitted(s.op, s.variant, dtype, values, curves(s, values, profile, axes_of, _DROP), table)
+
+
+def _given(s: Samples, profile: DeviceProfile) -> dict[str, float]:
+    """Parameters that these samples cannot tell: where gradients run one by one as the forward pass does, and what a
+    peer more costs where all had the same number of ranks, or a count where no dispatch was timed (all of it launch).
+    """
+    if s.op.startswith("moe") and profile.fit("moe", s.variant, "serial", 0.0):
+        return {"serial": 1.0}
+    given = {}
+    if s.op == "all_to_all":
+        if len(set(s.extra["ranks"].tolist())) == 1:
+            given["peer_ns"] = 0.0
+        if len({str(k[0]).rpartition("/")[2] for k in s.key}) == 1:
+            given["counts_ns"] = 0.0
+        if "total" not in s.extra:
+            given["shared"] = 0.0
+    return given
 
 
 def with_fits(profile: DeviceProfile, parts: Iterable[Fitted]) -> DeviceProfile:
@@ -131,6 +147,10 @@ def _price(ops: Operators, s: Samples, key: tuple[Any, ...]) -> NDArray[np.float
         return ops.copy(first, key[0], key[1], key[2], bool(key[3])).ns
     if s.op == "storage":
         return ops.storage(first, key[0], key[1], key[2]).ns
+    if s.op == "all_to_all":
+        kind, _, way = str(key[0]).partition("/")
+        total = s.extra.get("total")
+        return ops.all_to_all(first, 0.0, int(key[1]), 1, 1, kind, way or "dispatch", 0, total).ns  # type: ignore[arg-type]
     return {"all_reduce": ops.all_reduce, "all_gather": ops.all_gather, "reduce_scatter": ops.reduce_scatter}[s.op](
         first, int(key[0]), False
     ).ns

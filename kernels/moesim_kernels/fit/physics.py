@@ -72,6 +72,7 @@ PARAMETERS: dict[str, dict[str, Start]] = {
     "all_reduce": _LINK,
     "all_gather": _LINK,
     "reduce_scatter": _LINK,
+    "all_to_all": {**_LINK, "peer_ns": (1e3, 0, 1e7), "counts_ns": (1e3, 0, 1e7), "shared": (0.5, 0, 1.0)},
     "copy": _STREAM,
     "storage": _STREAM,
 }
@@ -129,6 +130,11 @@ def physics_ns(s: Samples, values: Mapping[str, float], profile: DeviceProfile) 
         rate = np.array([stream_rate(s.op, k, profile) for k in s.key]) * values["eff"]
         return np.asarray(r.launch_ns + moved / rate)
     ranks, node = x["ranks"], profile.node
+    if s.op == "all_to_all":  # moesim.cost.swaps, pairwise in a node
+        counts = np.array([str(k[0]).endswith("dispatch") for k in s.key]) * values["counts_ns"]
+        moved = moved + values["shared"] * (x.get("total", moved * ranks) / ranks - moved)
+        wire = moved / (node.nvlink_bytes_per_s * 1e-9 * values["nvlink_eff"])
+        return np.asarray(r.launch_ns + node.nvlink_latency_ns + counts + values["peer_ns"] * (ranks - 1) + wire)
     traffic, hops = (2.0 * (ranks - 1) / ranks, 2.0) if s.op == "all_reduce" else (ranks - 1, 1.0)
     wire = moved * traffic / (node.nvlink_bytes_per_s * 1e-9 * values["nvlink_eff"])
     return np.asarray(r.launch_ns + node.nvlink_latency_ns * hops * np.log2(ranks) + wire)

@@ -18,8 +18,9 @@ _KEY_NAMES = {
     "router_backward": ("hidden", "experts", "top_k"),
     **dict.fromkeys(("moe", "moe_dgrad", "moe_wgrad"), ("hidden", "inter", "slots", "top_k", "dtype", "matrices")),
     **dict.fromkeys(("all_reduce", "all_gather", "reduce_scatter"), ("ranks",)),
+    "all_to_all": ("kind", "ranks"),
 }
-_NO_NUMBERS = ("elementwise", "all_to_all", "copy", "storage", "block")
+_NO_NUMBERS = ("elementwise", "copy", "storage", "block")
 _GQA = ("kind", "heads", "kv_heads", "dim", "v_dim", "window")
 
 
@@ -34,9 +35,10 @@ class Samples:
 
     extra: numbers by name, each [points]. gemm: n, k. moe: hidden, inter, matrices, active (experts with a row), other
     (pairs of other ranks that the kernel touches). attention: heads, kv_heads, dim, v_dim, window, and kv (keys in
-    all, prefill on a prefix). `sample_points` fills them in. counts: of moe, tokens by expert slot for every point;
-    None: as even as can be over `active`. dtype: what multiplies (empty: the variant says so). source: place in the
-    profile's `curve_sources`. refused: points left out as impossible.
+    all, prefill on a prefix). all_to_all: ranks, total (bytes that all ranks send to others). `sample_points` fills
+    them in. counts: of moe, tokens by expert slot for every point; None: as even as can be over `active`. dtype: what
+    multiplies (empty: the variant says so). source: place in the profile's `curve_sources`. refused: points left out as
+    impossible.
     """
 
     op: str
@@ -76,12 +78,14 @@ def sample_points(
     *,
     counts: Sequence[ArrayLike] | None = None,
     kv: ArrayLike | None = None,
+    total: ArrayLike | None = None,
     dtype: str = "",
 ) -> Samples:
     """Samples with the `extra` that the operator's physics needs, read off the keys.
 
     counts (moe): rows of each expert slot, one array a point; their sum must be the point's size. kv (prefill): keys in
-    all, where a prefix was cached. Raises ValueError where lengths or sums disagree.
+    all, where a prefix was cached. total (all_to_all): bytes that all ranks send to others. Raises ValueError where
+    lengths or sums disagree.
     """
     times = np.asarray(ns, dtype=np.float64)
     sizes = np.asarray(size, dtype=np.float64).reshape(len(times), -1)
@@ -104,6 +108,8 @@ def sample_points(
             columns["active"] = np.array([float((c > 0).sum()) for c in histograms])
     if kv is not None:
         columns["kv"] = np.asarray(kv, dtype=np.float64)
+    if total is not None:
+        columns["total"] = np.asarray(total, dtype=np.float64)
     return Samples(op, variant, [tuple(k) for k in key], sizes, times, 0, columns, 0, histograms, dtype)
 
 

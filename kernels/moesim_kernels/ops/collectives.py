@@ -9,21 +9,16 @@ Run as a module this is a worker of `moesim_kernels.ops.workers.Group`, which se
 
 from __future__ import annotations
 
-import json
-import os
-import queue
-import socket
 import sys
-import threading
 import time
-import warnings
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from moesim_kernels.ops.workers import OPS, Call
+from moesim_kernels.ops.exchange import TokenExchange, all_to_allv, composed_all_to_allv, row_tokens
+from moesim_kernels.ops.worker import serve
+from moesim_kernels.ops.workers import EXCHANGES, OPS, SPLIT, Call
 
 __all__ = [
     "all_gather",
@@ -61,22 +56,6 @@ def all_to_all(out: torch.Tensor, buffer: torch.Tensor) -> None:
     dist.all_to_all_single(out, buffer)
 
 
-def all_to_allv(out: torch.Tensor, buffer: torch.Tensor, received: list[int], sent: list[int]) -> None:
-    """As `all_to_all` with sent[j] elements to rank j and received[i] from rank i; zeros are allowed."""
-    dist.all_to_all_single(out, buffer, received, sent)
-
-
-def composed_all_to_allv(out: torch.Tensor, buffer: torch.Tensor, received: list[int], sent: list[int]) -> None:
-    """`all_to_allv` as a send to and a receive from every other rank, all posted at once."""
-    me = dist.get_rank()
-    from_R, to_R = list(torch.split(out, received)), list(torch.split(buffer, sent))
-    from_R[me].copy_(to_R[me])
-    posts = [dist.P2POp(dist.irecv, part, i) for i, part in enumerate(from_R) if i != me and part.numel()]
-    posts += [dist.P2POp(dist.isend, part, j) for j, part in enumerate(to_R) if j != me and part.numel()]
-    for work in dist.batch_isend_irecv(posts) if posts else []:
-        work.wait()
-
-
 def composed_reduce_scatter(out: torch.Tensor, buffer: torch.Tensor) -> None:
     """`reduce_scatter` as an all-to-all of blocks and a local sum in the buffer's dtype."""
     ranks = dist.get_world_size()
@@ -97,6 +76,19 @@ class _Buffers:
         self.out = torch.full((ends,), float("nan"), dtype=_TORCH[call.dtype], device=device)
         self.sent = list(call.splits[rank]) if call.splits else [call.count] * ranks
         self.received = [row[rank] for row in call.splits] if call.splits else [call.count] * ranks
+        if call.op in EXCHANGES:
+            self._begin_exchange(rank, device)
+
+    def _begin_exchange(self, rank: int, device: torch.device) -> None:
+        """Rows in the order of slots, as many for each slot of a rank as integers allow."""
+        call = self.call
+        self.exchange = TokenExchange(self.native)
+        self.source, self.out = self.source.view(-1, call.width), self.out.view(-1, call.width)
+        self.token_R = row_tokens(call.tokens(rank), sum(self.sent)).to(device)
+        slot_S = torch.arange(call.slots)
+        count = [sent // call.slots + (slot_S < sent % call.slots) for sent in self.sent]
+        self.count_GS = torch.stack(count).to(device)
+        self.exchange.sent_G, self.exchange.received_G = self.sent, self.received
 
     def reset(self) -> None:
         """Before a run: all_reduce works in place, on a fresh copy (else the values double each time)."""
@@ -106,7 +98,7 @@ class _Buffers:
     def run(self) -> None:
         """The collective itself; one that moves nothing anywhere is not called."""
         op = self.call.op
-        if self.call.count == 0 and not any(map(sum, self.call.splits)):
+        if op not in EXCHANGES and self.call.count == 0 and not any(map(sum, self.call.splits)):
             return
         if op == "all_reduce":
             all_reduce(self.out)
@@ -114,6 +106,10 @@ class _Buffers:
             all_gather(self.out, self.source)
         elif op == "reduce_scatter":
             (reduce_scatter if self.native else composed_reduce_scatter)(self.out, self.source)
+        elif op == "dispatch":
+            self.out, _ = self.exchange.dispatch(self.source, self.token_R, self.count_GS)
+        elif op == "combine":
+            self.out = self.exchange.combine(self.source)
         elif op == "all_to_all" and self.native:
             all_to_all(self.out, self.source)
         else:
@@ -124,24 +120,10 @@ class _Buffers:
 class _Rank:
     """A worker's state: its device, which primitives the back end has, and buffers by call."""
 
-    def __init__(self, rank: int, ranks: int, backend: str, meeting: str, timeout_s: float) -> None:
-        self.device = torch.device("cpu")
-        if backend == "nccl":
-            if torch.cuda.device_count() < ranks:
-                have = torch.cuda.device_count()
-                raise RuntimeError(f"nccl runs one process a GPU: {ranks} ranks, {have} CUDA devices here. Use gloo.")
-            self.device = torch.device("cuda", rank)
-            torch.cuda.set_device(self.device)
-        torch.set_num_threads(1)
-        torch.manual_seed(rank)
-        dist.init_process_group(
-            backend,
-            init_method=f"file://{meeting}",
-            rank=rank,
-            world_size=ranks,
-            timeout=timedelta(seconds=timeout_s),
-        )
-        self.native = {op: self._has(op, ranks) for op in OPS}
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.native = {op: self._has(op, dist.get_world_size()) for op in OPS}
+        self.ready: dict[str, Any] = {"native": self.native}
         self._buffers: dict[Call, _Buffers] = {}
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -154,10 +136,10 @@ class _Rank:
             return {"ns": self._time_ns(self._buffers[call])}
         if request["do"] == "values":
             buffers = _Buffers(call, self.device, self.native[call.op])
-            buffers.source.copy_(torch.tensor(request["given"], dtype=torch.float32))
+            buffers.source.copy_(torch.tensor(request["given"], dtype=torch.float32).view(buffers.source.shape))
             buffers.reset()
             buffers.run()
-            return {"values": buffers.out.float().tolist()}
+            return {"values": buffers.out.float().flatten().tolist()}
         self._buffers.pop(call, None)
         return {}
 
@@ -178,7 +160,7 @@ class _Rank:
 
     def _has(self, op: str, ranks: int) -> bool:
         """Whether the back end brings `op`: one that it lacks is refused before anything is sent."""
-        splits = ((1,) * ranks,) * ranks if op == "all_to_allv" else ()
+        splits = ((1,) * ranks,) * ranks if op in SPLIT else ()
         try:
             _Buffers(Call(op, 1, splits=splits), self.device, native=True).run()
         except (RuntimeError, NotImplementedError) as error:
@@ -188,32 +170,5 @@ class _Rank:
         return True
 
 
-def _listen(line: socket.socket, requests: queue.SimpleQueue[dict[str, Any]]) -> None:
-    """Pass the parent's requests on; when the parent is gone end at once, even within a collective."""
-    with line.makefile("rb") as lines:
-        for text in lines:
-            requests.put(json.loads(text))
-    os._exit(0)
-
-
-def _serve(arguments: list[str]) -> None:
-    """Life of a worker: join, tell what the back end has, answer until told to end or until the parent is gone."""
-    fd, rank, ranks, backend, meeting, timeout_s = arguments
-    line = socket.socket(fileno=int(fd))
-    requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(line, requests), daemon=True).start()
-    warnings.simplefilter("ignore")
-    try:
-        state = _Rank(int(rank), int(ranks), backend, meeting, float(timeout_s))
-        line.sendall(json.dumps({"native": state.native}).encode() + b"\n")
-        while (request := requests.get())["do"] != "end":
-            line.sendall(json.dumps(state.answer(request)).encode() + b"\n")
-        dist.destroy_process_group()
-        os._exit(0)  # nothing is left to do, and an orderly end of torch takes a second
-    except Exception as error:  # noqa: BLE001  whatever it is, the parent is told and ends the group
-        line.sendall(json.dumps({"error": f"{type(error).__name__}: {error}"[:2000]}).encode() + b"\n")
-        os._exit(1)
-
-
 if __name__ == "__main__":
-    _serve(sys.argv[1:])
+    serve(sys.argv[1:], _Rank)

@@ -1,4 +1,4 @@
-"""Rows per expert, and which token each row belongs to. numpy alone.
+"""Rows per expert, which token each row belongs to, and rows from rank to rank. numpy alone.
 
 A rank's expert work is told by counts over its slots, not by a number of tokens: under expert parallelism a token may
 have no row here, or several. Suffixes: E slots of this rank, R rows = (token, slot) pairs of this rank.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["assign", "histogram"]
+__all__ = ["assign", "exchange_splits", "histogram"]
 
 MAX_CELLS = 1_000_000_000  # numpy's multivariate_hypergeometric draws from fewer than this many (token, slot) cells
 MAX_ZIPF = 10.0
@@ -102,3 +102,33 @@ def assign(count_E: NDArray[np.int64], tokens: int, seed: int) -> tuple[NDArray[
         return np.zeros(0, dtype=np.int64), expert_R
     circle_T = np.random.default_rng(np.random.SeedSequence([seed, tokens, rows])).permutation(tokens)
     return circle_T[np.arange(rows) % tokens].astype(np.int64), expert_R
+
+
+def exchange_splits(rows: int, ranks: int, kind: str, seed: int) -> tuple[tuple[int, ...], ...]:
+    """Rows that each rank sends to each, [source][destination], so that the busiest port (sending or receiving, a
+    rank's rows for itself left out) has exactly `rows`.
+
+    even: all pairs alike. one: rank 0 has all tokens. drawn: the ranks hold shares of the busiest one's tokens that are
+    drawn evenly from 0 to 1, and destinations are drawn evenly from half to one and a half of their mean. What a rank
+    keeps is its mean share. Raises ValueError for another kind.
+    """
+    if kind not in ("even", "one", "drawn"):
+        raise ValueError(f"rows are spread over ranks even, one or drawn; got {kind!r}")
+    want_GG = np.ones((ranks, ranks))
+    if kind == "one":
+        want_GG[1:] = 0.0
+    if kind == "drawn":
+        rng = np.random.default_rng(np.random.SeedSequence([seed, ranks, rows]))
+        share_G = rng.uniform(0.0, 1.0, ranks)
+        want_GG = (share_G / share_G.max())[:, None] * rng.uniform(0.5, 1.5, ranks)
+    np.fill_diagonal(want_GG, 0.0)
+    want_GG *= rows / max(want_GG.sum(axis=0).max(), want_GG.sum(axis=1).max())
+    sent_GG = np.floor(want_GG + 1e-9).astype(np.int64)
+    while (port_2G := np.stack([sent_GG.sum(axis=1), sent_GG.sum(axis=0)])).max() < rows:
+        short = np.stack([want_GG.sum(axis=1), want_GG.sum(axis=0)]) * (port_2G.max() >= port_2G)
+        way, port = divmod(int(short.argmax()), ranks)
+        line = want_GG[port] - sent_GG[port] if way == 0 else want_GG[:, port] - sent_GG[:, port]
+        other = int(line.argmax())
+        sent_GG[(port, other) if way == 0 else (other, port)] += 1
+    np.fill_diagonal(sent_GG, np.rint(sent_GG.sum(axis=1) / (ranks - 1)).astype(np.int64))
+    return tuple(tuple(int(n) for n in row) for row in sent_GG)
