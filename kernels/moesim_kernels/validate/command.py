@@ -54,14 +54,20 @@ def run(
     settings: Annotated[int, typer.Option(help="Held-out steps.", min=4, max=10_000, metavar="N")] = 44,
     rounds: Annotated[int, typer.Option(help="Times that each is measured.", min=1, max=10_000, metavar="N")] = 9,
     ranks: Annotated[
-        int | None, typer.Option(help="Processes of an expert-parallel group. Default: the scenario's.", min=1, max=64)
+        int | None,
+        typer.Option(
+            help="Processes of an expert-parallel group. Default: the scenario's.", min=1, max=64, metavar="N"
+        ),
     ] = None,
     from_study: Annotated[
         str | None, typer.Option("--from", help="Measure candidates of this study of moesim tune.", metavar="STUDY")
     ] = None,
     storage: Annotated[str, typer.Option(help="Where studies are kept.", metavar="URL")] = "sqlite:///results/tune.db",
     top: Annotated[
-        int, typer.Option(help="Candidates: the N best, N of the middle, N at random, the default.", min=1, max=50)
+        int,
+        typer.Option(
+            help="Candidates: the N best, N of the middle, N at random, the default.", min=1, max=50, metavar="N"
+        ),
     ] = 5,
     again: Annotated[bool, typer.Option("--again", help="Measure once more, and say whether both agree.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where torch finds it.")] = None,

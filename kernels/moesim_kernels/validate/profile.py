@@ -83,6 +83,7 @@ def profile_facts(profile: DeviceProfile, source: str) -> dict[str, Any]:
         "torch": versions.get("torch") if isinstance(versions, Mapping) else None,
         "date": None if said.get("date") is None else str(said["date"]),
         "psi_percent": said.get("psi_percent"),
+        "reference_drift": said.get("reference_drift"),
     }
 
 

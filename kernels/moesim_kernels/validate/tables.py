@@ -52,15 +52,15 @@ def _bounds(report: Mapping[str, Any]) -> Table:
 def _bound_row(b: Mapping[str, Any]) -> tuple[str, ...]:
     form = _percent if b["at"] == "most" else _number
     sign = "<=" if b["at"] == "most" else ">="
-    state = ("met" if b["met"] else "missed") + ("" if b["binds"] else f", does not bind: {b['why_not']}")
+    state = ("met" if b["met"] else "missed") + ("" if b["binds"] else f" ({b['why_not']})")
     return b["figure"], form(b["found"]), f"{sign} {form(b['bound'])}", state
 
 
 def _coverage_row(c: Mapping[str, Any]) -> tuple[str, ...]:
     low, high = c["clopper_pearson_95"]
     share = f"{c['inside']}/{c['settings']}, {low:.0%} to {high:.0%}"
-    width = f"{c['state']}; half width {_percent(c['median_half_width'])}"
-    return f"intervals of {c['level']:.0%} that hold", share, f"{c['level']:.0%} in it", width
+    width = f"{c['state']}, +-{_percent(c['median_half_width'])}"
+    return "90% intervals that hold", share, f"{c['level']:.0%} in it", width
 
 
 def _wrong(found: Sequence[Mapping[str, Any]]) -> Table:
