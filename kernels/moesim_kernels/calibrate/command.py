@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moesim_kernels.bench.plan import Plan
     from moesim_kernels.calibrate.deployment import Deployment
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "device_of", "seconds_of"]
 
 DEFAULT_OUT = Path("hw_profiles/this_machine.yaml")
 
@@ -99,7 +99,7 @@ def calibrate(
 
     wanted = _Wanted(scenario, model, parallel, (max_batched_tokens, max_seqs, max_context), dtype)
     with _as_bad_input():
-        seconds = _seconds(budget)
+        seconds = seconds_of(budget)
         if from_log is not None:
             _refuse_beside_from(wanted, plan_only, log, fresh)
             check_target(out)
@@ -107,7 +107,7 @@ def calibrate(
 
             _finish(load_plan(from_log[0]), from_log[1], out, quiet, as_json)
             return
-        kind = _device(device, needs_torch=plan_only is None)
+        kind = device_of(device, needs_torch=plan_only is None)
         plan = _plan(wanted, kind, threads, _backend(backend, kind), training, seed)
         if plan_only is not None:
             _write_plan_only(plan, plan_only, seconds, quiet)
@@ -135,7 +135,7 @@ def _bad(option: str, message: str) -> Exception:
     return BadInput(Problem(option, message))
 
 
-def _seconds(text: str) -> float:
+def seconds_of(text: str, option: str = "--budget") -> float:
     """`90s`, `5m`, `1h`, or a number of seconds. Raises BadInput."""
     units = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
     number = text.strip().rstrip("smhin")
@@ -143,9 +143,9 @@ def _seconds(text: str) -> float:
     try:
         seconds = float(number) * units[unit]
     except (KeyError, ValueError):
-        raise _bad("--budget", f"a time such as 90s, 5m or 1h is needed, got {text!r:.60}") from None
+        raise _bad(option, f"a time such as 90s, 5m or 1h is needed, got {text!r:.60}") from None
     if not 1.0 <= seconds <= 86_400.0:
-        raise _bad("--budget", f"from 1s to 24h can be spent, got {text!r:.60}; 5m is a good start")
+        raise _bad(option, f"from 1s to 24h can be spent, got {text!r:.60}; 5m is a good start")
     return seconds
 
 
@@ -161,7 +161,7 @@ def _refuse_beside_from(wanted: _Wanted, plan_only: Path | None, log: Path | Non
         raise _bad("--from", f"the plan says what was measured; leave out {', '.join(named)}")
 
 
-def _device(name: str | None, needs_torch: bool) -> str:
+def device_of(name: str | None, needs_torch: bool) -> str:
     """cpu or cuda; without a name, what torch finds (a plan alone is for a CPU then, and needs no torch)."""
     from moesim_kernels.calibrate.run import require_torch
 

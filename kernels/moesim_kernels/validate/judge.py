@@ -43,11 +43,16 @@ class Measured:
 
 
 def measured_of(
-    predictions: Predictions, record: Record, names: Sequence[str] | None = None, bounds: Bounds | None = None
+    predictions: Predictions,
+    record: Record,
+    names: Sequence[str] | None = None,
+    bounds: Bounds | None = None,
+    thread: bool = False,
 ) -> Measured:
     """The samples of `names` (None: of all that has samples), by the clock that can be trusted: the wall where the
-    machine was quiet, else the thread's CPU time where there is one. Raises BadInput for samples of unknown settings
-    and where nothing was measured.
+    machine was quiet, else the thread's CPU time where there is one (always with `thread`).
+
+    Raises BadInput for samples of unknown settings and where nothing was measured.
     """
     known = {p.name: p for p in predictions.settings}
     strangers = sorted({s.setting for s in record.samples} - set(known))
@@ -66,7 +71,7 @@ def measured_of(
     seen = [s.psi for s in samples if s.psi is not None]
     psi = float(np.median(seen)) if seen else None
     quiet = (psi is None or psi < MAX_PSI) and _firm(wall, bounds)
-    by_cpu = not quiet and all(s.cpu_ns > 0 for s in samples)
+    by_cpu = (thread or not quiet) and all(s.cpu_ns > 0 for s in samples)
     found = levels([s.cpu_ns for s in samples], at_M, len(predicted), drifts) if by_cpu else wall
     clock = "thread CPU" if by_cpu else "wall"
     parts = _part_levels(samples, at_M, found.drift_M, len(predicted), by_cpu)
@@ -85,16 +90,10 @@ def _firm(found: Levels, bounds: Bounds | None) -> bool:
 def _part_levels(
     samples: Sequence[Sample], at_M: IntArray, drift_M: FloatArray, settings: int, by_cpu: bool
 ) -> dict[str, FloatArray]:
-    """[N] by part; 0 where a part was not timed. By CPU time where it was taken by part; else the wall's, scaled as the
-    sample's CPU time is to its wall time."""
+    """[N] by part, by the step's clock where a sample has both; 0 where a part was not timed."""
     out: dict[str, FloatArray] = {}
     for part in sorted({name for s in samples for name in s.part_ns}):
-        ns = []
-        for s in samples:
-            if by_cpu and s.part_cpu_ns:
-                ns.append(s.part_cpu_ns.get(part, 0.0))
-            else:
-                ns.append(s.part_ns.get(part, 0.0) * (s.cpu_ns / s.wall_ns if by_cpu else 1.0))
+        ns = [(s.part_ns if by_cpu or not s.part_wall_ns else s.part_wall_ns).get(part, 0.0) for s in samples]
         clean = np.array(ns) / drift_M
         out[part] = np.array([np.median(clean[at_M == n]) for n in range(settings)])
     return out
@@ -108,7 +107,8 @@ def judge(predictions: Predictions, record: Record) -> dict[str, Any]:
     m = measured_of(predictions, record, plain, bounds)
     predicted = np.array([p.ns for p in m.predicted], float)
     parts = _parts(m)
-    wrong = findings(parts)
+    profile = predictions.facts["profile"]
+    wrong = findings(parts, float(profile["speed_error"]), _reference_drift(profile, record))
     step = _errors(predicted, m.levels.ns_N)
     layer = _layer(m)
     tied = tied_NN(m.levels.ns_N, m.levels.half_width_N)
@@ -146,6 +146,13 @@ def _errors(predicted_N: FloatArray, measured_N: FloatArray) -> dict[str, Any]:
         "p90": round(float(np.quantile(np.abs(error), 0.9)), 5),
         "bias": round(float(np.median(error)), 5),
     }
+
+
+def _reference_drift(profile: Mapping[str, Any], record: Record) -> float:
+    """The larger of the calibration's and the measurement's; 1 where neither ran a reference."""
+    seen = [s.reference_ns for s in record.samples if s.reference_ns]
+    here = float(np.percentile(seen, 90) / np.percentile(seen, 10)) if seen else 1.0
+    return max(here, float(profile.get("reference_drift") or 1.0))
 
 
 def _by_kind(m: Measured) -> dict[str, Any]:
@@ -331,8 +338,8 @@ def _bounds(report: Mapping[str, Any], bounds: Bounds, quiet: bool) -> list[dict
         enough = found["settings"] >= LEAST_SETTINGS
         rows.append(_bound(f"{what} time, median error", found["median"], bounds.median, True, quiet, enough))
         if bounds.p90 is not None:
-            rows.append(_bound(f"{what} time, 90th percentile", found["p90"], bounds.p90, True, quiet, enough))
-        rows.append(_bound(f"{what} time, Kendall tau-b", tau, bounds.tau, False, quiet, enough))
+            rows.append(_bound(f"{what} time, p90 error", found["p90"], bounds.p90, True, quiet, enough))
+        rows.append(_bound(f"{what} time, tau-b", tau, bounds.tau, False, quiet, enough))
     return rows
 
 

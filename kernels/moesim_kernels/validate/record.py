@@ -4,8 +4,9 @@
     {"setting": NAME, "round": R, "wall_ns": ..., "cpu_ns": ..., "part_ns": {...}, "psi": ..., "reference_ns": ...}
     {"end": {...}}
 
-A last line without its newline is torn and ignored; any other broken line is an error with its number. `part_cpu_ns`
-may stand beside `part_ns`; other keys are for people and left alone. Reading needs no torch.
+A last line without its newline is torn and ignored; any other broken line is an error with its number. `part_ns` is
+in CPU time where `cpu_ns` is above 0; `part_wall_ns` may stand beside it. Other keys are for people and left alone.
+Reading needs no torch.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Sample:
     wall_ns: float
     cpu_ns: float
     part_ns: Mapping[str, float]
-    part_cpu_ns: Mapping[str, float]
+    part_wall_ns: Mapping[str, float]
     psi: float | None
     reference_ns: float | None
 
@@ -100,8 +101,8 @@ def _head(value: Mapping[str, Any], seal: str | None, where: str) -> Record:
 def _sample(value: Mapping[str, Any], where: str) -> Sample:
     if type(value["setting"]) is not str or type(value.get("round")) is not int or value["round"] < 0:
         raise BadPlan(f"a sample names its setting and its round. {_MEND}", where)
-    parts, parts_cpu = value.get("part_ns", {}), value.get("part_cpu_ns", {})
-    if not isinstance(parts, dict) or not isinstance(parts_cpu, dict):
+    parts, parts_wall = value.get("part_ns", {}), value.get("part_wall_ns", {})
+    if not isinstance(parts, dict) or not isinstance(parts_wall, dict):
         raise BadPlan(f"part_ns holds times by part. {_MEND}", where)
     return Sample(
         setting=value["setting"],
@@ -109,7 +110,7 @@ def _sample(value: Mapping[str, Any], where: str) -> Sample:
         wall_ns=_ns("wall_ns", value.get("wall_ns"), where, above=True),
         cpu_ns=_ns("cpu_ns", value.get("cpu_ns"), where),
         part_ns={str(k): _ns(f"part_ns.{k}", v, where) for k, v in parts.items()},
-        part_cpu_ns={str(k): _ns(f"part_cpu_ns.{k}", v, where) for k, v in parts_cpu.items()},
+        part_wall_ns={str(k): _ns(f"part_wall_ns.{k}", v, where) for k, v in parts_wall.items()},
         psi=None if value.get("psi") is None else _ns("psi", value["psi"], where),
         reference_ns=None if value.get("reference_ns") is None else _ns("reference_ns", value["reference_ns"], where),
     )

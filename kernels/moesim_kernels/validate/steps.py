@@ -85,17 +85,16 @@ def _described(batch: Batch, chunks: list[Chunk], paused: list[int]) -> Setting:
 def representative_steps(
     prepared: Prepared, count: int, seed: int, name: str, overrides: tuple[str, ...]
 ) -> Representative:
-    """Simulate what was prepared (its engine without run-ahead) and draw `count` of its steps; they are called
+    """Simulate what was prepared (the engine without run-ahead) and draw `count` of its steps; they are called
     `name`step-01 and so on, and carry `overrides`. Raises BadInput where nothing was served."""
     deployment = prepared.deployment
     assert deployment is not None
-    if deployment.run_ahead:
-        raise ValueError("steps are drawn one by one: engine.run_ahead=false")
     rng = generator(seed, f"validate/steps/{name}")
     if len(set(map(id, deployment.pricers))) > 1:
         raise BadInput("groups that step apart are drawn from one by one; validate one of them", "parallel")
     watched = _Reservoirs(deployment.pricers[0], rng, [None] * count)
-    outcome = run(prepared.stream, replace(deployment, pricers=[watched] * len(deployment.pricers)))
+    one_by_one = replace(deployment, pricers=[watched] * len(deployment.pricers), run_ahead=False)
+    outcome = run(prepared.stream, one_by_one)
     done = outcome.requests.completed
     kept = [one for one in watched.kept if one is not None]
     if not done.any() or not kept:

@@ -5,6 +5,10 @@ they do not average away over settings: the median of ln(measured / predicted) o
 else but what is left of the noise. Where it lies beyond three of the stated sigmas and the median's own interval, and
 is large enough to matter for the step, the profile (or what the simulator makes of it) does not describe this machine.
 
+On a busy machine speed changes by more than a profile's `speed_error` says (two threads of one core, say). How much is
+seen in the reference product that a calibration runs all along: 90th over 10th percentile of its times, which are
+2.563 sigmas of a normal distribution apart. The larger of the two sigmas counts.
+
 Legend: N settings, P operators.
 """
 
@@ -25,6 +29,7 @@ __all__ = ["Finding", "PartTimes", "blame", "findings"]
 
 SIGMAS_BEYOND = 3.0
 LEAST_SETTINGS = 5
+_DECILES = 2.563
 LEAST_EFFECT = 0.05
 """on the step: what a part is off by, at its share"""
 
@@ -72,18 +77,22 @@ class Finding:
         }
 
 
-def findings(parts: Sequence[PartTimes]) -> list[Finding]:
+def findings(parts: Sequence[PartTimes], speed_error: float = 0.0, reference_drift: float = 1.0) -> list[Finding]:
     """Of every part the stratum (all settings, or those of one kind) in which it is off most, if it is; the one with
-    the largest effect first."""
+    the largest effect first. speed_error: that the parts' intervals contain; reference_drift: 90th over 10th percentile
+    of the reference product's times, of the calibration or of the measurement, whichever is larger."""
     out = []
+    more = max(0.0, (np.log(max(reference_drift, 1.0)) / _DECILES) ** 2 - speed_error**2)
     for part in parts:
-        found = [one for where in ("all", *sorted(set(part.kind_N))) if (one := _look(part, where)) is not None]
+        kinds = ("all", *sorted(set(part.kind_N)))
+        found = [one for where in kinds if (one := _look(part, where, float(more))) is not None]
         if found:
             out.append(max(found, key=lambda f: f.effect))
     return sorted(out, key=lambda f: -f.effect)
 
 
-def _look(part: PartTimes, where: str) -> Finding | None:
+def _look(part: PartTimes, where: str, variance: float) -> Finding | None:
+    """variance: of ln(speed), beyond what the part's interval has in it."""
     chosen = np.array([where in ("all", kind) for kind in part.kind_N])
     count = int(chosen.sum())
     if count < LEAST_SETTINGS:
@@ -91,7 +100,8 @@ def _look(part: PartTimes, where: str) -> Finding | None:
     log_N = np.log(part.measured_N[chosen] / part.predicted_N[chosen])
     off = float(np.median(log_N))
     noise = median_half_width(np.exp(log_N), generator(0, f"validate/wrong/{part.part}/{where}"))
-    allowed = SIGMAS_BEYOND / SIGMAS * float(np.median(part.half_width_N[chosen])) + noise
+    sigma = np.sqrt((float(np.median(part.half_width_N[chosen])) / SIGMAS) ** 2 + variance)
+    allowed = SIGMAS_BEYOND * float(sigma) + noise
     effect = float(np.median(part.share_N[chosen])) * abs(1.0 - np.exp(-off))
     if abs(off) <= allowed or effect < LEAST_EFFECT:
         return None
