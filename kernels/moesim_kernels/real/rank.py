@@ -131,6 +131,9 @@ class RealRank:
         cache_bytes = m.num_layers * layer_bytes(self.heads, item, tokens)
         slot_LS = self.placement.slot_to_expert_LS[:, self.first : self.first + self.slots]
         values = Values(self.seed, self.device)
+        shared_cache = share is not None and share.weights.model == m and share.cache.tokens >= tokens
+        if not shared_cache:
+            self._require(cache_bytes, f"a KV cache of {tokens:,} tokens")
         borrowed = ""
         if share is not None and share.holds(m, slot_LS, self.seed, self.device):
             self.weights = share.weights
@@ -140,10 +143,9 @@ class RealRank:
         else:
             room = self._free_bytes() - cache_bytes - self.step_bytes(engine.max_num_batched_tokens)
             self.weights = RankWeights(m, slot_LS, self.seed, self.device, room)
-        if share is not None and share.weights.model == m and share.cache.tokens >= tokens:
+        if share is not None and shared_cache:
             self.cache = share.cache
         else:
-            self._require(cache_bytes, f"a KV cache of {tokens:,} tokens")
             self.cache = KvCache(m.num_layers, self.heads, tokens, values, self.weights.dtype)
         if cache_tokens is None:
             self.cache.arrange(engine.max_num_seqs, context)
