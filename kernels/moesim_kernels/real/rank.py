@@ -105,7 +105,10 @@ class RealRank:
         self._known_to_fit = 0
         self._next: dict[int, tuple[int, int]] = {}
         self._token_cache: dict[int, IntArray] = {}
-        self._stand_ins()
+        self._foreign: tuple[Any, Any, Any] = (None, None, None)
+        self._masks: dict[tuple[int, int, int], Any] = {}
+        self.busy: Any = None
+        self.graph_pool: Any = None
 
     def _found(self, device: str) -> Any:
         import torch
@@ -163,8 +166,13 @@ class RealRank:
     def _free_bytes(self) -> int:
         kind = "cuda" if self.on_cuda else "cpu"
         fraction = _CUDA_FRACTION if self.on_cuda else _HOST_FRACTION
-        found = Device.find(kind, self.threads, self.device.index or 0, fraction)
-        return found.capacity_bytes - _REST_BYTES[kind]
+        free = Device.find(kind, self.threads, self.device.index or 0, fraction).capacity_bytes
+        if self.on_cuda:
+            import torch
+
+            index = self.device.index
+            free += torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)  # freed, and kept by torch
+        return free - _REST_BYTES[kind]
 
     def _require(self, bytes_: int, what: str) -> None:
         free = self._free_bytes()
@@ -196,14 +204,6 @@ class RealRank:
         ]
         self.how, self.how_rows = how
 
-    def _stand_ins(self) -> None:
-        """Random numbers for what a group would send, made once."""
-        self._foreign_AH: Any = None
-        self._returned_TH: Any = None
-        self._foreign_gate: Any = None
-        self.busy: Any = None
-        self.graph_pool: Any = None
-
     def _random(self, kept: Any, rows: int, dtype: Any, *width: int) -> Any:
         """At least `rows` rows of numbers, `kept` where it is large enough."""
         import torch
@@ -229,7 +229,6 @@ class RealRank:
         What a request has in the cache and was not computed here is drawn. Raises BadInput for work of another
         deployment or a cache that is full, Infeasible where the step does not fit into memory.
         """
-        import torch
 
         if work.num_slots != self.placement.num_slots or work.ranks != self.ranks:
             raise BadInput(
@@ -262,16 +261,21 @@ class RealRank:
             arriving=tuple(Arriving(to(s), int(((s >= self.first) & (s < last)).sum())) for s in slot_L),
         )
         if self.alone:
-            most = max(a.slot_AK.shape[0] for a in loaded.arriving)
-            hidden, dtype = self.model.hidden_size, self.weights.dtype
-            self._foreign_AH = self._random(self._foreign_AH, most, dtype, hidden)
-            self._returned_TH = self._random(self._returned_TH, len(own), dtype, hidden)
-            self._foreign_gate = self._random(self._foreign_gate, most * self.model.top_k, torch.float32)
+            loaded.foreign = self._stand_ins(len(own), max(a.slot_AK.shape[0] for a in loaded.arriving))
         if self.on_cuda and (self.lone or self.alone):
             from moesim_kernels.real.graphs import capture
 
             capture(self, loaded)
         return loaded
+
+    def _stand_ins(self, tokens: int, arriving: int) -> tuple[Any, Any, Any]:
+        """Random numbers for what the group would send: states that arrive, results that come back, gates of theirs."""
+        import torch
+
+        hidden, dtype, (states, returned, gates) = self.model.hidden_size, self.weights.dtype, self._foreign
+        states, returned = self._random(states, arriving, dtype, hidden), self._random(returned, tokens, dtype, hidden)
+        self._foreign = states, returned, self._random(gates, arriving * self.model.top_k, torch.float32)
+        return self._foreign
 
     def _require_step(self, tokens: int) -> None:
         if tokens > self._known_to_fit:
@@ -381,9 +385,16 @@ class RealRank:
         since = max(0, group.context - group.tokens - window + 1) if window else 0  # the first token's earliest key
         seen = cache[:, group.row : group.row + 1, :, since : group.context]
         total = group.context - since
-        mask = window_mask(group.tokens, total, window, self.device) if 0 < window < total else None
+        mask = self._mask(group.tokens, total, window) if 0 < window < total else None
         out = prefill_gqa(query.transpose(0, 1).unsqueeze(0), seen[0], seen[1], mask)
         return out.transpose(1, 2).reshape(group.tokens, wide)
+
+    def _mask(self, length: int, total: int, window: int) -> Any:
+        """The mask of a chunk under a window, made once."""
+        key = (length, total, window)
+        if key not in self._masks:
+            self._masks[key] = window_mask(length, total, window, self.device)
+        return self._masks[key]
 
     def after(self, layer: int, attended_TM: Any) -> None:
         """From the attention kernel to the experts: norm, gates, shared experts; the order of rows, where they are this
@@ -403,24 +414,24 @@ class RealRank:
         if self.lone or self.alone:
             arriving = self._at.arriving[self._moe_of[layer]]
             self.order = block.order(arriving.slot_AK, self.first, self.slots, arriving.rows)
-            flat = self._foreign_gate if self.alone else self.gate_TK.flatten()
+            flat = self._at.foreign[2] if self.alone else self.gate_TK.flatten()
             self.gate_R = flat[self.order.choice_R]
 
     def local(self, layer: int) -> None:
         """The experts of a lone rank, or of one that plays alone, as `moe_local` runs them; then the sum."""
         out_TH = self.experts_of(layer, self.order, self.gate_R)
         self.sections.lap("experts")
-        self.hidden_TH = self._returned_TH[: self._at.tokens] if self.alone else out_TH
+        self.hidden_TH = self._at.foreign[1][: self._at.tokens] if self.alone else out_TH
         if self.shared_TH is not None:
             self.hidden_TH = self.hidden_TH + self.shared_TH
             self.sections.lap("own")
 
     def experts_of(self, layer: int, order: block.Order, gate_R: Any) -> Any:
         """Rows gathered, multiplied and summed by token: of own tokens, or of those that arrive."""
-        w = self.weights.layers[layer]
-        states = self.normed_TH
-        if self.alone:
-            states = self._foreign_AH[: self._at.arriving[self._moe_of[layer]].slot_AK.shape[0]]
+        w, arriving = self.weights.layers[layer], self._at.arriving[self._moe_of[layer]]
+        states = self._at.foreign[0][: arriving.slot_AK.shape[0]] if self.alone else self.normed_TH
+        if not arriving.rows:
+            return states.new_zeros(states.shape)
         return moe_local(states, order.token_R, gate_R, order.end_E, w.w13_SMH, w.w2_SHI, self.how)
 
     def experts(self, layer: int, row_RH: Any, slot_R: Any) -> Any:
