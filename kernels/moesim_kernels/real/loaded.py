@@ -90,7 +90,8 @@ class Arriving:
 class Loaded:
     """A step ready to run. own_N: its own tokens in the order they are computed, as places in the StepWork. layers: the
     cache's tensors as they were arranged. sampled_S: own tokens that get logits; request_S theirs. arriving: one a MoE
-    layer. chosen_S: the step's greedy choices, once it has run. remark: about how it is timed."""
+    layer. foreign: what stands in for a group's states, results and gates where a rank plays alone. chosen_S: greedy
+    choices of the step, once it has run. remark: about how it is timed."""
 
     work: StepWork
     own_N: IntArray
@@ -102,6 +103,7 @@ class Loaded:
     request_S: tuple[int, ...]
     position_S: tuple[int, ...]
     arriving: tuple[Arriving, ...]
+    foreign: tuple[Any, Any, Any] = (None, None, None)
     chosen_S: list[int] = field(default_factory=list)
     remark: str = ""
     graphs: Any = None

@@ -71,10 +71,11 @@ class RealRank:
         alone: bool = False,
         cache_tokens: int | None = None,
         share: RealRank | None = None,
+        any_values: bool = False,
     ) -> None:
         """alone: this device plays `rank` of a larger group by itself. cache_tokens: room of the KV cache, by default
-        every sequence of `engine.max_num_seqs` at full length. share: another rank on this device, whose weights are
-        taken where they are the same.
+        every sequence of `engine.max_num_seqs` at full length; with a number call `arrange` before `load`. share:
+        another rank on this device, whose weights are taken where they are the same; any_values: or of its shapes.
 
         Raises BadInput for what is not executed or a device that is not there, Infeasible for what does not fit.
         """
@@ -99,12 +100,15 @@ class RealRank:
         self.heads, self.gates = heads_of(self.model), gates_of(self.model)
         self.sections = Sections(thread=threads == 1 and not self.on_cuda)
         self._moe_of = {layer: i for i, layer in enumerate(self.model.moe_layers)}
-        self._weigh(cache_tokens, share)
+        self._weigh(cache_tokens, share, any_values)
         self._choose_kernels(backend)
         self._known_to_fit = 0
         self._next: dict[int, tuple[int, int]] = {}
         self._token_cache: dict[int, IntArray] = {}
-        self._stand_ins()
+        self._foreign: tuple[Any, Any, Any] = (None, None, None)
+        self._masks: dict[tuple[int, int, int], Any] = {}
+        self.busy: Any = None
+        self.graph_pool: Any = None
 
     def _found(self, device: str) -> Any:
         import torch
@@ -121,7 +125,7 @@ class RealRank:
         return found
 
     # -- what is held -------------------------------------------------------------------------------------------
-    def _weigh(self, cache_tokens: int | None, share: RealRank | None) -> None:
+    def _weigh(self, cache_tokens: int | None, share: RealRank | None, any_values: bool) -> None:
         """Weights and cache, within the memory that is free."""
         m, engine = self.model, self.prepared.result.scenario.engine
         context = engine.max_model_len or m.max_position_embeddings
@@ -130,34 +134,45 @@ class RealRank:
         cache_bytes = m.num_layers * layer_bytes(self.heads, item, tokens)
         slot_LS = self.placement.slot_to_expert_LS[:, self.first : self.first + self.slots]
         values = Values(self.seed, self.device)
+        shared_cache = share is not None and share.weights.model == m and share.cache.tokens >= tokens
+        if not shared_cache:
+            self._require(cache_bytes, f"a KV cache of {tokens:,} tokens")
+        borrowed = ""
         if share is not None and share.holds(m, slot_LS, self.seed, self.device):
             self.weights = share.weights
+        elif share is not None and any_values and share.weights.model == m and share.slots >= self.slots:
+            self.weights = share.weights.first_slots(self.slots)
+            borrowed = "experts of other slots stand in for those of another placement"
         else:
             room = self._free_bytes() - cache_bytes - self.step_bytes(engine.max_num_batched_tokens)
             self.weights = RankWeights(m, slot_LS, self.seed, self.device, room)
-        if share is not None and share.weights is self.weights and share.cache.tokens >= tokens:
+        if share is not None and shared_cache:
             self.cache = share.cache
         else:
-            self._require(cache_bytes, f"a KV cache of {tokens:,} tokens")
             self.cache = KvCache(m.num_layers, self.heads, tokens, values, self.weights.dtype)
         if cache_tokens is None:
             self.cache.arrange(engine.max_num_seqs, context)
         self._phase_CP = block.phases(context, self.heads.dim, device=self.device)
         self._values = values
         missing = "dispatch and combine are not executed: one device plays one rank of a group" if self.alone else ""
-        self.remark = "; ".join(x for x in (self.weights.remark, missing) if x)
+        self.remark = "; ".join(x for x in (self.weights.remark, borrowed, missing) if x)
 
     def holds(self, model: Any, slot_to_expert_LS: Any, seed: int, device: Any) -> bool:
         """Whether this rank's weights are those of another."""
         w = self.weights
-        same = w.seed == seed and self.device == device and np.array_equal(w.slot_to_expert_LS, slot_to_expert_LS)
-        return bool(w.model == model and same)
+        same = w.seed == seed and self.device == device and w.model == model
+        return bool(same and np.array_equal(w.slot_to_expert_LS, slot_to_expert_LS))
 
     def _free_bytes(self) -> int:
         kind = "cuda" if self.on_cuda else "cpu"
         fraction = _CUDA_FRACTION if self.on_cuda else _HOST_FRACTION
-        found = Device.find(kind, self.threads, self.device.index or 0, fraction)
-        return found.capacity_bytes - _REST_BYTES[kind]
+        free = Device.find(kind, self.threads, self.device.index or 0, fraction).capacity_bytes
+        if self.on_cuda:
+            import torch
+
+            index = self.device.index
+            free += torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)  # freed, and kept by torch
+        return free - _REST_BYTES[kind]
 
     def _require(self, bytes_: int, what: str) -> None:
         free = self._free_bytes()
@@ -189,14 +204,6 @@ class RealRank:
         ]
         self.how, self.how_rows = how
 
-    def _stand_ins(self) -> None:
-        """Random numbers for what a group would send, made once."""
-        self._foreign_AH: Any = None
-        self._returned_TH: Any = None
-        self._foreign_gate: Any = None
-        self.busy: Any = None
-        self.graph_pool: Any = None
-
     def _random(self, kept: Any, rows: int, dtype: Any, *width: int) -> Any:
         """At least `rows` rows of numbers, `kept` where it is large enough."""
         import torch
@@ -209,6 +216,12 @@ class RealRank:
             flat[at : at + block_.numel()].copy_(block_[: min(block_.numel(), flat.numel() - at)])
         return out
 
+    def arrange(self, sequences: int, context: int) -> None:
+        """Cut the cache into rows anew, which forgets every request; steps that were loaded keep theirs, whose contents
+        are then whoever's. Raises BadInput where the cache is too small."""
+        self.cache.arrange(sequences, context)
+        self._next.clear()
+
     # -- before the clock ---------------------------------------------------------------------------------------
     def load(self, work: StepWork) -> Loaded:
         """The step on the device: index tensors, rows of the cache, and on CUDA a captured graph.
@@ -216,7 +229,6 @@ class RealRank:
         What a request has in the cache and was not computed here is drawn. Raises BadInput for work of another
         deployment or a cache that is full, Infeasible where the step does not fit into memory.
         """
-        import torch
 
         if work.num_slots != self.placement.num_slots or work.ranks != self.ranks:
             raise BadInput(
@@ -249,16 +261,21 @@ class RealRank:
             arriving=tuple(Arriving(to(s), int(((s >= self.first) & (s < last)).sum())) for s in slot_L),
         )
         if self.alone:
-            most = max(a.slot_AK.shape[0] for a in loaded.arriving)
-            hidden, dtype = self.model.hidden_size, self.weights.dtype
-            self._foreign_AH = self._random(self._foreign_AH, most, dtype, hidden)
-            self._returned_TH = self._random(self._returned_TH, len(own), dtype, hidden)
-            self._foreign_gate = self._random(self._foreign_gate, most * self.model.top_k, torch.float32)
+            loaded.foreign = self._stand_ins(len(own), max(a.slot_AK.shape[0] for a in loaded.arriving))
         if self.on_cuda and (self.lone or self.alone):
             from moesim_kernels.real.graphs import capture
 
             capture(self, loaded)
         return loaded
+
+    def _stand_ins(self, tokens: int, arriving: int) -> tuple[Any, Any, Any]:
+        """Random numbers for what the group would send: states that arrive, results that come back, gates of theirs."""
+        import torch
+
+        hidden, dtype, (states, returned, gates) = self.model.hidden_size, self.weights.dtype, self._foreign
+        states, returned = self._random(states, arriving, dtype, hidden), self._random(returned, tokens, dtype, hidden)
+        self._foreign = states, returned, self._random(gates, arriving * self.model.top_k, torch.float32)
+        return self._foreign
 
     def _require_step(self, tokens: int) -> None:
         if tokens > self._known_to_fit:
@@ -368,9 +385,16 @@ class RealRank:
         since = max(0, group.context - group.tokens - window + 1) if window else 0  # the first token's earliest key
         seen = cache[:, group.row : group.row + 1, :, since : group.context]
         total = group.context - since
-        mask = window_mask(group.tokens, total, window, self.device) if 0 < window < total else None
+        mask = self._mask(group.tokens, total, window) if 0 < window < total else None
         out = prefill_gqa(query.transpose(0, 1).unsqueeze(0), seen[0], seen[1], mask)
         return out.transpose(1, 2).reshape(group.tokens, wide)
+
+    def _mask(self, length: int, total: int, window: int) -> Any:
+        """The mask of a chunk under a window, made once."""
+        key = (length, total, window)
+        if key not in self._masks:
+            self._masks[key] = window_mask(length, total, window, self.device)
+        return self._masks[key]
 
     def after(self, layer: int, attended_TM: Any) -> None:
         """From the attention kernel to the experts: norm, gates, shared experts; the order of rows, where they are this
@@ -390,24 +414,24 @@ class RealRank:
         if self.lone or self.alone:
             arriving = self._at.arriving[self._moe_of[layer]]
             self.order = block.order(arriving.slot_AK, self.first, self.slots, arriving.rows)
-            flat = self._foreign_gate if self.alone else self.gate_TK.flatten()
+            flat = self._at.foreign[2] if self.alone else self.gate_TK.flatten()
             self.gate_R = flat[self.order.choice_R]
 
     def local(self, layer: int) -> None:
         """The experts of a lone rank, or of one that plays alone, as `moe_local` runs them; then the sum."""
         out_TH = self.experts_of(layer, self.order, self.gate_R)
         self.sections.lap("experts")
-        self.hidden_TH = self._returned_TH[: self._at.tokens] if self.alone else out_TH
+        self.hidden_TH = self._at.foreign[1][: self._at.tokens] if self.alone else out_TH
         if self.shared_TH is not None:
             self.hidden_TH = self.hidden_TH + self.shared_TH
             self.sections.lap("own")
 
     def experts_of(self, layer: int, order: block.Order, gate_R: Any) -> Any:
         """Rows gathered, multiplied and summed by token: of own tokens, or of those that arrive."""
-        w = self.weights.layers[layer]
-        states = self.normed_TH
-        if self.alone:
-            states = self._foreign_AH[: self._at.arriving[self._moe_of[layer]].slot_AK.shape[0]]
+        w, arriving = self.weights.layers[layer], self._at.arriving[self._moe_of[layer]]
+        states = self._at.foreign[0][: arriving.slot_AK.shape[0]] if self.alone else self.normed_TH
+        if not arriving.rows:
+            return states.new_zeros(states.shape)
         return moe_local(states, order.token_R, gate_R, order.end_E, w.w13_SMH, w.w2_SHI, self.how)
 
     def experts(self, layer: int, row_RH: Any, slot_R: Any) -> Any:
