@@ -48,7 +48,11 @@ def judge_folder(folder: Path) -> dict[str, Any]:
         "seal": seal,
         "seed": facts["seed"],
         **found,
-        "notes": [*strangeness(facts["profile"], record.machine), *_refused(facts["variants_refused"])],
+        "notes": [
+            *strangeness(facts["profile"], record.machine),
+            *_refused(facts["variants_refused"]),
+            *dict.fromkeys(f"{about}: {text}" if about else text for about, text in record.notes),
+        ],
         "candidates": _candidates(predictions, record, folder, seal),
         "again": _again(predictions, record, folder, seal),
         "served": None,

@@ -2,7 +2,7 @@
 
     {"schema": 1, "seal": SHA-256 of predictions.json, "ranks": N, "machine": {...}, ...}        first line
     {"setting": NAME, "round": R, "wall_ns": ..., "cpu_ns": ..., "part_ns": {...}, "psi": ..., "reference_ns": ...}
-    {"end": {...}}
+    {"note": TEXT, "about": SETTING or ""}      {"end": {...}}
 
 A last line without its newline is torn and ignored; any other broken line is an error with its number. `part_ns` is
 in CPU time where `cpu_ns` is above 0; `part_wall_ns` may stand beside it. Other keys are for people and left alone.
@@ -45,14 +45,19 @@ class Sample:
 
 @dataclass
 class Record:
-    """All of a record, samples in the order they were taken."""
+    """All of a record, samples in the order they were taken; notes: (setting or "", text)."""
 
     seal: str
     ranks: int
     machine: dict[str, Any]
     samples: list[Sample] = field(default_factory=list)
-    ended: bool = False
-    whole_bytes: int = 0
+    notes: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def refused(self) -> dict[str, str]:
+        """Settings that could not run, and why."""
+        ran = {s.setting for s in self.samples}
+        return {about: text for about, text in self.notes if about and about not in ran}
 
 
 def read_record(path: Path, seal: str | None = None) -> Record:
@@ -75,11 +80,10 @@ def _parse(data: bytes, seal: str | None, path: str) -> Record:
             record = _head(value, seal, where)
         elif "setting" in value:
             record.samples.append(_sample(value, where))
-        elif "end" in value:
-            record.ended = True
+        elif isinstance(value.get("note"), str) and isinstance(value.get("about"), str):
+            record.notes.append((value["about"], value["note"]))
     if record is None:
         raise BadPlan("has no whole first line; measure again", path)
-    record.whole_bytes = end
     return record
 
 
