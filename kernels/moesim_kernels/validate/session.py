@@ -239,9 +239,9 @@ class Session:
         path = self.folder / record
         if not path.exists():
             return False
-        record = read_record(path, seal_of(self.folder / PREDICTIONS))
-        counts = dict.fromkeys(record.refused, self.options.rounds)
-        for sample in record.samples:
+        found = read_record(path, seal_of(self.folder / PREDICTIONS))
+        counts = dict.fromkeys(found.refused, self.options.rounds)
+        for sample in found.samples:
             counts[sample.setting] = counts.get(sample.setting, 0) + 1
         return all(counts.get(name, 0) >= self.options.rounds for name in names)
 
