@@ -62,7 +62,7 @@ class RawCheck:
     def SOURCE(self) -> Source:
         """This project's own measurement."""
         m = self.report["machine"]
-        machine = str(m.get("name") or m.get("gpu") or m.get("cpu") or m["device"])
+        machine = m["cpu"] if m["device"] == "cpu" else m["device"]
         files = tuple(str(p.relative_to(ROOT)) for p in sorted(self.folder.glob("*.gz")))
         return Source(f"own {self.folder.name}", "this project", "", "", files, f"{machine}, {m['date'][:10]}", True)
 
@@ -103,7 +103,7 @@ class RawCheck:
 
     def _profile(self) -> str:
         profile = self.report["profile"]
-        return f"profile {profile['name']}, {profile['source']}"
+        return f"profile {profile['name']}, {Path(profile['source']).name}"
 
     def _state(self) -> str:
         """What keeps bounds from binding."""
@@ -171,9 +171,11 @@ def keep(folder: Path, name: str, command: str = "") -> Path:
     """Copy what can be judged again of a validation's folder. Raises ValueError where its command is not known."""
     report = folder / "report.md"
     told = re.search(r"`(moesim validate [^`]+)`", report.read_text("utf-8")) if report.exists() else None
-    command = command or (told[1] if told else "")
+    command = re.sub(r" --out(=| )\S+", "", command or (told[1] if told else ""))
     if not command.startswith("moesim "):
         raise ValueError(f"{folder} does not say which command made it; give --command")
+    if re.search(r"(^|[ =])[/~]", command):
+        raise ValueError(f"{command}: name files relative to the repository, with --command")
     target = RAW / name
     target.mkdir(parents=True, exist_ok=True)
     for old in target.glob("*.gz"):
