@@ -8,7 +8,7 @@ python benchmarks/validation/page.py --check         is the page what the figure
 A check is a file of checks/, found by its name: GROUP, TITLE, SOURCE, `rows()`; SLOW where its test takes long, PACKAGE
 where it reads an optional package, COMMAND where its measurements are this project's own. Checks that read tables of
 others (../shared/data, never committed) keep their figures in results/validation/published.json; those that read
-committed measurements are computed whenever the page is made.
+committed measurements are computed whenever the page is made, those of `moesim validate` among them (raw.py).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ if __name__ == "__main__":
 from moesim_kernels.fit.curves import write_whole
 
 from benchmarks.validation import checks as folder_of_checks
+from benchmarks.validation.raw import RawCheck, raw_checks
 from benchmarks.validation.rows import ROOT, Row
 from benchmarks.validation.words import page_text
 
@@ -44,14 +45,17 @@ ORDER = ("h100", "a800", "infersim", "rtx_pro_6000", "a100_mixtral", "h100_links
 
 @cache
 def names() -> tuple[str, ...]:
-    """Every file of checks/, in the page's order."""
-    known = [m.name for m in pkgutil.iter_modules(folder_of_checks.__path__)]
+    """Every file of checks/ and every folder of raw/, in the page's order."""
+    known = [*(m.name for m in pkgutil.iter_modules(folder_of_checks.__path__)), *raw_checks()]
     place = {name: i for i, name in enumerate(ORDER)}
     return tuple(sorted(known, key=lambda n: (GROUPS.index(check(n).GROUP), place.get(n, len(place)), n)))
 
 
-def check(name: str) -> ModuleType:
-    """A check's module."""
+@cache
+def check(name: str) -> ModuleType | RawCheck:
+    """A check's module, or what stands in for one."""
+    if name.startswith("raw/"):
+        return raw_checks()[name]
     return importlib.import_module(f"benchmarks.validation.checks.{name}")
 
 

@@ -84,7 +84,7 @@ class Beside:
 class Row:
     """One line of the page. unit: `%` of relative errors, `points` of hit rates (both shown times 100), `worst` in
     place of the p90, `wrong` for a share of wrong answers. inside: of an interval, how many of the n it held; its bound
-    is that the exact interval of this share contains `level`."""
+    is that the exact interval of this share contains `level`. state: why no bound binds, such as `contended`."""
 
     what: str
     calibrated: str
@@ -96,10 +96,13 @@ class Row:
     note: str = ""
     inside: int | None = None
     level: float = 0.9
+    state: str = ""
 
     def verdict(self) -> str:
-        """within, missed or no bound."""
+        """within, missed, no bound, or the state that keeps a bound from binding."""
         b, f = self.bound, self.found
+        if self.state:
+            return self.state
         if self.inside is not None:
             low, high = clopper_pearson(self.inside, f.n)
             return "within" if low <= self.level <= high else "missed"

@@ -10,13 +10,13 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping
-from types import ModuleType
+from typing import Any
 
 from benchmarks.validation.rows import Row, percent
 
 __all__ = ["Parts", "pick", "verdict"]
 
-Parts = Mapping[str, tuple[ModuleType, list[Row]]]
+Parts = Mapping[str, tuple[Any, list[Row]]]
 
 GOOD = """
 **Good.** A GPU's operators, from a few timed points: a fused MoE layer is {moe} % off in the median between eight

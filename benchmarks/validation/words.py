@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from moesim_kernels.fit.conformal import clopper_pearson
 
@@ -15,7 +15,7 @@ from benchmarks.validation.verdict import Parts, verdict
 __all__ = ["page_text"]
 
 HEAD = "| predicted | calibrated on | held out | n | median | p90 | beside it | bound | verdict |"
-SAYS = {"within": "within", "missed": "**missed**", "no bound": "no bound"}
+SAYS = {"missed": "**missed**"}
 
 
 def page_text(parts: Parts, groups: Sequence[str], folder: Path) -> str:
@@ -33,18 +33,19 @@ def page_text(parts: Parts, groups: Sequence[str], folder: Path) -> str:
 
 def summary(parts: Parts, groups: Sequence[str]) -> list[str]:
     """Verdicts by group."""
-    lines = ["| | rows | within | missed | no bound | points |", "|---|---|---|---|---|---|"]
+    lines = ["| | rows | within | missed | not judged | points |", "|---|---|---|---|---|---|"]
     for group in groups:
         rows = [row for module, found in parts.values() if group == module.GROUP for row in found]
         says = [row.verdict() for row in rows]
         points = sum(row.found.n for row in rows)
         link = group.replace(" ", "-")
-        counts = " | ".join(str(says.count(v)) for v in SAYS)
+        judged = [says.count(v) for v in ("within", "missed")]
+        counts = " | ".join(str(n) for n in (*judged, len(says) - sum(judged)))
         lines.append(f"| [{group}](#{link}) | {len(rows)} | {counts} | {points:,} |")
     return lines
 
 
-def section(name: str, module: ModuleType, rows: list[Row], bounds: dict[tuple[object, ...], str]) -> list[str]:
+def section(name: str, module: Any, rows: list[Row], bounds: dict[tuple[object, ...], str]) -> list[str]:
     """One check: its source, its command, its rows, and what has to be said of them."""
     s = module.SOURCE
     command = getattr(module, "COMMAND", "") or f"python benchmarks/validation/page.py --measure {name}"
@@ -78,7 +79,7 @@ def line(row: Row, bounds: dict[tuple[object, ...], str]) -> str:
     else:
         cells = [*figures(row), "; ".join(alternative(row, b) for b in row.beside)]
         cells.append(bound(row, bounds))
-    texts = [row.what, row.calibrated, row.held_out, f"{f.n:,}", *cells, SAYS[row.verdict()]]
+    texts = [row.what, row.calibrated, row.held_out, f"{f.n:,}", *cells, SAYS.get(row.verdict(), row.verdict())]
     return "| " + " | ".join(texts) + " |"
 
 
@@ -87,6 +88,8 @@ def figures(row: Row) -> list[str]:
     f, unit = row.found, " pt" if "points" in row.unit else " %"
     if row.unit == "wrong":
         return [f"{100 * f.median:.1f} % wrong", ""]
+    if row.unit in ("regret", "one"):
+        return [f"{percent(f.median)} %", "" if f.tau is None else f"tau {f.tau:.2f}"]
     tau = f", tau {f.tau:.2f}" if f.tau is not None else ""
     worst = " worst" if "worst" in row.unit else ""
     return [percent(f.median) + unit, percent(f.p90) + unit + worst + tau]
@@ -94,8 +97,8 @@ def figures(row: Row) -> list[str]:
 
 def alternative(row: Row, b: Beside) -> str:
     """Something simpler on the same points."""
-    if row.unit == "wrong":
-        return f"{b.name} {100 * b.median:.0f} %"
+    if row.unit in ("wrong", "regret"):
+        return f"{b.name} {percent(b.median)} %"
     tau = f", tau {b.tau:.2f}" if b.tau is not None else ""
     return f"{b.name} {percent(b.median)} / {percent(b.p90)}{tau}"
 

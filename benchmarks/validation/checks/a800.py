@@ -49,6 +49,7 @@ SOURCE = Source(
     "A800 80GB, vLLM's fused MoE, bf16",
 )
 HIDDEN, INTER, TOP_K, BLOCK, KEPT = 2048, 768, 8, 64, 8
+ROUTER = (HIDDEN, 128, TOP_K, "bf16", "softmax", 1, 1)
 BALANCED, UNEVEN = 0.25, 0.5
 """cv of the experts' loads: at most, and above"""
 Floats = NDArray[np.float64]
@@ -183,8 +184,32 @@ def pairs(t: Table, profile: DeviceProfile) -> tuple[int, int]:
     return right, asked
 
 
+def gate() -> list[Row]:
+    """Router with its top-k, and shuffling of rows, by tokens: EP 1, TP 1, launched by the host."""
+    out = []
+    for what, columns, op, key in (
+        ("router and top-k", ("moe_gating_linear", "moe_gating_routing_topk"), "router", ROUTER),
+        ("shuffling", ("moe_shuffling",), "elementwise", (0,)),
+    ):
+        chosen = sorted(
+            (int(r["num_tokens"]), sum(float(r[f"time_stats.{c}.median"]) * 1e6 for c in columns))
+            for r in lines()
+            if r["expert_parallel_size"] == r["num_tensor_parallel_workers"] == "1"
+            and (r["routing_runtime_path"], r["gating_runtime_context"]) == ("standard_fused_topk", "standalone_legacy")
+        )
+        tokens, ns = (np.array(v, np.float64) for v in zip(*chosen, strict=True))
+        size = tokens if op == "router" else tokens * (TOP_K * HIDDEN * 2.0 * 2.0)
+        s = sample_points(op, "bf16" if op == "router" else "", [key] * len(ns), size, ns)
+        mask = kept(s, np.ones(len(ns), bool))
+        some, rest = s.where(mask), s.where(~mask)
+        ours = predict(with_fits(device(), [fit_operator(some, device())]), rest)
+        alone = beside("interpolated", interpolated(some, rest), rest.ns)
+        out.append(Row(what, "8 token counts", "all other token counts", found(ours, rest.ns), HELD_OUT, (alone,)))
+    return out
+
+
 def rows() -> list[Row]:
-    """Balanced rows, uneven ones, and which of two equal batches is slower."""
+    """Balanced rows, uneven ones, which of two equal batches is slower, launch-bound ranks, and what is around them."""
     one, many = table((1, 2)), table((4, 8))
     even, odd = one.cv <= BALANCED, one.cv > UNEVEN
     out = []
@@ -237,4 +262,4 @@ def rows() -> list[Row]:
             note="the host launches these kernels; no model can be closer than repeats are to each other",
         )
     )  # fmt: skip
-    return out
+    return [*out, *gate()]
