@@ -140,3 +140,13 @@ def test_drawn_steps_stand_for_the_whole_run() -> None:
     ratio = [s.tokens / price(prepared, s).ns for s in found.settings]
     error = np.std(ratio) / np.sqrt(len(ratio))
     assert abs(np.mean(ratio) - tokens / found.busy_ns) < 4 * error
+
+
+def test_on_a_gpu_sequences_of_a_step_decode_at_one_context() -> None:
+    from dataclasses import replace
+
+    settings = draw_settings(replace(LIMITS, alike=True), 44, 3)
+    contexts = [{p for _, p, _ in s.decode} for s in settings if s.decode]
+    assert all(len(found) == 1 for found in contexts)
+    assert len(set().union(*contexts)) > 20
+    assert any(len({p for _, p, _ in s.decode}) > 1 for s in draw_settings(LIMITS, 44, 3))

@@ -141,7 +141,7 @@ class Session:
             return read_predictions(path)
         prepared_for = self._preparer(profile)
         variants, refused = allowed_variants(lambda o: prepared_for(o).result.scenario.hash)
-        limits = Limits.of(prepared_for(()))
+        limits = Limits.of(prepared_for(()), alike=self.options.device == "cuda")
         held_out = draw_settings(limits, self.options.settings, self.seed, variants)
         facts, settings = self._candidates(prepared_for)
         facts = {

@@ -37,7 +37,9 @@ _AXES = 4
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a step may hold. ranks: data-parallel ones; the others are of one rank: sequences, tokens, tokens that its
-    KV cache holds; length: of a sequence; requests: of the scenario's stream."""
+    KV cache holds; length: of a sequence; requests: of the scenario's stream. alike: sequences of a step decode at one
+    context, as on CUDA, where no kernel of torch takes different ones at once: each would be a launch of its own, which
+    an engine's kernel does not have."""
 
     ranks: int
     sequences: int
@@ -45,9 +47,10 @@ class Limits:
     kv_tokens: int
     length: int
     requests: int
+    alike: bool = False
 
     @classmethod
-    def of(cls, prepared: Prepared) -> Limits:
+    def of(cls, prepared: Prepared, alike: bool = False) -> Limits:
         """Of a scenario that was laid out."""
         d = prepared.deployment
         assert d is not None
@@ -59,6 +62,7 @@ class Limits:
             kv_tokens=max(d.kv.token_capacity - spare, d.kv.block_size),
             length=d.max_model_len,
             requests=len(prepared.stream.prompt_tokens),
+            alike=alike,
         )
 
 
@@ -144,8 +148,10 @@ _Made = tuple[list[tuple[int, int, int]], list[tuple[int, int, int, int, int]]]
 def _decoding(
     limits: Limits, batch: int, context: int, rng: np.random.Generator, request: list[int]
 ) -> list[tuple[int, int, int]]:
-    """`batch` requests on ranks in turns, contexts within a factor of two of `context`."""
+    """`batch` requests on ranks in turns, contexts within a factor of two of `context`, or all that."""
     spread = np.exp(rng.uniform(-np.log(2.0), np.log(2.0), batch))
+    if limits.alike:
+        spread[:] = 1.0
     length = np.clip(np.rint(context * spread), 1, limits.length).astype(np.int64)
     rank = np.arange(batch) % limits.ranks
     for d in range(limits.ranks):
