@@ -26,7 +26,6 @@ from moesim_kernels.real.rank import RealRank
 from moesim_kernels.real.weights import RankWeights
 from moesim_kernels.real.work import Setting, StepWork, prepare_real, resolve
 
-from moesim.errors import BadInput, Infeasible
 from moesim.scenario.load import load_scenario
 from moesim.simulate import Prepared
 
