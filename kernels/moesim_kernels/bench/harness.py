@@ -28,7 +28,7 @@ from moesim_kernels.bench.pressure import cpu_pressure
 from moesim_kernels.bench.progress import Status
 from moesim_kernels.bench.schedule import Schedule
 
-__all__ = ["MINIMUM", "TARGET", "Run", "Summary", "run"]
+__all__ = ["MINIMUM", "TARGET", "Run", "Summary", "reference_product", "run"]
 
 TARGET = 30
 MINIMUM = 5
@@ -297,7 +297,7 @@ def run(
         bench.rounds = max((line.round + 1 for line in log.record.lines), default=0)
         with _signals(bench), _steady():
             cases.reserve([case for case in plan.cases if done.get(case.id, 0) < target], pool)
-            bench.reference = _reference(device, pool)
+            bench.reference = reference_product(device, pool)
             summary = bench.go(pool.release)
         log.end(_end_facts(summary, target, minimum, budget_s))
         return summary
@@ -328,7 +328,7 @@ def _steady() -> Iterator[None]:
             gc.enable()
 
 
-def _reference(device: Device, pool: Pool) -> Callable[[], float]:
+def reference_product(device: Device, pool: Pool) -> Callable[[], float]:
     """The best of three calls of a GEMM that is always the same."""
     on_cpu = device.kind == "cpu"
     case = Case("peak_gemm", {}, {"n": 384 if on_cpu else 4096}, dtype="fp32" if on_cpu else "bf16")

@@ -71,10 +71,11 @@ class RealRank:
         alone: bool = False,
         cache_tokens: int | None = None,
         share: RealRank | None = None,
+        any_values: bool = False,
     ) -> None:
         """alone: this device plays `rank` of a larger group by itself. cache_tokens: room of the KV cache, by default
-        every sequence of `engine.max_num_seqs` at full length. share: another rank on this device, whose weights are
-        taken where they are the same.
+        every sequence of `engine.max_num_seqs` at full length; with a number call `arrange` before `load`. share:
+        another rank on this device, whose weights are taken where they are the same; any_values: or of its shapes.
 
         Raises BadInput for what is not executed or a device that is not there, Infeasible for what does not fit.
         """
@@ -99,7 +100,7 @@ class RealRank:
         self.heads, self.gates = heads_of(self.model), gates_of(self.model)
         self.sections = Sections(thread=threads == 1 and not self.on_cuda)
         self._moe_of = {layer: i for i, layer in enumerate(self.model.moe_layers)}
-        self._weigh(cache_tokens, share)
+        self._weigh(cache_tokens, share, any_values)
         self._choose_kernels(backend)
         self._known_to_fit = 0
         self._next: dict[int, tuple[int, int]] = {}
@@ -121,7 +122,7 @@ class RealRank:
         return found
 
     # -- what is held -------------------------------------------------------------------------------------------
-    def _weigh(self, cache_tokens: int | None, share: RealRank | None) -> None:
+    def _weigh(self, cache_tokens: int | None, share: RealRank | None, any_values: bool) -> None:
         """Weights and cache, within the memory that is free."""
         m, engine = self.model, self.prepared.result.scenario.engine
         context = engine.max_model_len or m.max_position_embeddings
@@ -130,12 +131,16 @@ class RealRank:
         cache_bytes = m.num_layers * layer_bytes(self.heads, item, tokens)
         slot_LS = self.placement.slot_to_expert_LS[:, self.first : self.first + self.slots]
         values = Values(self.seed, self.device)
+        borrowed = ""
         if share is not None and share.holds(m, slot_LS, self.seed, self.device):
             self.weights = share.weights
+        elif share is not None and any_values and share.weights.model == m and share.slots >= self.slots:
+            self.weights = share.weights.first_slots(self.slots)
+            borrowed = "experts of other slots stand in for those of another placement"
         else:
             room = self._free_bytes() - cache_bytes - self.step_bytes(engine.max_num_batched_tokens)
             self.weights = RankWeights(m, slot_LS, self.seed, self.device, room)
-        if share is not None and share.weights is self.weights and share.cache.tokens >= tokens:
+        if share is not None and share.weights.model == m and share.cache.tokens >= tokens:
             self.cache = share.cache
         else:
             self._require(cache_bytes, f"a KV cache of {tokens:,} tokens")
@@ -145,13 +150,13 @@ class RealRank:
         self._phase_CP = block.phases(context, self.heads.dim, device=self.device)
         self._values = values
         missing = "dispatch and combine are not executed: one device plays one rank of a group" if self.alone else ""
-        self.remark = "; ".join(x for x in (self.weights.remark, missing) if x)
+        self.remark = "; ".join(x for x in (self.weights.remark, borrowed, missing) if x)
 
     def holds(self, model: Any, slot_to_expert_LS: Any, seed: int, device: Any) -> bool:
         """Whether this rank's weights are those of another."""
         w = self.weights
-        same = w.seed == seed and self.device == device and np.array_equal(w.slot_to_expert_LS, slot_to_expert_LS)
-        return bool(w.model == model and same)
+        same = w.seed == seed and self.device == device and w.model == model
+        return bool(same and np.array_equal(w.slot_to_expert_LS, slot_to_expert_LS))
 
     def _free_bytes(self) -> int:
         kind = "cuda" if self.on_cuda else "cpu"
@@ -208,6 +213,12 @@ class RealRank:
         for at in range(0, flat.numel(), block_.numel()):
             flat[at : at + block_.numel()].copy_(block_[: min(block_.numel(), flat.numel() - at)])
         return out
+
+    def arrange(self, sequences: int, context: int) -> None:
+        """Cut the cache into rows anew, which forgets every request; steps that were loaded keep theirs, whose contents
+        are then whoever's. Raises BadInput where the cache is too small."""
+        self.cache.arrange(sequences, context)
+        self._next.clear()
 
     # -- before the clock ---------------------------------------------------------------------------------------
     def load(self, work: StepWork) -> Loaded:

@@ -11,7 +11,8 @@ Suffixes: H hidden, I intermediate, S expert slots of this rank, V vocabulary, M
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -258,6 +259,19 @@ class RankWeights:
             self._values.fill(w13[slot], "w13", layer, expert, h**-0.5)
             self._values.fill(w2[slot], "w2", layer, expert, inner**-0.5)
         return w13, w2
+
+    def first_slots(self, slots: int) -> RankWeights:
+        """The same weights with the experts of the first slots alone, on the same memory."""
+        if slots == self.slot_to_expert_LS.shape[1]:
+            return self
+        out = copy(self)
+        out.slot_to_expert_LS = self.slot_to_expert_LS[:, :slots]
+        cut = {id(w): w for w in self.layers}
+        for key, w in cut.items():
+            if w.w13_SMH is not None:
+                cut[key] = replace(w, w13_SMH=w.w13_SMH[:slots], w2_SHI=w.w2_SHI[:slots])
+        out.layers = [cut[id(w)] for w in self.layers]
+        return out
 
     @property
     def bytes(self) -> int:
