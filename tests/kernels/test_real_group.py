@@ -6,17 +6,20 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from moesim_kernels.ops.processes import WorkerFailed
-from moesim_kernels.real.group import RealGroup, critical_path
+from moesim_kernels.real.group import GroupFailed, RealGroup, critical_path
 from moesim_kernels.real.group_rank import with_dummy
 from moesim_kernels.real.rank import RealRank
+from moesim_kernels.real.run import Measurement, measure
 from moesim_kernels.real.work import Setting, StepWork, prepare_real, resolve
+from moesim_kernels.validate.measure import write_settings
+from moesim_kernels.validate.record import read_record
 
 from moesim.cost.touch import touch
 from moesim.errors import BadInput
@@ -206,6 +209,24 @@ def test_a_scenario_without_an_exchange_is_no_group(folder: Path) -> None:
         RealGroup(scenario(folder, 1))
 
 
+@pytest.mark.slow
+def test_steps_of_one_rank_and_of_two_are_measured_in_one_record(folder: Path) -> None:
+    """Where a search varies the number of ranks; each setting stands by itself, whatever requests it names."""
+    scenario(folder, 1)
+    two = ("cluster.gpus_per_node=2", "parallel.dp=2", "parallel.ep=2", "communication.all_to_all=pairwise")
+    settings = [replace(mixed(2, (*two, *way)), name=name) for name, way in WAYS.items()]
+    settings += [Setting("one", (), tuple((i, 9, 0) for i in range(5))), replace(mixed(1), name="lone", decode=())]
+    write_settings(folder / "settings.json", settings)
+    asked = Measurement(folder / "scenario.yaml", folder / "settings.json", folder / "record.jsonl", "seal", rounds=2)
+    ended = measure(asked)
+    assert not ended.refused
+    record = read_record(folder / "record.jsonl", "seal")
+    assert record.ranks == 2
+    assert Counter(s.setting for s in record.samples) == dict.fromkeys([*WAYS, "one", "lone"], 2)
+    for sample in record.samples:
+        assert ("dispatch" in sample.part_ns) == (sample.setting in WAYS)
+
+
 def test_the_critical_path_by_hand() -> None:
     """Two ranks, one layer: rank 1 comes to the dispatch last, rank 0 to the combine; CPU times are others."""
     rank0 = [("", 0, 100), ("own", 8, 110), ("dispatch", 9, 145), ("experts", 30, 185), ("back", 31, 196),
@@ -232,7 +253,7 @@ def test_a_worker_that_stalls_is_given_up_within_the_deadline(folder: Path) -> N
         group._workers.timeout_s = 1.0
         os.kill(pids[1], signal.SIGSTOP)
         began = time.monotonic()
-        with pytest.raises(WorkerFailed, match=r"no answer of rank \[0, 1\] within 1 s"):
+        with pytest.raises(GroupFailed, match=r"no answer of rank \[0, 1\] within 1 s"):
             group.run(step)
         assert time.monotonic() - began < 10
     assert all(gone(pid) for pid in pids)
@@ -243,10 +264,10 @@ def test_a_worker_that_dies_is_told_and_nothing_is_left(group: RealGroup) -> Non
     os.kill(pids[1], signal.SIGSTOP)  # the others wait for it
     killer = threading.Timer(0.3, os.kill, (pids[1], signal.SIGKILL))
     killer.start()
-    with pytest.raises(WorkerFailed, match=r"mixed on \d gloo workers failed.*rank 1 was killed by signal 9"):
+    with pytest.raises(GroupFailed, match=r"mixed on \d gloo workers failed.*rank 1 was killed by signal 9"):
         group.run(step)
     killer.join()
     assert not group.alive
-    with pytest.raises(WorkerFailed, match="has ended"):
+    with pytest.raises(GroupFailed, match="has ended"):
         group.run(step)
     assert all(gone(pid) for pid in pids)

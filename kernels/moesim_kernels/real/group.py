@@ -25,13 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moesim.arrays import IntArray
-from moesim.errors import BadInput
+from moesim.errors import BadInput, MoesimError
 from moesim.scenario.load import Scenario, scenario_from_dict
 from moesim.simulate import Prepared
-from moesim_kernels.ops.processes import Workers
+from moesim_kernels.ops.processes import WorkerFailed, Workers
 from moesim_kernels.real.work import Setting, prepare_real, resolve
 
-__all__ = ["GroupStep", "GroupTimes", "Laps", "RealGroup", "critical_path"]
+__all__ = ["GroupFailed", "GroupStep", "GroupTimes", "Laps", "RealGroup", "critical_path"]
 
 Laps = Sequence[tuple[str, int, int]]
 """One rank's step as it passed: (part, CPU ns of the thread, ns of the machine's clock) at the end of each part; the
@@ -41,6 +41,10 @@ _EXCHANGES: Mapping[str, str] = {"dispatch": "dispatch", "back": "combine"}
 """laps that are meetings, and the part they belong to"""
 _AT_HOME: Mapping[str, str] = {"combine": "experts"}
 """the gate-weighted sum is the experts', as it is measured"""
+
+
+class GroupFailed(MoesimError):
+    """A worker died, stalled or broke: which, and what it said. All workers have been ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,28 +79,43 @@ class RealGroup:
     """The ranks of a scenario's deployment as processes: dp = ep of them, one thread each.
 
     timeout_s bounds the start, each load and each step. Raises BadInput for a scenario that is not executed so,
-    WorkerFailed (`moesim_kernels.ops.processes`) where a worker dies, stalls or refuses. Close it, or use `with`.
+    GroupFailed where a worker dies, stalls or breaks. Close it, or use `with`. remark: what a reader of its times
+    should know.
     """
 
-    def __init__(self, scenario: Scenario, *, seed: int = 0, timeout_s: float = 300.0) -> None:
-        """seed: of the weights. Settings may override the scenario, as long as its ranks are as many."""
+    def __init__(
+        self,
+        scenario: Scenario,
+        *,
+        opening: tuple[str, ...] = (),
+        seed: int = 0,
+        apart: bool = False,
+        timeout_s: float = 300.0,
+    ) -> None:
+        """seed: of the weights. Settings may override the scenario; `opening`: overrides that say how many ranks all of
+        them have. apart: steps are timed and not told from each other: each has the cache to itself, and other
+        placements run on the same weights.
+        """
         self.scenario = scenario
-        written = prepare_real(scenario)
-        self._prepared: dict[tuple[str, ...], Prepared] = {(): written}
-        self.ranks = written.layout.dp
-        if self.ranks < 2 or not written.layout.exchanges:
-            p, how = scenario.parallel, scenario.communication.all_to_all
+        self._prepared: dict[tuple[str, ...], Prepared] = {}
+        p = self._prepare(opening).layout
+        self.ranks = p.dp
+        if self.ranks < 2 or not p.exchanges:
+            how = p.communication.all_to_all
             raise BadInput(
                 f"a group of processes exchanges tokens: dp = ep of at least 2, each rank with whole experts, not "
                 f"dp={p.dp}, ep={p.ep}, all_to_all={how}"
             )
         self._numbers = count()
         root = str(Path(__file__).parents[3])
-        self._workers = Workers("moesim_kernels.real.group_rank", self.ranks, timeout_s=timeout_s, paths=[root])
         base = str(scenario.base.resolve())
+        opened = {"do": "open", "scenario": scenario.raw, "base": base, "opening": list(opening)}
         try:
-            opened = {"do": "open", "scenario": scenario.raw, "base": base, "seed": seed}
-            answers = self._workers.ask(opened, "open")
+            self._workers = Workers("moesim_kernels.real.group_rank", self.ranks, timeout_s=timeout_s, paths=[root])
+        except WorkerFailed as error:
+            raise GroupFailed(str(error)) from None
+        try:
+            answers = self._ask({**opened, "seed": seed, "apart": apart}, "open")
             _refuse(answers, str(scenario.base))
             self.remark = str(answers[0]["remark"])
         except BaseException:
@@ -123,33 +142,48 @@ class RealGroup:
         """End the workers; without effect when they have ended."""
         self._workers.close()
 
+    def _prepare(self, overrides: tuple[str, ...]) -> Prepared:
+        found = self._prepared.get(overrides)
+        if found is None:
+            named = scenario_from_dict(self.scenario.raw, self.scenario.base, overrides) if overrides else self.scenario
+            found = self._prepared[overrides] = prepare_real(named)
+        return found
+
+    def _ask(self, request: dict[str, Any], what: str) -> list[dict[str, Any]]:
+        try:
+            return self._workers.ask(request, what)
+        except WorkerFailed as error:
+            raise GroupFailed(str(error)) from None
+
+    def ready(self, setting: Setting) -> GroupStep:
+        """`load`, by the name that the measuring loop has for it."""
+        return self.load(setting)
+
     def load(self, setting: Setting) -> GroupStep:
         """Make a step ready on every rank, before any clock. Raises BadInput for a setting that does not fit."""
-        if setting.overrides not in self._prepared:
-            found = prepare_real(scenario_from_dict(self.scenario.raw, self.scenario.base, setting.overrides))
-            if found.layout.dp != self.ranks:
-                raise BadInput(f"the group has {self.ranks} ranks, and this has {found.layout.dp}", setting.name)
-            self._prepared[setting.overrides] = found
-        resolve(self._prepared[setting.overrides], setting)
+        prepared = self._prepare(setting.overrides)
+        if prepared.layout.dp != self.ranks:
+            raise BadInput(f"the group has {self.ranks} ranks, and this has {prepared.layout.dp}", setting.name)
+        resolve(prepared, setting)
         number = next(self._numbers)
-        answers = self._workers.ask({"do": "load", "step": number, "setting": setting.to_json()}, setting.name)
+        answers = self._ask({"do": "load", "step": number, "setting": setting.to_json()}, setting.name)
         try:
             _refuse(answers, f"setting {setting.name}")
         except BadInput:
-            self._workers.ask({"do": "drop", "step": number}, "drop")
+            self._ask({"do": "drop", "step": number}, "drop")
             raise
         return GroupStep(number, setting, str(answers[0]["remark"]))
 
     def run(self, step: GroupStep) -> GroupTimes:
         """One step."""
-        answers = self._workers.ask({"do": "run", "step": step.number}, step.setting.name)
+        answers = self._ask({"do": "run", "step": step.number}, step.setting.name)
         laps = [[(str(part), int(cpu), int(at)) for part, cpu, at in a["laps"]] for a in answers]
         sent_LGG = np.array([a["sent"] for a in answers], np.int64).reshape(self.ranks, -1, self.ranks)
         return critical_path(laps, sent_LGG.transpose(1, 0, 2))
 
     def logits(self) -> tuple[IntArray, NDArray[np.float32]]:
         """Of the step that ran last: places of its sampled tokens among its tokens, int64 [S], and logits [S, V]."""
-        answers = self._workers.ask({"do": "logits"}, "logits")
+        answers = self._ask({"do": "logits"}, "logits")
         place = np.concatenate([np.array(a["places"], np.int64) for a in answers])
         logits = np.concatenate([np.array(a["logits"], np.float32) for a in answers if a["logits"]])
         order = np.argsort(place)
@@ -158,11 +192,11 @@ class RealGroup:
     def drop(self, step: GroupStep) -> None:
         """Forget a step, and what the cache holds of its requests: other steps of the same requests must be dropped,
         too, and loaded again."""
-        self._workers.ask({"do": "drop", "step": step.number}, "drop")
+        self._ask({"do": "drop", "step": step.number}, "drop")
 
     def forget(self, request: int) -> None:
         """A request has ended, its rows of the cache are free."""
-        self._workers.ask({"do": "forget", "request": request}, "forget")
+        self._ask({"do": "forget", "request": request}, "forget")
 
 
 def _refuse(answers: Sequence[Mapping[str, Any]], where: str) -> None:

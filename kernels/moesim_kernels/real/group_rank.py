@@ -112,8 +112,9 @@ class GroupRank:
 
     def _open(self, request: dict[str, Any]) -> dict[str, Any]:
         self._scenario, self._base, self._seed = request["scenario"], Path(request["base"]), request["seed"]
+        self._apart = bool(request["apart"])
         try:
-            return {"remark": self._rank_of(()).remark}
+            return {"remark": self._rank_of(tuple(request["opening"])).remark}
         except MoesimError as error:
             return {"refused": str(error)}
 
@@ -122,14 +123,18 @@ class GroupRank:
         found = self._ranks.get(overrides)
         if found is None:
             prepared = prepare_real(scenario_from_dict(self._scenario, self._base, overrides))
-            share = next(reversed(self._ranks.values())) if self._ranks else None
+            known = list(self._ranks.values())
+            assert prepared.result.experts is not None
+            slot_LS = prepared.result.experts.placement.slot_to_expert_LS
+            same = [r for r in known if np.array_equal(r.placement.slot_to_expert_LS, slot_LS)]
+            share = next(iter(same), max(known, key=lambda r: r.slots, default=None))
             engine, most = prepared.result.scenario.engine, prepared.result.scenario.model.max_position_embeddings
             shape = engine.max_num_seqs + 1, engine.max_model_len or most  # one more sequence: the dummy's
             found = RealRank(
                 prepared, self.index, device=self.device.type, seed=self._seed, share=share,
-                cache_tokens=shape[0] * shape[1],
+                cache_tokens=shape[0] * shape[1], any_values=self._apart,
             )  # fmt: skip
-            if (found.cache.sequences, found.cache.context) != shape:
+            if not self._apart and (found.cache.sequences, found.cache.context) != shape:
                 found.cache.arrange(*shape)
             found.sections = Trace(thread=True)
             self._ranks[overrides] = found
@@ -146,6 +151,9 @@ class GroupRank:
         rank = self._rank_of(setting.overrides)
         whole = resolve(rank.prepared, setting)
         work = with_dummy(whole, self.index)
+        if self._apart:
+            mine = work.rank_N == self.index
+            rank.arrange(len(np.unique(work.request_N[mine])), int(work.position_N[mine].max()) + 1)
         loaded = rank.load(work)
         shift = work.tokens - whole.tokens
         own = loaded.own_N - shift
