@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,16 +153,64 @@ def _prepared(asked: Measurement, settings: Sequence[Setting]) -> dict[tuple[str
     return out
 
 
+class ByRanks:
+    """Steps of deployments with different numbers of ranks: each by a runner of its own, one after the other."""
+
+    def __init__(self, runners: Mapping[int, Runner], ranks: Mapping[str, int]) -> None:
+        """runners by number of ranks, and ranks by setting."""
+        self._runners, self._ranks = runners, ranks
+        self.remark = "; ".join(r.remark for r in runners.values() if r.remark)
+
+    def ready(self, setting: Setting) -> Any:
+        """With whom it is ready."""
+        runner = self._runners[self._ranks[setting.name]]
+        return runner, runner.ready(setting)
+
+    def run(self, handle: Any) -> Any:
+        """One step."""
+        runner, own = handle
+        return runner.run(own)
+
+    def close(self) -> None:
+        """End them all."""
+        for runner in self._runners.values():
+            runner.close()
+
+
 def _runner(asked: Measurement, settings: Sequence[Setting]) -> tuple[Runner, int]:
-    """Who runs the steps, and of how many ranks they are. Raises BadInput where that cannot be."""
-    ranks = load_scenario(asked.scenario, (*asked.overrides, *settings[0].overrides)).parallel.dp
-    if asked.ranks is not None and asked.ranks != ranks:
-        raise BadInput(f"--ranks {asked.ranks}, and the scenario has parallel.dp={ranks}", str(asked.scenario))
-    if ranks > 1 and asked.alone is None:
+    """Who runs the steps, and of how many ranks they are at most. Raises BadInput where that cannot be."""
+    of: dict[tuple[str, ...], int] = {}
+    for overrides in dict.fromkeys(s.overrides for s in settings):
+        of[overrides] = load_scenario(asked.scenario, (*asked.overrides, *overrides)).parallel.dp
+    ranks, most = {s.name: of[s.overrides] for s in settings}, max(of.values())
+    if asked.ranks is not None and asked.ranks != most:
+        raise BadInput(f"--ranks {asked.ranks}, and the scenario has parallel.dp={most}", str(asked.scenario))
+    if asked.alone is not None:
+        return RankRunner(asked, settings), most
+    runners: dict[int, Runner] = {}
+    try:
+        for number in sorted(set(ranks.values())):
+            runners[number] = _runner_of(asked, number, [s for s in settings if ranks[s.name] == number])
+    except BaseException:
+        ByRanks(runners, ranks).close()
+        raise
+    return (ByRanks(runners, ranks) if len(runners) > 1 else runners[most]), most
+
+
+def _runner_of(asked: Measurement, ranks: int, settings: Sequence[Setting]) -> Runner:
+    """Of settings with as many ranks."""
+    if ranks == 1:
+        return RankRunner(asked, settings)
+    if asked.device != "cpu" or asked.threads != 1:
         raise BadInput(
-            f"the scenario has {ranks} ranks; --alone RANK lets this device play one of them", str(asked.scenario)
+            f"{ranks} ranks are processes of one CPU thread each, not on {asked.device} with {asked.threads} threads; "
+            "--alone RANK lets this device play one of them",
+            str(asked.scenario),
         )
-    return RankRunner(asked, settings), ranks
+    from moesim_kernels.real.group import RealGroup
+
+    scenario = load_scenario(asked.scenario, asked.overrides)
+    return RealGroup(scenario, opening=settings[0].overrides, seed=asked.weights_seed, apart=True)
 
 
 @dataclass
