@@ -22,6 +22,7 @@ from moesim_kernels.ops.bounds import (
 )
 from moesim_kernels.ops.checks import compare
 from moesim_kernels.ops.checks_block import rotated_ball
+from moesim_kernels.real.loaded import _calls
 from moesim_kernels.real.rank import RealRank
 from moesim_kernels.real.weights import RankWeights
 from moesim_kernels.real.work import Setting, StepWork, prepare_real, resolve
@@ -427,6 +428,27 @@ def test_a_rank_that_plays_alone_has_its_share_of_the_work(tmp_path: Path) -> No
     part = one.load(work)
     with pytest.raises(BadInput, match="group"):
         one.run(part)
+
+
+def test_sequences_share_calls_where_that_costs_least() -> None:
+    """Against all ways to cut a few sequences into calls; rows that do not follow each other never share one."""
+    rng = np.random.default_rng(4)
+    for _ in range(40):
+        count = int(rng.integers(1, 8))
+        context = rng.integers(1, 40, count).tolist()
+        row = (np.arange(count) + np.cumsum(rng.random(count) < 0.2)).tolist()
+        for spared in (0.0, 12.0):
+            costs = {}
+            for bits in range(1 << (count - 1)):
+                ends = [i + 1 for i in range(count - 1) if bits >> i & 1] + [count]
+                calls = list(zip([0, *ends], ends, strict=False))
+                apart = any(row[b - 1] - row[a] != b - a - 1 for a, b in calls)
+                unequal = not spared and any(len(set(context[a:b])) > 1 for a, b in calls)
+                if not (apart or unequal):
+                    costs[tuple(calls)] = sum(max(spared, 1.0) + (b - a) * max(context[a:b]) for a, b in calls)
+            found = tuple(_calls(context, row, spared))
+            assert costs[found] == min(costs.values())
+    assert _calls([], [], 1.0) == []
 
 
 def test_rows_of_the_cache_are_freed(tmp_path: Path) -> None:

@@ -62,8 +62,15 @@ def prefill_gqa(
     )
 
 
-def decode_gqa(query_BQ1D: torch.Tensor, key_BGSD: torch.Tensor, value_BGSV: torch.Tensor) -> torch.Tensor:
+def decode_gqa(
+    query_BQ1D: torch.Tensor,
+    key_BGSD: torch.Tensor,
+    value_BGSV: torch.Tensor,
+    mask_B11S: torch.Tensor | None = None,
+) -> torch.Tensor:
     """One new token a sequence against its context of S tokens (its own included), [B, Q, 1, V].
+
+    mask_B11S: added to the scores, where sequences see fewer than S tokens.
 
     The Q/G query heads that share a key-value head are laid out as that head's query tokens, so each key is read
     once for all of them: with `enable_gqa` alone the CPU kernel reads it Q/G times.
@@ -71,7 +78,7 @@ def decode_gqa(query_BQ1D: torch.Tensor, key_BGSD: torch.Tensor, value_BGSV: tor
     batch, heads, _, dim = query_BQ1D.shape
     kv_heads = key_BGSD.shape[1]
     packed_BGND = query_BQ1D.reshape(batch, kv_heads, heads // kv_heads, dim)
-    out_BGNV = functional.scaled_dot_product_attention(packed_BGND, key_BGSD, value_BGSV)
+    out_BGNV = functional.scaled_dot_product_attention(packed_BGND, key_BGSD, value_BGSV, attn_mask=mask_B11S)
     return out_BGNV.reshape(batch, heads, 1, -1)
 
 

@@ -67,15 +67,16 @@ class Sections:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Own tokens `first` .. `first + tokens - 1` that attend together: sequences that decode at one context, in
-    consecutive rows of the cache from `row` on, or (chunk) consecutive tokens of one sequence whose last sees `context`
-    keys."""
+    """Own tokens `first` .. `first + tokens - 1` that attend in one call: sequences that decode, in consecutive rows of
+    the cache from `row` on, or (chunk) consecutive tokens of one sequence whose last sees `context` keys. contexts:
+    keys that each sequence sees, at most `context`; () where all see as many."""
 
     first: int
     tokens: int
     row: int
     context: int
     chunk: bool = False
+    contexts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,7 @@ class Loaded:
     chosen_S: list[int] = field(default_factory=list)
     remark: str = ""
     graphs: Any = None
+    masks: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -114,35 +116,56 @@ class Loaded:
         return len(self.own_N)
 
 
-def own_tokens(work: StepWork, rank: int, cache: KvCache) -> tuple[IntArray, list[int]]:
+def own_tokens(work: StepWork, rank: int, cache: KvCache, by_row: bool) -> tuple[IntArray, list[int]]:
     """(own_N, row_T): a rank's tokens in the order they are computed, and their rows of the cache, which new requests
-    are given here: those that decode by context and row, then the chunks as they stand."""
+    are given here by context: those that decode by row, or by context and row, then the chunks as they stand."""
     mine = np.flatnonzero(work.rank_N == rank)
     decode, chunks = mine[mine < work.decode], mine[mine >= work.decode]
     decode = decode[np.argsort(work.position_N[decode], kind="stable")]
     own = np.concatenate([decode, chunks])
     row = np.array(cache.rows(work.request_N[own].tolist()), np.int64)
-    order = np.lexsort((row[: len(decode)], work.position_N[decode]))
-    own[: len(decode)], row[: len(decode)] = decode[order], row[: len(decode)][order]
+    decode_row = row[: len(decode)]
+    order = np.argsort(decode_row) if by_row else np.lexsort((decode_row, work.position_N[decode]))
+    own[: len(decode)], row[: len(decode)] = decode[order], decode_row[order]
     return own, row.tolist()
 
 
-def groups_of(work: StepWork, own_N: IntArray, row_T: Sequence[int]) -> tuple[Group, ...]:
-    """Own tokens by the calls of the attention kernel."""
+def groups_of(work: StepWork, own_N: IntArray, row_T: Sequence[int], spared_tokens: float = 0.0) -> tuple[Group, ...]:
+    """Own tokens by the calls of the attention kernel. spared_tokens: keys that may be read in vain, under a mask, to
+    spare a call; 0: sequences of one context alone share one."""
     found: list[Group] = []
     decode = int((own_N < work.decode).sum())
     position, request = work.position_N[own_N].tolist(), work.request_N[own_N].tolist()
-    at = 0
-    for i in range(1, decode + 1):
-        joins = i < decode and position[i] == position[at] and row_T[i] == row_T[i - 1] + 1
-        if not joins:
-            found.append(Group(at, i - at, row_T[at], position[at] + 1))
-            at = i
+    context = [p + 1 for p in position[:decode]]
+    for at, stop in _calls(context, row_T, spared_tokens):
+        mixed = tuple(context[at:stop]) if min(context[at:stop]) < max(context[at:stop]) else ()
+        found.append(Group(at, stop - at, row_T[at], max(context[at:stop]), contexts=mixed))
+    at = decode
     for i in range(decode + 1, len(own_N) + 1):
         if i == len(own_N) or request[i] != request[at] or position[i] != position[i - 1] + 1:
             found.append(Group(at, i - at, row_T[at], position[i - 1] + 1, True))
             at = i
     return tuple(found)
+
+
+def _calls(context: Sequence[int], row: Sequence[int], spared_tokens: float) -> list[tuple[int, int]]:
+    """Where each call begins and ends: runs of consecutive rows, cut so that calls and keys read cost least (dynamic
+    programming over the last call's beginning)."""
+    best, cut = [0.0], [0]
+    for stop in range(1, len(context) + 1):
+        costs, most = dict[int, float](), 0
+        for at in range(stop - 1, -1, -1):
+            if at + 1 < stop and (row[at + 1] != row[at] + 1 or (not spared_tokens and context[at] != context[at + 1])):
+                break
+            most = max(most, context[at])
+            costs[at] = best[at] + max(spared_tokens, 1.0) + (stop - at) * most
+        cut.append(min(costs, key=lambda at: costs[at]))
+        best.append(costs[cut[-1]])
+    found, stop = [], len(context)
+    while stop:
+        found.append((cut[stop], stop))
+        stop = cut[stop]
+    return found[::-1]
 
 
 def lay_out(work: StepWork, own_N: IntArray, first: int, slots: int, top_k: int, alone: bool) -> list[AnyArray]:

@@ -37,6 +37,8 @@ from moesim_kernels.real.work import StepWork
 __all__ = ["Loaded", "RealRank", "StepTimes"]
 
 _HOST_FRACTION, _CUDA_FRACTION = 0.7, 0.9  # of the memory that is free
+_CALL_BYTES = 160 << 10
+"""keys and values that a CPU attends to in the time that one more call takes: 40 us at 4 GB/s, measured"""
 _REST_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}  # code, libraries' workspaces, graphs
 
 
@@ -131,6 +133,7 @@ class RealRank:
         context = engine.max_model_len or m.max_position_embeddings
         tokens = engine.max_num_seqs * context if cache_tokens is None else cache_tokens
         item = int(dtype_bytes(m.activation_dtype))
+        self._token_bytes = layer_bytes(self.heads, item, 1)
         cache_bytes = m.num_layers * layer_bytes(self.heads, item, tokens)
         slot_LS = self.placement.slot_to_expert_LS[:, self.first : self.first + self.slots]
         values = Values(self.seed, self.device)
@@ -235,12 +238,12 @@ class RealRank:
                 f"work over {work.num_slots} slots and {work.ranks} ranks is not this deployment's, which has "
                 f"{self.placement.num_slots} slots on {self.ranks}; resolve it with the same scenario"
             )
-        own, row_T = own_tokens(work, self.rank, self.cache)
+        own, row_T = own_tokens(work, self.rank, self.cache, not self.on_cuda)
         position_T, request_T = work.position_N[own], work.request_N[own]
         slot_L = lay_out(work, own, self.first, self.slots, self.model.top_k, self.alone)
         self._require_step(max(len(own), *(len(slot) for slot in slot_L)))
         token_T = self._tokens(request_T, position_T)
-        groups = groups_of(work, own, row_T)
+        groups = groups_of(work, own, row_T, 0.0 if self.on_cuda else _CALL_BYTES / self._token_bytes)
         for group in groups:
             for i in range(group.first, group.first + (1 if group.chunk else group.tokens)):
                 stop = int(position_T[group.first + group.tokens - 1]) + 1 if group.chunk else int(position_T[i]) + 1
@@ -379,9 +382,10 @@ class RealRank:
         query = qkv_TND[group.first : group.first + group.tokens, : self.heads.query]
         wide = self.heads.query * self.heads.dim
         if not group.chunk:
-            since = max(0, group.context - window) if window else 0
+            since = max(0, min(group.contexts or (group.context,)) - window) if window else 0
             seen = cache[:, group.row : group.row + group.tokens, :, since : group.context]
-            return decode_gqa(query.unsqueeze(2), seen[0], seen[1]).reshape(group.tokens, wide)
+            mask = self._decode_mask(group, since, window) if group.contexts else None
+            return decode_gqa(query.unsqueeze(2), seen[0], seen[1], mask).reshape(group.tokens, wide)
         since = max(0, group.context - group.tokens - window + 1) if window else 0  # the first token's earliest key
         seen = cache[:, group.row : group.row + 1, :, since : group.context]
         total = group.context - since
@@ -395,6 +399,19 @@ class RealRank:
         if key not in self._masks:
             self._masks[key] = window_mask(length, total, window, self.device)
         return self._masks[key]
+
+    def _decode_mask(self, group: Group, since: int, window: int) -> Any:
+        """What sequences of several contexts see of keys since .. context - 1, as numbers to add: [B, 1, 1, S]."""
+        key = (group.contexts, since, window)
+        if key not in self._at.masks:
+            import torch
+
+            end_B1 = torch.tensor(group.contexts, device=self.device).unsqueeze(1)
+            at_S = torch.arange(since, group.context, device=self.device)
+            hidden_BS = (at_S >= end_B1) | ((at_S < end_B1 - window) if window else (at_S < 0))
+            mask = torch.zeros(hidden_BS.shape, dtype=self.weights.dtype, device=self.device)
+            self._at.masks[key] = mask.masked_fill_(hidden_BS, float("-inf"))[:, None, None]
+        return self._at.masks[key]
 
     def after(self, layer: int, attended_TM: Any) -> None:
         """From the attention kernel to the experts: norm, gates, shared experts; the order of rows, where they are this
