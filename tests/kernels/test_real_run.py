@@ -187,3 +187,20 @@ def test_a_run_ends_when_its_parent_has_gone(folder: Path) -> None:
     ended = measure(gone)
     assert (ended.samples, ended.signal) == (0, signal.SIGTERM)
     assert "end" in lines(folder)[-1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_steps_are_measured_on_cuda(folder: Path, backend: str) -> None:
+    (folder / "model.yaml").write_text(MODEL.replace(": fp32\n", ": bf16\n"))
+    assert run(folder, "--device", "cuda", "--backend", backend) == 0
+    head, *rest = lines(folder)
+    assert head["machine"]["cuda"]
+    samples = [line for line in rest if "setting" in line]
+    assert Counter(s["setting"] for s in samples) == {s.name: 2 for s in SETTINGS}
+    for s in samples:
+        assert s["cpu_ns"] == 0
+        assert s["wall_ns"] > 0
+        assert set(s["part_ns"]) == {"embedding", "own", "attention", "experts", "head"}
+    assert run(folder, *EP2, "--alone", "1", "--log", str(folder / "alone.jsonl"), "--device", "cuda") == 0

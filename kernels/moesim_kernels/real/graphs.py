@@ -10,27 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from moesim.errors import Infeasible
 from moesim_kernels.real.loaded import Loaded, StepTimes
 
 if TYPE_CHECKING:
     from moesim_kernels.real.rank import RealRank
 
-__all__ = ["CudaStep", "capture"]
+__all__ = ["CudaStep"]
 
 _BUSY_READS = 12  # about a millisecond: the launch of a graph of some thousand kernels is hidden behind it
 _BUSY_BYTES = 256 << 20
-
-
-def capture(rank: RealRank, loaded: Loaded) -> None:
-    """Give a loaded step its graphs. Raises Infeasible where the device's memory does not hold them."""
-    import torch
-
-    try:
-        loaded.graphs = CudaStep(rank, loaded)
-    except torch.cuda.OutOfMemoryError as error:
-        told = (str(error).splitlines() or [""])[0][:200]
-        raise Infeasible([f"a step of {loaded.tokens} tokens does not fit beside the weights: {told}"]) from None
 
 
 class CudaStep:

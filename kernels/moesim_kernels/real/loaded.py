@@ -7,19 +7,33 @@ rank's experts.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from moesim.arrays import AnyArray, IntArray
-from moesim.errors import BadInput
+from moesim.errors import BadInput, Infeasible
 from moesim_kernels.ops.block import Place
 from moesim_kernels.real.cache import KvCache
 from moesim_kernels.real.work import StepWork
 
-__all__ = ["Arriving", "Group", "Loaded", "Sections", "StepTimes", "groups_of", "lay_out", "own_tokens"]
+__all__ = ["Arriving", "Group", "Loaded", "Sections", "StepTimes", "groups_of", "lay_out", "no_room", "own_tokens"]
+
+
+@contextmanager
+def no_room(what: str) -> Iterator[None]:
+    """What torch says when the device's memory is used up, as Infeasible."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        full = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+        if not (full or isinstance(error, MemoryError)):
+            raise
+        told = (str(error).splitlines() or ["out of memory"])[0][:200]
+        raise Infeasible([f"{what}: no memory left on this device: {told}"]) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,17 @@ from moesim_kernels.ops.attention import decode_gqa, prefill_gqa, window_mask
 from moesim_kernels.ops.dense import gemm, norm_residual
 from moesim_kernels.ops.moe import combine, grouped_swiglu, moe_local, shared_expert
 from moesim_kernels.real.cache import KvCache, layer_bytes
-from moesim_kernels.real.loaded import Arriving, Group, Loaded, Sections, StepTimes, groups_of, lay_out, own_tokens
+from moesim_kernels.real.loaded import (
+    Arriving,
+    Group,
+    Loaded,
+    Sections,
+    StepTimes,
+    groups_of,
+    lay_out,
+    no_room,
+    own_tokens,
+)
 from moesim_kernels.real.weights import RankWeights, Values, gates_of, heads_of
 from moesim_kernels.real.work import StepWork
 
@@ -102,7 +112,8 @@ class RealRank:
         self.heads, self.gates = heads_of(self.model), gates_of(self.model)
         self.sections = Sections(thread=threads == 1 and not self.on_cuda)
         self._moe_of = {layer: i for i, layer in enumerate(self.model.moe_layers)}
-        self._weigh(cache_tokens, share, any_values)
+        with no_room(f"weights and cache of {self.model.name}"):
+            self._weigh(cache_tokens, share, any_values)
         self._choose_kernels(backend)
         self._known_to_fit = 0
         self._next: dict[int, tuple[int, int]] = {}
@@ -266,9 +277,10 @@ class RealRank:
         if self.alone:
             loaded.foreign = self._stand_ins(len(own), max(a.slot_AK.shape[0] for a in loaded.arriving))
         if self.on_cuda and (self.lone or self.alone):
-            from moesim_kernels.real.graphs import capture
+            from moesim_kernels.real.graphs import CudaStep
 
-            capture(self, loaded)
+            with no_room(f"a step of {loaded.tokens} tokens"):
+                loaded.graphs = CudaStep(self, loaded)
         return loaded
 
     def _stand_ins(self, tokens: int, arriving: int) -> tuple[Any, Any, Any]:

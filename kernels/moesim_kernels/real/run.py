@@ -32,6 +32,7 @@ from moesim_kernels.bench.pool import Device, Pool
 from moesim_kernels.bench.pressure import cpu_pressure
 from moesim_kernels.bench.progress import Progress, Status
 from moesim_kernels.bench.strict import parse, read_bytes
+from moesim_kernels.real.loaded import no_room
 from moesim_kernels.real.record import Writer
 from moesim_kernels.real.work import Setting, StepWork, prepare_real, resolve
 
@@ -244,9 +245,10 @@ class _Run:
             if self.stopped():
                 return
             try:
-                handle = self.runner.ready(setting)
-                self.runner.run(handle)
-            except (BadInput, Infeasible, MemoryError) as error:
+                with no_room(f"setting {setting.name}"):
+                    handle = self.runner.ready(setting)
+                    self.runner.run(handle)
+            except (BadInput, Infeasible) as error:
                 self.refused[setting.name] = " ".join(str(error).split())[:400]
                 self.writer.note(setting.name, f"not measured: {self.refused[setting.name]}")
                 continue
