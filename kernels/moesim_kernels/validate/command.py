@@ -52,6 +52,15 @@ def run(
         str | None, typer.Option(help="Time to measure a profile, such as 150s. Default: 150s.", metavar="TIME")
     ] = None,
     settings: Annotated[int, typer.Option(help="Held-out steps.", min=4, max=10_000, metavar="N")] = 44,
+    anchors: Annotated[
+        int,
+        typer.Option(
+            help="Steps measured before anything is predicted, from which intervals are taken; 0: the profile's own.",
+            min=0,
+            max=10_000,
+            metavar="N",
+        ),
+    ] = 29,
     rounds: Annotated[int, typer.Option(help="Times that each is measured.", min=1, max=10_000, metavar="N")] = 9,
     ranks: Annotated[
         int | None,
@@ -92,8 +101,8 @@ def run(
     require_torch()
     kind = _device(device)
     options = Options(
-        scenario, tuple(overrides or ()), profile, budget_s, settings, rounds, ranks, from_study, storage, top, kind,
-        threads, backend, seed, quiet or as_json,
+        scenario, tuple(overrides or ()), profile, budget_s, settings, anchors, rounds, ranks, from_study, storage, top,
+        kind, threads, backend, seed, quiet or as_json,
     )  # fmt: skip
     _finish(*_validated(options, out, again), shlex.join(["moesim", *sys.argv[1:]]), as_json, quiet)
 

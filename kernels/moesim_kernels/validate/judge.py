@@ -247,7 +247,7 @@ def _baselines(m: Measured, tied: AnyArray) -> dict[str, Any]:
 
 def _coverage(predictions: Predictions, m: Measured, parts: Sequence[PartTimes]) -> dict[str, Any]:
     miss = np.abs(np.log(np.array([p.ns for p in m.predicted]) / m.levels.ns_N))
-    width = np.array([p.half_width for p in m.predicted])
+    width = np.array([_half_width(p, m.clock) for p in m.predicted])
     inside, count = int((miss <= width).sum()), len(miss)
     low, high = clopper_pearson(inside, count)
     state = "holds" if low <= LEVEL <= high else ("too wide" if low > LEVEL else "too narrow")
@@ -259,7 +259,12 @@ def _coverage(predictions: Predictions, m: Measured, parts: Sequence[PartTimes])
         "median_half_width": round(float(np.expm1(np.median(width))), 4),
         "state": state,
         "speed_error": predictions.facts.get("profile", {}).get("speed_error"),
+        "anchors": predictions.facts.get("anchors"),
     }
+
+
+def _half_width(p: Predicted, clock: str) -> float:
+    return p.half_width if clock == "wall" or p.half_width_cpu is None else p.half_width_cpu
 
 
 def _noise(m: Measured) -> dict[str, Any]:
@@ -310,7 +315,7 @@ def _rows(m: Measured) -> list[dict[str, Any]]:
             "tokens": p.tokens,
             "context": p.context,
             "predicted_ns": p.ns,
-            "half_width": p.half_width,
+            "half_width": _half_width(p, m.clock),
             "measured_ns": round(float(m.levels.ns_N[n])),
             "measured_half_width": _finite(float(m.levels.half_width_N[n])),
             "error": round(p.ns / float(m.levels.ns_N[n]) - 1.0, 5),

@@ -34,8 +34,8 @@ SIGMAS = 1.645
 @dataclass(frozen=True, slots=True)
 class Predicted:
     """A setting: ns in all, by operation and by part; half_width: of the 90 % interval of ln(ns), in all and by part;
-    grade: shares of the time by grade, of all and of each part; operator: of each operation; roofline_ns: a baseline's
-    word."""
+    half_width_cpu: that of thread CPU time, where it is another; grade: shares of the time by grade, of all and of
+    each part; operator: of each operation; roofline_ns: a baseline's word."""
 
     name: str
     kind: str
@@ -51,6 +51,7 @@ class Predicted:
     grade: tuple[float, ...]
     part_grade: Mapping[str, tuple[float, ...]]
     roofline_ns: float
+    half_width_cpu: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 scenario.yaml  options.json        what is validated, as written
 profile.yaml ...                   measured now, unless one was given
+anchors.json  anchors.jsonl        steps measured before anything is predicted: how far whole steps are off, from which
+                                   the predictions take their intervals
 settings.json                      what the measuring process will be given
 predictions.json                   sealed: its SHA-256 goes into the head of every record
 measured.jsonl  measured-2.jsonl   records; the first one is judged, later ones are compared with it (--again)
@@ -25,6 +27,7 @@ from moesim.scenario.load import Scenario, load_profile, load_scenario
 from moesim.simulate import Prepared
 from moesim_kernels.bench.strict import canonical
 from moesim_kernels.real.work import Setting, prepare_real, resolve
+from moesim_kernels.validate.anchors import Anchored, anchored_by
 from moesim_kernels.validate.baseline import roofline_ns
 from moesim_kernels.validate.measure import measure_command, read_settings, write_settings
 from moesim_kernels.validate.predict import Predictions, predict, read_predictions, seal_of, write_sealed
@@ -36,6 +39,7 @@ from moesim_kernels.validate.steps import representative_steps
 __all__ = ["Options", "Session"]
 
 PREDICTIONS, SETTINGS, SCENARIO = "predictions.json", "settings.json", "scenario.yaml"
+ANCHORS, BEFORE = "anchors.json", "before any prediction"
 FIRST, FRESH = "measured.jsonl", "measured-fresh.jsonl"
 STEPS_OF_A_RUN = 6
 """steps that stand for a candidate's run, and as many fresh ones"""
@@ -50,6 +54,7 @@ class Options:
     profile: Path | None = None
     calibrate_s: float = 150.0
     settings: int = 44
+    anchors: int = 29
     rounds: int = 9
     ranks: int | None = None
     study: str | None = None
@@ -95,7 +100,7 @@ class Session:
         told = {
             "scenario": self.written.hash,
             "profile": o.calibrate_s if o.profile is None else profile_hash(o.profile),
-            "run": [o.settings, self.ranks, o.device, o.threads, o.backend, o.seed],
+            "run": [o.settings, o.anchors, self.ranks, o.device, o.threads, o.backend, o.seed],
             "study": None if o.study is None else [o.study, o.storage, o.top],
         }
         return hashlib.blake2b(canonical(told).encode(), digest_size=6).hexdigest()
@@ -143,6 +148,7 @@ class Session:
         variants, refused = allowed_variants(lambda o: prepared_for(o).result.scenario.hash)
         limits = Limits.of(prepared_for(()), alike=self.options.device == "cuda")
         held_out = draw_settings(limits, self.options.settings, self.seed, variants)
+        anchored = self._anchored(limits, variants, prepared_for)
         facts, settings = self._candidates(prepared_for)
         facts = {
             "scenario": self.written.name,
@@ -155,10 +161,13 @@ class Session:
                 load_profile(profile), "measured for this run" if self.options.profile is None else str(profile)
             ),
             "variants_refused": refused,
+            "anchors": None if anchored is None else anchored.to_json(),
             "held_out": [s.name for s in held_out],
             "study": facts,
         }
         found = predict([*held_out, *settings], prepared_for, facts)
+        if anchored is not None:
+            found = anchored.applied(found)
         write_settings(self.folder / SETTINGS, [*held_out, *settings])
         write_sealed(path, found)
         return found
@@ -215,6 +224,20 @@ class Session:
             )
         return {**facts, "candidates": rows, "skipped": skipped}, settings
 
+    def _anchored(
+        self, limits: Limits, variants: Sequence[tuple[str, ...]], prepared_for: Callable[[tuple[str, ...]], Prepared]
+    ) -> Anchored | None:
+        """What whole steps are off by, on steps drawn like the held-out ones and measured now; None where none are
+        asked for. Nobody has predicted anything yet that these could be judged by, so their seal says so."""
+        if not self.options.anchors:
+            return None
+        steps = draw_settings(limits, self.options.anchors, self.seed, variants, "anchor-")
+        asked, record = self.folder / ANCHORS, self.folder / f"{Path(ANCHORS).stem}.jsonl"
+        write_settings(asked, steps)
+        if not self._complete(record.name, [s.name for s in steps], BEFORE):
+            self._run(asked, record, BEFORE, len(steps))
+        return anchored_by(predict(steps, prepared_for, {"device": self.options.device}), read_record(record, BEFORE))
+
     # ---- measuring
 
     def measure(self, predictions: Predictions, again: bool) -> None:
@@ -235,34 +258,37 @@ class Session:
         """The steps that a study's winner is judged by."""
         self._measured(FRESH, names)
 
-    def _complete(self, record: str, names: Sequence[str]) -> bool:
+    def _complete(self, record: str, names: Sequence[str], seal: str | None = None) -> bool:
         path = self.folder / record
         if not path.exists():
             return False
-        found = read_record(path, seal_of(self.folder / PREDICTIONS))
+        found = read_record(path, seal or seal_of(self.folder / PREDICTIONS))
         counts = dict.fromkeys(found.refused, self.options.rounds)
         for sample in found.samples:
             counts[sample.setting] = counts.get(sample.setting, 0) + 1
         return all(counts.get(name, 0) >= self.options.rounds for name in names)
 
     def _measured(self, record: str, names: Sequence[str]) -> None:
-        from moesim_kernels.calibrate.run import measure
-
         if self._complete(record, names):
             return
-        o = self.options
         wanted = set(names)
-        every = self.folder / SETTINGS
-        given = [s for s in read_settings(every) if s.name in wanted]
+        given = [s for s in read_settings(self.folder / SETTINGS) if s.name in wanted]
         asked = self.folder / f"{Path(record).stem}.settings.json"
         write_settings(asked, given)
+        self._run(asked, self.folder / record, seal_of(self.folder / PREDICTIONS), len(given))
+
+    def _run(self, asked: Path, record: Path, seal: str, steps: int) -> None:
+        """Measure a file of settings in a process of its own."""
+        from moesim_kernels.calibrate.run import measure
+
+        o = self.options
         if not o.quiet:
-            print(f"measuring {len(given)} steps, {o.rounds} rounds", file=sys.stderr)
+            print(f"measuring {steps} steps, {o.rounds} rounds", file=sys.stderr)
         command = measure_command(
-            self.folder / SCENARIO, asked, self.folder / record, seal_of(self.folder / PREDICTIONS), device=o.device,
-            ranks=self.ranks, threads=o.threads, backend=o.backend, rounds=o.rounds, seed=self.seed,
+            self.folder / SCENARIO, asked, record, seal, device=o.device, ranks=self.ranks, threads=o.threads,
+            backend=o.backend, rounds=o.rounds, seed=self.seed,
         )  # fmt: skip
-        measure(command, self.folder / record, o.quiet)
+        measure(command, record, o.quiet)
 
     def record(self, name: str = FIRST) -> Record:
         """A record of this folder, under the seal of its predictions."""

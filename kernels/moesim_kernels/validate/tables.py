@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 __all__ = ["Table", "tables"]
 
 
@@ -141,6 +143,12 @@ def _honesty(report: Mapping[str, Any]) -> Table:
     ]
     if n["wall_over_cpu"] is not None:
         lines[0] += f" Wall over thread CPU time: {n['wall_over_cpu']:.3f}."
+    a = report["coverage"].get("anchors")
+    if a is not None:
+        lines.append(
+            f"Intervals: from {a['steps']} other steps like these, measured before anything was predicted; those were "
+            f"off by {_percent(float(np.expm1(a['bias'])), sign=True)} (median), which is told and not taken out."
+        )
     grade = ", ".join(f"{share:.0%} {name}" for name, share in w["grade"].items())
     what = f"its part `{w['part']}`" + (f" ({', '.join(w['operators'])})" if w["operators"] else "")
     explains = "" if w["explains"] is None else f", which is {w['explains']:.0%} of the miss"
