@@ -94,10 +94,10 @@ def test_every_setting_has_its_samples_in_interleaved_rounds(folder: Path) -> No
     assert rest[-1]["end"]["samples"] == 6
     assert any("stand in" in line.get("note", "") for line in rest)  # replicas on the memory of the others
     orders = {tuple(s["setting"] for s in samples[at : at + 3]) for at in (0, 3)}
-    assert run(folder, "--seal", "abc", rounds=12) == 0
+    assert run(folder, "--seal", "abc", rounds=6) == 0
     samples = [line for line in lines(folder) if "setting" in line]
-    orders |= {tuple(s["setting"] for s in samples[at : at + 3]) for at in range(0, 36, 3)}
-    assert len(samples) == 36
+    orders |= {tuple(s["setting"] for s in samples[at : at + 3]) for at in range(0, 18, 3)}
+    assert len(samples) == 18
     assert len(orders) > 2
 
 
@@ -115,26 +115,24 @@ def test_a_record_is_gone_on_with_and_a_torn_line_is_cut_off(folder: Path) -> No
     assert (folder / "log.jsonl").read_text().startswith(before)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (lambda text: text, "another seal"),
-        (lambda text: "hello\n" + text, "not JSON"),
-        (lambda text: text.replace('"schema":1', '"schema":9'), "no record"),
-        (lambda text: "a picture", "no record"),
-    ],
-)
-def test_another_record_is_left_alone(folder: Path, spoil: Any, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_record_is_left_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(folder, SETTINGS[:1])
     assert run(folder, "--seal", "first", rounds=1) == 0
-    text = spoil((folder / "log.jsonl").read_text())
-    (folder / "log.jsonl").write_text(text)
-    capsys.readouterr()
-    assert run(folder, "--seal", "second", rounds=1) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert "Traceback" not in told
-    assert any(part in told for part in said.split("|")), told
-    assert (folder / "log.jsonl").read_text() == text
+    begun = (folder / "log.jsonl").read_text()
+    for text, said in (
+        (begun, "another seal"),
+        ("hello\n" + begun, "not JSON"),
+        (begun.replace('"schema":1', '"schema":9'), "no record"),
+        ("a picture", "no record"),
+    ):
+        (folder / "log.jsonl").write_text(text)
+        capsys.readouterr()
+        assert run(folder, "--seal", "second", rounds=1) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: ")
+        assert "Traceback" not in told
+        assert said in told
+        assert (folder / "log.jsonl").read_text() == text
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ class RealRank:
         self._choose_kernels(backend)
         self._known_to_fit = 0
         self._next: dict[int, tuple[int, int]] = {}
-        self._token_cache: dict[int, IntArray] = {}
+        self._token_cache: dict[int, list[int]] = {}
         self._foreign: tuple[Any, Any, Any] = (None, None, None)
         self._masks: dict[tuple[int, int, int], Any] = {}
         self.busy: Any = None
@@ -255,17 +255,17 @@ class RealRank:
         self._require_step(max(len(own), *(len(slot) for slot in slot_L)))
         token_T = self._tokens(request_T, position_T)
         groups = groups_of(work, own, row_T, 0.0 if self.on_cuda else _CALL_BYTES / self._token_bytes)
+        request, position = request_T.tolist(), position_T.tolist()
         for group in groups:
             for i in range(group.first, group.first + (1 if group.chunk else group.tokens)):
-                stop = int(position_T[group.first + group.tokens - 1]) + 1 if group.chunk else int(position_T[i]) + 1
-                self.cache.extend(int(request_T[i]), int(position_T[i]), stop)
+                self.cache.extend(request[i], position[i], group.context if group.chunk else position[i] + 1)
         sampled = np.flatnonzero(work.sampled_N[own])
         to = self._to_device
         last = self.first + self.slots
         loaded = Loaded(
             work=work,
             own_N=own,
-            token_T=to(token_T),
+            token_T=to(np.array(token_T, np.int64)),
             place=block.Place(to(np.array(row_T, np.int64)), to(position_T), self._phase_CP[to(position_T)]),
             groups=groups,
             layers=list(self.cache.layers),
@@ -302,19 +302,21 @@ class RealRank:
 
         return torch.from_numpy(np.ascontiguousarray(x, np.int64)).to(self.device)
 
-    def _tokens(self, request_T: IntArray, position_T: IntArray) -> IntArray:
+    def _tokens(self, request_T: IntArray, position_T: IntArray) -> list[int]:
         """Ids: what was chosen here for the place, else drawn by (seed, request, position)."""
-        out = np.zeros(len(request_T), np.int64)
-        for request in np.unique(request_T).tolist():
-            mine = request_T == request
-            most = int(position_T[mine].max()) + 1
-            if len(self._token_cache.get(request, ())) < most:
-                draw = generator(self.seed, "real/tokens", request)
-                self._token_cache[request] = draw.integers(self.model.vocab_size, size=most)
-            out[mine] = self._token_cache[request][position_T[mine]]
-            position, chosen = self._next.get(request, (-1, 0))
-            out[mine & (position_T == position)] = chosen
+        out = []
+        for request, position in zip(request_T.tolist(), position_T.tolist(), strict=True):
+            following, chosen = self._next.get(request, (-1, 0))
+            out.append(chosen if following == position else self._drawn(request, position))
         return out
+
+    def _drawn(self, request: int, position: int) -> int:
+        drawn = self._token_cache.get(request, [])
+        if len(drawn) <= position:  # a longer draw begins with the shorter one
+            generator_ = generator(self.seed, "real/tokens", request)
+            drawn = generator_.integers(self.model.vocab_size, size=2 * position + 64).tolist()
+            self._token_cache[request] = drawn
+        return drawn[position]
 
     def forget(self, request: int) -> None:
         """A request has ended, its rows of the cache are free."""
