@@ -126,6 +126,8 @@ class Exchange:
             turns = np.maximum(1.0, np.ceil(own / self.communication.max_dispatch_tokens - 1e-9))
         near, far = ports.nvlink * size / turns, ports.nic * size / turns
         total = ports.nvlink_total * size / turns
+        if self._kind == "pairwise" and not self._spans and self._ops.swaps.counts(self._kind):
+            near = np.maximum(near, size)  # where no row leaves its rank the ranks still tell each other so
         priced = self._ops.all_to_all(near, far, lay.ranks, lay.nodes, self._top_k, kind, way, sms, total)  # type: ignore[arg-type]
         return priced._replace(ns=priced.ns * turns)
 

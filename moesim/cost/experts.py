@@ -14,10 +14,10 @@ import numpy as np
 from moesim.arrays import AnyArray, FloatArray, IntArray, U8Array
 from moesim.cost.chunks import Chunks
 from moesim.cost.exchange import Exchange, Ports
-from moesim.cost.operators import MoEShape, Operators
+from moesim.cost.operators import MoEShape, Operators, Priced
 from moesim.cost.weights import Moves, moves_of, transfer_ns
 from moesim.dispatch.plan import Plan
-from moesim.hardware import ASSUMED
+from moesim.hardware import ASSUMED, MEASURED
 from moesim.layout import Layout
 from moesim.model import MoEModel
 from moesim.placement import EMPTY, Placement
@@ -209,7 +209,7 @@ class ExpertPrices:
         """The expert kernels of every part. slot_count, plan: as of `sizes`."""
         rows_LP, active_LP, work_LP, elsewhere_LP = self.sizes(slot_count, 1, plan)
         priced = self._ops.moe(rows_LP, active_LP, work_LP, elsewhere_LP, self.shape)
-        expert_LP, grade = np.rint(priced.ns).astype(np.int64), priced.grade.max(axis=-1)
+        expert_LP, grade = np.rint(priced.ns).astype(np.int64), _worst(priced)
         if not self.chunks.degrees:
             return Computed(expert_LP, rows_LP, grade)
         chunk_RL = np.empty((len(self.chunks.degrees), *grade.shape), np.int64)
@@ -217,7 +217,7 @@ class ExpertPrices:
             cut = self._ops.moe(*self.sizes(slot_count, degree, plan), self.shape)
             slowed = cut.ns.max(axis=-1) / (self.exchange.compute_scale if degree > 1 else 1.0)
             chunk_RL[at] = np.rint(slowed)
-            grade = np.maximum(grade, cut.grade.max(axis=-1))
+            grade = np.maximum(grade, _worst(cut))
         return Computed(expert_LP, rows_LP, grade, chunk_RL)
 
     def moves(self, plan: Plan | None) -> Moves | None:
@@ -312,6 +312,11 @@ def padded_slots(room_BL: AnyArray, placement: Placement) -> FloatArray:
     replicas_LS = np.take_along_axis(placement.replica_count_LE, placement.expert_LS, axis=1)
     room_BLS = np.asarray(room_BL, np.float64)[..., None] / replicas_LS
     return room_BLS if placement.held_LS.all() else np.where(placement.held_LS, room_BLS, np.minimum(room_BLS, 0.0))
+
+
+def _worst(priced: Priced) -> U8Array:
+    """The worst grade of a layer's parts; one without a row costs nothing, whatever was measured."""
+    return np.asarray(np.where(priced.ns > 0, priced.grade, MEASURED).max(axis=-1))
 
 
 def _over_slots(values: AnyArray) -> FloatArray:

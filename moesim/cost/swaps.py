@@ -101,6 +101,7 @@ class Swaps:
         copies. sms: of the kernel, 0: as measured. total: bytes over NVLink that all ranks send, None: as many as if
         all ports were as busy."""
         fit = self._values[kind]
+        port = near
         if total is not None and nodes == 1 and fit.get("shared", 0.0) > 0:
             near = near + fit["shared"] * (total / ranks - near)
         if kind == "hierarchical":
@@ -111,7 +112,7 @@ class Swaps:
         else:
             ns = self.inside_ns(kind, near, ranks, sms, way)
             name = f"{kind}/{way}" if self._known(f"{kind}/{way}") else kind
-            ratio, grade = self._residual(name, ranks).at((near,))
+            ratio, grade = self._residual(name, ranks).at((port,))
         if sms and sms != fit["sms"] and "sm_per_s" in fit:
             grade = np.maximum(grade, INTERPOLATED)
         return self.notify_ns(kind, nodes) + ns * np.exp(ratio), grade
@@ -120,6 +121,10 @@ class Swaps:
         """The part of the time across nodes that exchanges counts."""
         fit = self._values[kind]
         return _steps(fit.get("notify_ns", 0.0), fit.get("notify_step_ns", 0.0), nodes) if nodes > 1 else 0.0
+
+    def counts(self, kind: SwapKind) -> bool:
+        """Whether exchanges of the kind were measured with the counts that go before the rows."""
+        return self._values[kind].get("counts_ns", 0.0) > 0
 
     def sms(self, kind: SwapKind) -> int:
         """Multiprocessors that the kernels of a kind take where nobody says how many."""

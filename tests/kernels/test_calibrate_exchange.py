@@ -18,6 +18,7 @@ from moesim_kernels.calibrate.write import write_profile
 from moesim_kernels.ops.routing import exchange_splits
 from moesim_kernels.real.work import Setting, prepare_real, price
 
+from moesim.cost.exchange import Ports
 from moesim.scenario.load import load_profile, load_scenario
 
 FILE = Path("workloads/validate_cpu.yaml")
@@ -117,7 +118,7 @@ def test_the_busiest_port_has_exactly_the_rows_asked_for(ranks: int) -> None:
         exchange_splits(1, 2, "few:1", 0)
 
 
-@pytest.mark.parametrize("shared", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("shared", [0.0, 0.8])
 def test_a_known_law_is_found_again_and_prices_the_deployment_interpolated(shared: float, tmp_path: Path) -> None:
     plan = plan_of()
     made = calibrated(plan, tmp_path / "l.jsonl", shared)
@@ -138,9 +139,15 @@ def test_a_known_law_is_found_again_and_prices_the_deployment_interpolated(share
     setting = Setting("s", (), tuple((i, 20 + i, i % 2) for i in range(8)), ((9, 0, 30, 1, 1),))
     found = price(prepared, setting)
     assert found.operator["dispatch"] == found.operator["combine"] == "all_to_all"
+    exchange = prepared.result.pricers[0].moe._prices.exchange  # type: ignore[attr-defined]
+    nothing = exchange.price((1, 1), 1, Ports(*np.zeros((4, 1, 1))))
+    assert int(nothing.dispatch_ns[0, 0]) == pytest.approx(LAUNCH + COUNTS, rel=0.1)  # ranks tell each other so
     assert found.operation_ns["dispatch"] - found.operation_ns["combine"] == pytest.approx(6 * COUNTS, rel=0.1)
     assert found.grade[3] == 0.0  # nothing is assumed
-    assert found.grade[2] < 0.02  # of other operators
+    few = price(prepared, Setting("one token", (), ((3, 7, 0),)))
+    for priced in (found, few):
+        for part in ("dispatch", "experts", "combine"):
+            assert sum(priced.operation_grade[part][:2]) == pytest.approx(1.0), part
 
 
 def test_what_gloo_cannot_resolve_is_in_the_interval(tmp_path: Path) -> None:

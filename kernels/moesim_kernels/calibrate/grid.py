@@ -71,7 +71,9 @@ def moe_cases(d: Deployment, device: str, backend: str, rng: np.random.Generator
     for tokens in sorted({many[len(many) // 3], many[(2 * len(many)) // 3], many[-1]}):
         yield _moe(d, "moe", backend, tokens, "zipf:1.2")
     yield from _micro(d, backend)
-    if d.layout.ep > 1:  # a part that is hotter than the mean has more rows than an even share
+    if d.layout.ep > 1:  # parts have fewer rows than an even share, down to one, and hot ones more
+        for rows in sorted({1, max(1, d.rows_of(1) // 2)} - {d.rows_of(1)}):
+            yield _moe(d, "moe", backend, 1, "uniform", rows=rows)
         rows = min(2 * d.rows_of(d.max_tokens), d.group_tokens(d.max_tokens) * min(d.model.top_k, d.slots))
         yield _moe(d, "moe", backend, d.max_tokens, "uniform", rows=rows)
     for i in range(HELD_OUT_MOE):
