@@ -42,7 +42,7 @@ from moesim.scenario.load import load_profile  # noqa: E402
 SCENARIO = HERE / "contested.yaml"
 OUT = ROOT / "results" / "validation"
 FOLDER = ROOT / "results" / "contested"
-ROUNDS = {"offload": 4, "capacity": 5, "placement": 8}
+ROUNDS = {"offload": 4, "capacity": 4, "placement": 7}
 _APART = ("storage", "copy", "permute", "combine", "all_gather", "reduce_scatter", "all_reduce")
 """operators that no step here is priced with"""
 

@@ -19,6 +19,8 @@ from moesim_kernels.calibrate.points import Ceilings, curve_key, floor_ns, sort_
 from moesim_kernels.fit.curves import write_curves
 from moesim_kernels.fit.model import fit_operator, predict, with_fits
 from moesim_kernels.fit.samples import Samples, sample_points
+from moesim_kernels.profiles.shapes import floor_ns as least_ns
+from moesim_kernels.profiles.shapes import measured_shapes, price
 
 from moesim.cost.operators import BlockShape, Operators
 from moesim.cost.own import block_ns, block_shape
@@ -163,6 +165,11 @@ def test_a_fitted_block_is_its_parts_times_what_was_measured(parts: DeviceProfil
     eight = np.array([8.0])
     between = block_ns(Operators(parts), eight, shape) * np.sqrt(1.6 * 2.0)
     np.testing.assert_allclose(predict(profile, block(between, eight)), between, rtol=1e-3)
+    # and so a table of the profile has it
+    (shown,) = measured_shapes(profile, "block")
+    assert shown.label == "hidden 32, GQA 4/2 heads of 8, 8 experts, top 2, softmax, fp32"
+    np.testing.assert_allclose(price(Operators(profile), shown, KNOTS).ns, sums * slower, rtol=1e-3)
+    assert (least_ns(profile, shown, KNOTS) < sums * slower).all()
     # the parts themselves are priced as before, so nothing is counted twice
     np.testing.assert_array_equal(block_ns(Operators(profile), KNOTS, shape), sums)
 

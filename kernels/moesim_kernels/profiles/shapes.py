@@ -15,6 +15,7 @@ import numpy as np
 from moesim.arrays import FloatArray
 from moesim.cost.operators import (
     AttentionShape,
+    BlockShape,
     MoEShape,
     Operators,
     Priced,
@@ -22,9 +23,10 @@ from moesim.cost.operators import (
     decode_work,
     prefill_work,
 )
+from moesim.cost.own import block_ns
 from moesim.cost.physics import BACKWARD
 from moesim.dtypes import dtype_bytes
-from moesim.hardware import Curve, DeviceProfile
+from moesim.hardware import EXTRAPOLATED, Curve, DeviceProfile
 from moesim_kernels.profiles.terminal_plot import size_text
 
 __all__ = [
@@ -50,6 +52,7 @@ AXES = {
     "moe_wgrad": "pairs",
     "router": "rows",
     "router_backward": "rows",
+    "block": "rows",
     "attention_prefill": "prompt",
     "attention_decode": "context",
     "attention_backward": "prompt",
@@ -145,6 +148,9 @@ def _label(op: str, key: Key) -> str:
     if op.startswith("router"):
         groups = f", {key[6]} of {key[5]} groups" if key[5] != 1 else ""
         return f"{key[1]} experts of hidden {key[0]}, top {key[2]}, {key[4]}{groups}, {key[3]}"
+    if op == "block":
+        heads = f"GQA {key[1]}/{key[2]} heads of {key[3]}"
+        return f"hidden {key[0]}, {heads}, {key[4]} experts, top {key[5]}, {key[8]}, {key[6]}"
     if op == "copy":
         return f"{key[0]}, {key[1]}, {key[2]} stream{'s' if key[2] != 1 else ''}{', kernels running' if key[3] else ''}"
     if op == "storage":
@@ -198,6 +204,10 @@ def _work(shape: Shape, size: FloatArray) -> tuple[FloatArray, FloatArray, str]:
         wide, dtype = float(np.prod(_ints(key[:2]))), str(key[3])
         both = 2.0 if shape.op == "router_backward" else 1.0
         return size * 0.0 + wide * dtype_bytes(dtype), size * (2.0 * wide * both), dtype
+    if shape.op == "block":
+        block: Any = key
+        weights, products = BlockShape(*block).work(size)
+        return size * 0.0 + weights, products, str(key[6])
     if shape.op == "attention_decode":
         heads = _attention(key)
         return *decode_work(heads, np.full(size.shape, float(shape.batch)), _seen(shape, size)), heads.dtype
@@ -250,6 +260,14 @@ def _router(ops: Operators, shape: Shape, size: FloatArray) -> Priced:
     return ops.router(size, RouterShape(*key), shape.op == "router_backward")
 
 
+def _block(ops: Operators, shape: Shape, size: FloatArray) -> Priced:
+    key: Any = shape.key
+    block = BlockShape(*key)
+    parts = block_ns(ops, size, block)
+    found = ops.block(size, parts, block)
+    return Priced(parts, np.full(size.shape, EXTRAPOLATED)) if found is None else found
+
+
 def _copy(ops: Operators, shape: Shape, size: FloatArray) -> Priced:
     key: Any = shape.key
     return ops.copy(size, key[0], key[1], key[2], bool(key[3]))
@@ -286,6 +304,7 @@ _PRICES: dict[str, Callable[[Operators, Shape, FloatArray], Priced]] = {
     "moe_wgrad": _moe,
     "router": _router,
     "router_backward": _router,
+    "block": _block,
     "attention_prefill": _prefill,
     "attention_decode": _decode,
     "attention_backward": _prefill,
