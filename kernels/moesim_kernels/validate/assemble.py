@@ -18,6 +18,7 @@ from moesim_kernels.validate.pick import judge_candidates
 from moesim_kernels.validate.predict import Predictions, read_predictions, seal_of
 from moesim_kernels.validate.profile import strangeness
 from moesim_kernels.validate.record import Record, read_record
+from moesim_kernels.validate.serving import judge_served_runs
 from moesim_kernels.validate.session import FIRST, FRESH, PREDICTIONS
 from moesim_kernels.validate.verdict import verdict
 
@@ -51,11 +52,12 @@ def judge_folder(folder: Path) -> dict[str, Any]:
         "notes": [
             *strangeness(facts["profile"], record.machine),
             *_refused(facts["variants_refused"]),
+            *([f"not served for real: {facts['not_served']}"] if facts["not_served"] else []),
             *dict.fromkeys(f"{about}: {text}" if about else text for about, text in record.notes),
         ],
         "candidates": _candidates(predictions, record, folder, seal),
         "again": _again(predictions, record, folder, seal),
-        "served": None,
+        "served": None if facts["served"] is None else judge_served_runs(facts["served"], folder, seal),
     }
     return {"schema": report.pop("schema"), "verdict": verdict(report), **report}
 

@@ -85,6 +85,9 @@ def run(
     seed: Annotated[
         int | None, typer.Option(help="Seed of steps, weights and order. Default: the scenario's.", min=0, metavar="N")
     ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve/--no-serve", help="Serve the scenario's requests for real, too (one rank).")
+    ] = True,
     out: Annotated[Path, typer.Option(help="Where validate-<name>-<hash>/ goes.", metavar="DIR")] = Path("results"),
     overrides: SetOption = None,
     as_json: _Json = False,
@@ -102,7 +105,7 @@ def run(
     kind = _device(device)
     options = Options(
         scenario, tuple(overrides or ()), profile, budget_s, settings, anchors, rounds, ranks, from_study, storage, top,
-        kind, threads, backend, seed, quiet or as_json,
+        kind, threads, backend, seed, serve, quiet or as_json,
     )  # fmt: skip
     _finish(*_validated(options, out, again), shlex.join(["moesim", *sys.argv[1:]]), as_json, quiet)
 
@@ -143,11 +146,9 @@ def _validated(options: Options, out: Path, again: bool) -> tuple[Path, dict[str
     predictions = session.predictions(session.profile())
     session.measure(predictions, again)
     report = judge_folder(session.folder)
-    names = winner(report, predictions)
-    if names:
-        session.measure_fresh(names)
-        report = judge_folder(session.folder)
-    return session.folder, report
+    session.measure_fresh(winner(report, predictions))
+    session.serve(predictions, bool(report["noise"]["quiet"]))
+    return session.folder, judge_folder(session.folder)
 
 
 def _finish(folder: Path, report: dict[str, Any], command: str, as_json: bool, quiet: bool) -> None:

@@ -8,6 +8,7 @@ settings.json                      what the measuring process will be given
 predictions.json                   sealed: its SHA-256 goes into the head of every record
 measured.jsonl  measured-2.jsonl   records; the first one is judged, later ones are compared with it (--again)
 measured-fresh.jsonl               a study's winner, measured again on steps that nothing was chosen by
+served-1.json  served-2.json       the scenario's requests, served for real
 report.json  report.md
 """
 
@@ -26,13 +27,14 @@ from moesim.scenario.files import profile_hash
 from moesim.scenario.load import Scenario, load_profile, load_scenario
 from moesim.simulate import Prepared
 from moesim_kernels.bench.strict import canonical
-from moesim_kernels.real.work import Setting, prepare_real, resolve
+from moesim_kernels.real.work import Setting, prepare_real, price, resolve
 from moesim_kernels.validate.anchors import Anchored, anchored_by
 from moesim_kernels.validate.baseline import roofline_ns
 from moesim_kernels.validate.measure import measure_command, read_settings, write_settings
 from moesim_kernels.validate.predict import Predictions, predict, read_predictions, seal_of, write_sealed
 from moesim_kernels.validate.profile import made_profile, profile_facts
-from moesim_kernels.validate.record import Record, read_record
+from moesim_kernels.validate.record import read_record
+from moesim_kernels.validate.serving import predicted_run, serve_command, served_file
 from moesim_kernels.validate.settings import Limits, allowed_variants, draw_settings
 from moesim_kernels.validate.steps import representative_steps
 
@@ -41,6 +43,7 @@ __all__ = ["Options", "Session"]
 PREDICTIONS, SETTINGS, SCENARIO = "predictions.json", "settings.json", "scenario.yaml"
 ANCHORS, BEFORE = "anchors.json", "before any prediction"
 FIRST, FRESH = "measured.jsonl", "measured-fresh.jsonl"
+SERVED_RUNS = 2
 STEPS_OF_A_RUN = 6
 """steps that stand for a candidate's run, and as many fresh ones"""
 
@@ -64,6 +67,7 @@ class Options:
     threads: int = 1
     backend: str = "torch"
     seed: int | None = None
+    serve: bool = True
     quiet: bool = False
 
 
@@ -102,6 +106,7 @@ class Session:
             "profile": o.calibrate_s if o.profile is None else profile_hash(o.profile),
             "run": [o.settings, o.anchors, self.ranks, o.device, o.threads, o.backend, o.seed],
             "study": None if o.study is None else [o.study, o.storage, o.top],
+            "serve": o.serve,
         }
         return hashlib.blake2b(canonical(told).encode(), digest_size=6).hexdigest()
 
@@ -149,7 +154,9 @@ class Session:
         limits = Limits.of(prepared_for(()), alike=self.options.device == "cuda")
         held_out = draw_settings(limits, self.options.settings, self.seed, variants)
         anchored = self._anchored(limits, variants, prepared_for)
-        facts, settings = self._candidates(prepared_for)
+        study, settings = self._candidates(prepared_for)
+        on_profile = load_scenario(self.folder / SCENARIO, (f"cluster.device={profile.resolve()}",))
+        run, why = predicted_run(on_profile) if self.options.serve else (None, "")
         facts = {
             "scenario": self.written.name,
             "scenario_hash": self.written.hash,
@@ -163,7 +170,9 @@ class Session:
             "variants_refused": refused,
             "anchors": None if anchored is None else anchored.to_json(),
             "held_out": [s.name for s in held_out],
-            "study": facts,
+            "study": study,
+            "served": run,
+            "not_served": why,
         }
         found = predict([*held_out, *settings], prepared_for, facts)
         if anchored is not None:
@@ -207,8 +216,6 @@ class Session:
                 continue
             settings += [*seen.settings, *new.settings]
             floor = [roofline_ns(prepared, resolve(prepared, s)) for s in seen.settings]
-            from moesim_kernels.real.work import price
-
             priced = [price(prepared, s).ns for s in seen.settings]
             ratio = sum(f / p for f, p in zip(floor, priced, strict=True)) / len(floor)
             rows.append(
@@ -255,8 +262,9 @@ class Session:
             self._measured(f"measured-{number}.jsonl", first)
 
     def measure_fresh(self, names: Sequence[str]) -> None:
-        """The steps that a study's winner is judged by."""
-        self._measured(FRESH, names)
+        """The steps that a study's winner is judged by; none: nothing."""
+        if names:
+            self._measured(FRESH, names)
 
     def _complete(self, record: str, names: Sequence[str], seal: str | None = None) -> bool:
         path = self.folder / record
@@ -290,6 +298,22 @@ class Session:
         )  # fmt: skip
         measure(command, record, o.quiet)
 
-    def record(self, name: str = FIRST) -> Record:
-        """A record of this folder, under the seal of its predictions."""
-        return read_record(self.folder / name, seal_of(self.folder / PREDICTIONS))
+    def serve(self, predictions: Predictions, quiet: bool) -> None:
+        """Serve the scenario's requests for real, as often as is asked for and not done yet. quiet: by the wall, on
+        which an idle server waits; else by the thread's CPU time, on which it does not."""
+        from moesim_kernels.calibrate.run import measure
+
+        if predictions.facts["served"] is None:
+            return
+        clock = "wall" if quiet or self.options.device == "cuda" else "cpu"
+        for number in range(1, SERVED_RUNS + 1):
+            out = served_file(self.folder, number)
+            if out.exists():
+                continue
+            if not self.options.quiet:
+                print(
+                    f"serving {len(predictions.facts['served']['arrival_ns'])} requests, run {number}", file=sys.stderr
+                )
+            seal = seal_of(self.folder / PREDICTIONS)
+            command = serve_command(self.folder / SCENARIO, out, seal, self.options.device, clock)
+            measure(command, out, self.options.quiet)

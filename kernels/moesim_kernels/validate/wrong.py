@@ -88,7 +88,8 @@ def findings(parts: Sequence[PartTimes], speed_error: float = 0.0, reference_dri
         found = [one for where in kinds if (one := _look(part, where, float(more))) is not None]
         if found:
             out.append(max(found, key=lambda f: f.effect))
-    return sorted(out, key=lambda f: -f.effect)
+    # what is off and matters little is told beside what matters, and alone it is none
+    return sorted(out, key=lambda f: -f.effect) if any(f.effect >= LEAST_EFFECT for f in out) else []
 
 
 def _look(part: PartTimes, where: str, variance: float) -> Finding | None:
@@ -103,7 +104,7 @@ def _look(part: PartTimes, where: str, variance: float) -> Finding | None:
     sigma = np.sqrt((float(np.median(part.half_width_N[chosen])) / SIGMAS) ** 2 + variance)
     allowed = SIGMAS_BEYOND * float(sigma) + noise
     effect = float(np.median(part.share_N[chosen])) * abs(1.0 - np.exp(-off))
-    if abs(off) <= allowed or effect < LEAST_EFFECT:
+    if abs(off) <= allowed:
         return None
     operator, factor = blame(part, chosen)
     return Finding(part.part, where, count, float(np.exp(off)), float(np.exp(allowed)), effect, operator, factor)
