@@ -179,7 +179,8 @@ class RealRank:
 
     def _free_bytes(self) -> int:
         kind = "cuda" if self.on_cuda else "cpu"
-        fraction = _CUDA_FRACTION if self.on_cuda else _HOST_FRACTION
+        together = 1 if self.lone or self.alone else self.ranks  # processes of a group take theirs at the same time
+        fraction = _CUDA_FRACTION if self.on_cuda else _HOST_FRACTION / together
         free = Device.find(kind, self.threads, self.device.index or 0, fraction).capacity_bytes
         if self.on_cuda:
             import torch

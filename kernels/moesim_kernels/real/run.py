@@ -225,6 +225,7 @@ class _Run:
     reference: Any
     handles: dict[str, Any] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    noted: set[str] = field(default_factory=set)
     samples: int = 0
     caught: int | None = None
 
@@ -253,6 +254,10 @@ class _Run:
                 self.writer.note(setting.name, f"not measured: {self.refused[setting.name]}")
                 continue
             self.handles[setting.name] = handle
+            remark = _remark_of(handle)
+            if remark and remark not in self.noted:
+                self.noted.add(remark)
+                self.writer.note(setting.name, remark)
 
     def go(self, progress: Progress) -> None:
         """Rounds until every setting has its samples."""
@@ -283,6 +288,13 @@ class _Run:
         return Status(sum(done), rounds * len(done), sum(d == rounds for d in done), len(done), 0.0, now)
 
 
+def _remark_of(handle: Any) -> str:
+    """What a step that is ready says of its times; runners hand out themselves beside it."""
+    while isinstance(handle, tuple):
+        handle = handle[1]
+    return str(getattr(handle, "remark", ""))
+
+
 def measure(asked: Measurement) -> Ended:
     """Measure the settings into the log, or go on with it. Raises BadInput for what cannot be measured, Infeasible
     where it does not fit. SIGINT and SIGTERM end it after the step at hand."""
@@ -302,6 +314,7 @@ def measure(asked: Measurement) -> Ended:
                 writer.note("", runner.remark)
             run = _Run(asked, settings, writer, runner, reference_product(device, Pool(device)))
             progress = Progress(sys.stderr)
+            run.noted.add(runner.remark)
             with _signals(run), _steady():
                 run.prepare()
                 try:
@@ -342,11 +355,15 @@ def _signals(run: _Run) -> Iterator[None]:
 
 @contextmanager
 def _steady() -> Iterator[None]:
-    """No garbage collection inside a step."""
+    """No garbage collection inside a step; and what is there already is not looked through again, which capturing a
+    CUDA graph would do each time."""
     was = gc.isenabled()
+    gc.collect()
+    gc.freeze()
     gc.disable()
     try:
         yield
     finally:
+        gc.unfreeze()
         if was:
             gc.enable()
