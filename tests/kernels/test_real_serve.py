@@ -134,3 +134,27 @@ def test_one_rank_is_served() -> None:
     prepared = prepare_real(load_scenario(FILE, overrides))
     with pytest.raises(BadInput, match="one rank"):
         serve(prepared, _AsPriced(prepared, _Clock()), _Clock())
+
+
+def test_a_process_of_its_own_writes_what_it_served(tmp_path: Path) -> None:
+    """The real thing: ten requests on a real rank, by CPU time; everything ends, in order."""
+    import json
+
+    from moesim_kernels.real.served import main
+
+    out = tmp_path / "served.json"
+    arguments = [str(FILE), "--out", str(out), "--requests", "6", "--clock", "cpu", "--seal", "abc", "--seed", "9"]
+    assert main([*arguments, "--set", "requests.output_tokens.max=8", "--set", "model=stdlib-moe-16e"]) == 0
+    found = json.loads(out.read_text())
+    assert found["seal"] == "abc"
+    requests, steps = found["requests"], found["steps"]
+    assert len(requests["finish_ns"]) == 6
+    arrival, first, finish = (np.array(requests[n]) for n in ("arrival_ns", "first_token_ns", "finish_ns"))
+    assert (arrival < first).all()
+    assert (first <= finish).all()
+    tokens = sum(requests["output_tokens"])
+    assert sum(steps["decoding"]) == tokens - 6  # the first token of each comes of its prompt
+    assert len(steps["duration_ns"]) == len(steps["wall_ns"]) == len(steps["host_ns"])
+    assert all(0 <= h < d for h, d in zip(steps["host_ns"], steps["duration_ns"], strict=True))
+    assert found["host_us_median"] > 0
+    assert not list(tmp_path.glob(".*"))

@@ -1,7 +1,7 @@
 """A served run as a process of its own: scenario in, records out, no price anywhere.
 
 python -m moesim_kernels.real.served SCENARIO --out FILE.json [--set KEY=VALUE ...] [--clock wall|cpu] [--device cpu]
-    [--seed N] [--seal TEXT]
+    [--seed N] [--requests N] [--seal TEXT]
 
 The records are those of requests (arrival, first token, end) and steps (start, duration, waiting, host's part), with
 the machine's facts and the seal, which is passed through unread: the checksum of predictions that were written before.
@@ -21,10 +21,11 @@ import numpy as np
 
 from moesim.scenario.load import load_scenario
 from moesim.simulate import Prepared
+from moesim.workload.requests import RequestStream
 from moesim_kernels.real.serve import CpuClock, Served, WallClock, serve
 from moesim_kernels.real.work import Setting, StepWork, prepare_real, resolve
 
-__all__ = ["main", "records", "served"]
+__all__ = ["first_requests", "main", "records", "served"]
 
 _WARM = 12
 """steps before the clock starts"""
@@ -53,6 +54,17 @@ def _warm_up(prepared: Prepared, executor: Any) -> None:
         executor.run(executor.load(work))
         for request in range(decoding):
             executor.forget(request)
+
+
+def first_requests(stream: RequestStream, count: int) -> RequestStream:
+    """The first requests of a stream alone."""
+    return replace(
+        stream,
+        arrival_ns=stream.arrival_ns[:count],
+        prompt_tokens=stream.prompt_tokens[:count],
+        output_tokens=stream.output_tokens[:count],
+        session_id=stream.session_id[:count],
+    )
 
 
 def records(run: Served) -> dict[str, Any]:
@@ -86,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seed", type=int)
+    parser.add_argument("--requests", type=int, help="the first N alone")
     parser.add_argument("--seal", default="")
     args = parser.parse_args(arguments)
     from moesim_kernels.bench.machine import facts
@@ -97,6 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.seed is not None:
         scenario = replace(scenario, seed=args.seed)
     prepared = prepare_real(scenario)
+    if args.requests is not None:
+        prepared.stream = first_requests(prepared.stream, args.requests)
     executor = RealRank(prepared, device=args.device)
     before = cpu_pressure()
     run = served(prepared, executor, args.clock)

@@ -15,10 +15,12 @@ from moesim_kernels.bench.strict import parse, read_bytes
 from moesim_kernels.validate.bounds import MAX_PSI
 from moesim_kernels.validate.served import BOUNDS, ServedJudgement, judge_served
 
-__all__ = ["LONGEST_S", "judge_served_runs", "predicted_run", "serve_command", "served_file"]
+__all__ = ["LONGEST_S", "host_of", "judge_served_runs", "predicted_run", "serve_command", "served_file"]
 
 LONGEST_S = 180.0
 """of a run that is served for real"""
+HOST_REQUESTS = 10
+"""served before anything is predicted, to see what the host takes of a step"""
 _COLUMNS = ("arrival_ns", "first_token_ns", "finish_ns", "output_tokens")
 _MAX_BYTES = 256 << 20
 _SHOWN = 8
@@ -47,14 +49,27 @@ def predicted_run(scenario: Scenario) -> tuple[dict[str, list[int]] | None, str]
     return {name: getattr(requests, name).tolist() for name in _COLUMNS}, ""
 
 
+def host_of(path: Path) -> float | None:
+    """us a step that a served run spent on planning and index tensors, median. Raises BadInput for another file."""
+    try:
+        run = parse(read_bytes(path, _MAX_BYTES), str(path))
+    except BadPlan as error:
+        raise BadInput(Problem(error.where, error.message)) from None
+    found = run.get("host_us_median") if isinstance(run, dict) else None
+    return float(found) if isinstance(found, int | float) else None
+
+
 def served_file(folder: Path, number: int) -> Path:
     """The record of the number-th served run, from 1."""
     return folder / f"served-{number}.json"
 
 
-def serve_command(scenario: Path, out: Path, seal: str, device: str, clock: str) -> list[str]:
-    """The command that serves the scenario once. clock: wall or cpu."""
+def serve_command(scenario: Path, out: Path, seal: str, device: str, clock: str, seed: int | None = None) -> list[str]:
+    """The command that serves the scenario once. clock: wall or cpu. seed: other requests than the scenario's own, and
+    no more than `HOST_REQUESTS` of them."""
     options = [str(scenario), "--out", str(out), "--seal", seal, "--device", device, "--clock", clock]
+    if seed is not None:
+        options += ["--seed", str(seed), "--requests", str(HOST_REQUESTS)]
     return [sys.executable, "-m", "moesim_kernels.real.served", *options]
 
 

@@ -4,6 +4,7 @@ scenario.yaml  options.json        what is validated, as written
 profile.yaml ...                   measured now, unless one was given
 anchors.json  anchors.jsonl        steps measured before anything is predicted: how far whole steps are off, from which
                                    the predictions take their intervals
+host.json                          other requests served: what planning a step takes
 settings.json                      what the measuring process will be given
 predictions.json                   sealed: its SHA-256 goes into the head of every record
 measured.jsonl  measured-2.jsonl   records; the first one is judged, later ones are compared with it (--again)
@@ -34,14 +35,14 @@ from moesim_kernels.validate.measure import measure_command, read_settings, writ
 from moesim_kernels.validate.predict import Predictions, predict, read_predictions, seal_of, write_sealed
 from moesim_kernels.validate.profile import made_profile, profile_facts
 from moesim_kernels.validate.record import read_record
-from moesim_kernels.validate.serving import predicted_run, serve_command, served_file
+from moesim_kernels.validate.serving import host_of, predicted_run, serve_command, served_file
 from moesim_kernels.validate.settings import Limits, allowed_variants, draw_settings
 from moesim_kernels.validate.steps import representative_steps
 
 __all__ = ["Options", "Session"]
 
 PREDICTIONS, SETTINGS, SCENARIO = "predictions.json", "settings.json", "scenario.yaml"
-ANCHORS, BEFORE = "anchors.json", "before any prediction"
+ANCHORS, HOST, BEFORE = "anchors.json", "host.json", "before any prediction"
 FIRST, FRESH = "measured.jsonl", "measured-fresh.jsonl"
 SERVED_RUNS = 2
 STEPS_OF_A_RUN = 6
@@ -155,8 +156,7 @@ class Session:
         held_out = draw_settings(limits, self.options.settings, self.seed, variants)
         anchored = self._anchored(limits, variants, prepared_for)
         study, settings = self._candidates(prepared_for)
-        on_profile = load_scenario(self.folder / SCENARIO, (f"cluster.device={profile.resolve()}",))
-        run, why = predicted_run(on_profile) if self.options.serve else (None, "")
+        run, why, host_us = self._predicted_run(profile) if self.options.serve else (None, "", None)
         facts = {
             "scenario": self.written.name,
             "scenario_hash": self.written.hash,
@@ -173,6 +173,7 @@ class Session:
             "study": study,
             "served": run,
             "not_served": why,
+            "host_us": host_us,
         }
         found = predict([*held_out, *settings], prepared_for, facts)
         if anchored is not None:
@@ -244,6 +245,24 @@ class Session:
         if not self._complete(record.name, [s.name for s in steps], BEFORE):
             self._run(asked, record, BEFORE, len(steps))
         return anchored_by(predict(steps, prepared_for, {"device": self.options.device}), read_record(record, BEFORE))
+
+    def _predicted_run(self, profile: Path) -> tuple[dict[str, list[int]] | None, str, float | None]:
+        """The simulated run of the scenario's requests, or why none is served; and us of each step that planning takes
+        here: measured now on other requests, it stands for `engine.host_overhead_us`, which no profile knows."""
+        device = f"cluster.device={profile.resolve()}"
+        run, why = predicted_run(load_scenario(self.folder / SCENARIO, (device,)))
+        if run is None:
+            return None, why, None
+        out = self.folder / HOST
+        if not out.exists():
+            from moesim_kernels.calibrate.run import measure
+
+            o = self.options
+            command = serve_command(self.folder / SCENARIO, out, BEFORE, o.device, "cpu", self.seed + 1)
+            measure(command, out, o.quiet)
+        host_us = host_of(out)
+        overrides = (device,) if host_us is None else (device, f"engine.host_overhead_us={host_us:.1f}")
+        return *predicted_run(load_scenario(self.folder / SCENARIO, overrides)), host_us
 
     # ---- measuring
 
