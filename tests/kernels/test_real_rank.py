@@ -542,6 +542,11 @@ def test_cuda_steps_are_captured(tmp_path: Path) -> None:
     assert times.wall_ns > max(times.part_ns.values()) // 2
     if torch.cuda.get_device_capability()[0] in (9, 10):
         assert not first.remark, first.remark
+    eager = RealRank(prep, device="cuda", graphs=False)
+    launched = eager.load(resolve(prep, MIXED))
+    assert eager.run(launched).wall_ns > 0
+    assert launched.graphs is None
+    assert near(eager.logits_SV, logits)
     alone = RealRank(prepared(tmp_path, *EP2, dtype="bf16"), 1, device="cuda", alone=True)
     step = alone.load(resolve(alone.prepared, Setting("a", (), ((0, 5, 0), (1, 9, 1)), ((2, 0, 7, 1, 1),))))
     alone.run(step)

@@ -13,6 +13,7 @@ sampled tokens, V vocabulary.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -84,10 +85,13 @@ class RealRank:
         cache_tokens: int | None = None,
         share: RealRank | None = None,
         any_values: bool = False,
+        graphs: bool = True,
     ) -> None:
         """alone: this device plays `rank` of a larger group by itself. cache_tokens: room of the KV cache, by default
         every sequence of `engine.max_num_seqs` at full length; with a number call `arrange` before `load`. share:
         another rank on this device, whose weights are taken where they are the same; any_values: or of its shapes.
+        graphs: on CUDA steps are captured when they are loaded; else they run eagerly, timed as a whole, which suits a
+        served run, whose steps are all new.
 
         Raises BadInput for what is not executed or a device that is not there, Infeasible for what does not fit.
         """
@@ -102,6 +106,7 @@ class RealRank:
         self.slots = self.placement.slots_per_rank
         self.first = rank * self.slots
         self.alone, self.lone = alone and self.ranks > 1, self.ranks == 1
+        self.graphs = graphs
         if not 0 <= rank < self.ranks:
             raise BadInput(f"rank {rank} of a group of {self.ranks}: ranks are 0 to {self.ranks - 1}")
         self.device = self._found(device)
@@ -277,7 +282,7 @@ class RealRank:
         )
         if self.alone:
             loaded.foreign = self._stand_ins(len(own), max(a.slot_AK.shape[0] for a in loaded.arriving))
-        if self.on_cuda and (self.lone or self.alone):
+        if self.on_cuda and self.graphs and (self.lone or self.alone):
             from moesim_kernels.real.graphs import CudaStep
 
             with no_room(f"a step of {loaded.tokens} tokens"):
@@ -332,12 +337,24 @@ class RealRank:
             raise BadInput(f"rank {self.rank} of {self.ranks} does not step by itself; run the group, or play it alone")
         if loaded.graphs is not None:
             times: StepTimes = loaded.graphs.run()
+        elif self.on_cuda:
+            times = self._eager(loaded)
         else:
             self.sections.begin()
             self.step(loaded)
             times = self.sections.end()
         self.remember(loaded)
         return times
+
+    def _eager(self, loaded: Loaded) -> StepTimes:
+        """A step on CUDA as the host launches it, by the wall from the first launch to the last result."""
+        import torch
+
+        torch.cuda.synchronize()
+        began = time.perf_counter_ns()
+        self.step(loaded)
+        torch.cuda.synchronize()
+        return StepTimes(time.perf_counter_ns() - began, 0, {}, {})
 
     def step(self, loaded: Loaded) -> None:
         """All of a step, on whatever device."""
