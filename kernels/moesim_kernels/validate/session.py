@@ -268,7 +268,7 @@ class Session:
             print(f"measuring {len(given)} steps, {o.rounds} rounds", file=sys.stderr)
         command = measure_command(
             self.folder / SCENARIO, asked, self.folder / record, seal_of(self.folder / PREDICTIONS), device=o.device,
-            ranks=self.ranks, threads=o.threads, backend=o.backend, rounds=o.rounds, seed=self.seed,
+            threads=o.threads, backend=o.backend, rounds=o.rounds, seed=self.seed,
         )  # fmt: skip
         measure(command, self.folder / record, o.quiet)
 
