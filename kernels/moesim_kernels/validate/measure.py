@@ -46,7 +46,6 @@ def measure_command(
     seal: str,
     *,
     device: str,
-    ranks: int,
     threads: int,
     backend: str,
     rounds: int,
@@ -55,6 +54,6 @@ def measure_command(
     """The command that measures the settings round by round into `record`."""
     options = ["--scenario", str(scenario), "--settings", str(settings), "--log", str(record), "--seal", seal]
     options += ["--device", device, "--threads", str(threads), "--backend", backend, "--rounds", str(rounds)]
-    options += ["--seed", str(seed), "--ranks", str(ranks)]
+    options += ["--seed", str(seed)]
     options += ["--parent", str(os.getpid())]  # else it would go on where we are killed
     return [sys.executable, "-m", "moesim_kernels.real", *options]

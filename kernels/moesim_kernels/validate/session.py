@@ -312,8 +312,8 @@ class Session:
         if not o.quiet:
             print(f"measuring {steps} steps, {o.rounds} rounds", file=sys.stderr)
         command = measure_command(
-            self.folder / SCENARIO, asked, record, seal, device=o.device, ranks=self.ranks, threads=o.threads,
-            backend=o.backend, rounds=o.rounds, seed=self.seed,
+            self.folder / SCENARIO, asked, record, seal, device=o.device, threads=o.threads, backend=o.backend,
+            rounds=o.rounds, seed=self.seed,
         )  # fmt: skip
         measure(command, record, o.quiet)
 
