@@ -48,7 +48,7 @@ SIZES = {
     "disk": ModelSizes(max_context=128),
     "memory": ModelSizes(max_context=128),
     "cuda": ModelSizes(
-        layers=8, hidden=2048, inner=1408, experts=64, top_k=6, heads=16, kv_heads=16, head_dim=128, max_context=128,
+        layers=4, hidden=2048, inner=1408, experts=64, top_k=6, heads=16, kv_heads=16, head_dim=128, max_context=128,
         dtype="bfloat16",
     ),
 }  # fmt: skip
@@ -175,6 +175,7 @@ def page(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     about, times, events, races = report["about"], report["times"], report["events"], report["races"]
     most_error, least_tau = WANTED[about["link"]]
+    regret = regrets(times["cases"])
     different = [row for row in events if row["difference"]]
     apart = max((abs(row["apart"]) for row in races), default=0.0)
     worst = max(abs(one["error"]) for one in times["cases"])
@@ -218,6 +219,12 @@ def page(report: dict[str, Any]) -> str:
         f"| ranking of {len(times['cases'])} cases, tau-b | {times['tau_b']:.3f} | >= {least_tau} | "
         f"{verdict(times['tau_b'] >= least_tau)} |",
         f"| tau-b of odd against even rounds | {'' if halves is None else f'{halves:.3f}'} | | noise |",
+        f"| regret of the simulator's pick among the cases | {regret['pick']:.1%} | <= 2 % | "
+        f"{verdict(regret['pick'] <= 0.02)} |",
+        f"| regret of its picks at each cache size, mean and worst | {regret['by_cache_mean']:.1%}, "
+        f"{regret['by_cache_worst']:.1%} | | |",
+        f"| regret of a case at random; of LRU at the best one's cache size | {regret['random']:.1%}; "
+        f"{regret['lru']:.1%} | | |",
         f"| raced prefetch, hit rate apart, worst case | {apart:.2f} points | <= 2 | {verdict(apart <= 2)} |\n",
         "## Step times\n",
         "Predicted before, measured in turns. Hit rates: simulated, then the mean of the rounds.\n",
@@ -246,6 +253,29 @@ def page(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def regrets(cases: list[dict[str, Any]]) -> dict[str, float]:
+    """Measured time over the best measured one, less 1: of the simulator's pick among all cases, the mean and the worst
+    of its picks at each cache size, of a case at random (mean), and of LRU at the cache size of the best."""
+    name = [case["case"] for case in cases]
+    predicted, measured = (np.array([case[key] for case in cases]) for key in ("predicted_ms", "measured_ms"))
+    share = np.array([text.rpartition(" at ")[2] for text in name])
+
+    def regret(among: Any) -> float:
+        at = np.flatnonzero(among)
+        return float(measured[at[predicted[at].argmin()]] / measured[at].min() - 1.0)
+
+    each = [regret(share == one) for one in sorted(set(share.tolist()))]
+    best = int(measured.argmin())
+    default = name.index(f"lru at {share[best]}")
+    return {
+        "pick": round(regret(np.ones(len(cases), bool)), 4),
+        "by_cache_mean": round(float(np.mean(each)), 4),
+        "by_cache_worst": round(max(each), 4),
+        "random": round(float((measured / measured.min()).mean() - 1.0), 4),
+        "lru": round(float(measured[default] / measured[best] - 1.0), 4),
+    }
+
+
 def verdict(reached: bool) -> str:
     """In a word."""
     return "reached" if reached else "missed"
@@ -261,6 +291,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--raced", type=int, default=RACED_RUNS, help="runs of each case in which prefetches race")
     parser.add_argument("--quick", action="store_true", help="few steps and rounds, to see that all parts run")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -270,7 +301,7 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     events = event_rows(options.folder, options.link, 24)
     found, file = campaign(
-        options.link, options.folder, options.steps, options.rounds, 2 if options.quick else RACED_RUNS
+        options.link, options.folder, options.steps, options.rounds, 2 if options.quick else options.raced
     )
     device = Device("cuda" if options.link == "cuda" else "cpu", 1)
     machine = facts(device)
