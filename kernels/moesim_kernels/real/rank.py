@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from moesim.arrays import IntArray
-from moesim.errors import BadInput, Infeasible
+from moesim.arrays import AnyArray, IntArray
+from moesim.errors import BadInput
 from moesim.model import dtype_bytes
 from moesim.rng import generator
 from moesim.simulate import Prepared
@@ -42,15 +42,14 @@ from moesim_kernels.real.loaded import (
     no_room,
     own_tokens,
 )
+from moesim_kernels.real.room import Room, find_device, step_bytes
 from moesim_kernels.real.weights import RankWeights, Values, gates_of, heads_of
 from moesim_kernels.real.work import StepWork
 
 __all__ = ["Loaded", "RealRank", "StepTimes"]
 
-_HOST_FRACTION, _CUDA_FRACTION = 0.7, 0.9  # of the memory that is free
 _CALL_BYTES = 160 << 10
 """keys and values that a CPU attends to in the time that one more call takes: 40 us at 4 GB/s, measured"""
-_REST_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}  # code, libraries' workspaces, graphs
 
 
 class RealRank:
@@ -109,8 +108,10 @@ class RealRank:
         self.graphs = graphs
         if not 0 <= rank < self.ranks:
             raise BadInput(f"rank {rank} of a group of {self.ranks}: ranks are 0 to {self.ranks - 1}")
-        self.device = self._found(device)
+        self.device = find_device(device)
         self.on_cuda = self.device.type == "cuda"
+        together = 1 if self.lone or self.alone or self.on_cuda else self.ranks
+        self._room = Room(self.device, threads, together)
         if not self.on_cuda:
             torch.set_num_threads(threads)
         torch.set_float32_matmul_precision("highest")  # some images turn TF32 on
@@ -120,27 +121,12 @@ class RealRank:
         with no_room(f"weights and cache of {self.model.name}"):
             self._weigh(cache_tokens, share, any_values)
         self._choose_kernels(backend)
-        self._known_to_fit = 0
         self._next: dict[int, tuple[int, int]] = {}
         self._token_cache: dict[int, list[int]] = {}
         self._foreign: tuple[Any, Any, Any] = (None, None, None)
         self._masks: dict[tuple[int, int, int], Any] = {}
         self.busy: Any = None
         self.graph_pool: Any = None
-
-    def _found(self, device: str) -> Any:
-        import torch
-
-        try:
-            found = torch.device(device)
-        except RuntimeError:
-            raise BadInput(f"no device {device!r}: cpu, cuda or cuda:N is meant") from None
-        if found.type == "cuda":
-            if not torch.cuda.is_available():
-                raise BadInput("torch sees no CUDA device; use device cpu, or see that the driver is loaded")
-            found = torch.device("cuda", found.index or 0)
-            torch.cuda.set_device(found)
-        return found
 
     # -- what is held -------------------------------------------------------------------------------------------
     def _weigh(self, cache_tokens: int | None, share: RealRank | None, any_values: bool) -> None:
@@ -155,7 +141,7 @@ class RealRank:
         values = Values(self.seed, self.device)
         shared_cache = share is not None and share.weights.model == m and share.cache.tokens >= tokens
         if not shared_cache:
-            self._require(cache_bytes, f"a KV cache of {tokens:,} tokens")
+            self._room.require(cache_bytes, f"a KV cache of {tokens:,} tokens")
         borrowed = ""
         if share is not None and share.holds(m, slot_LS, self.seed, self.device):
             self.weights = share.weights
@@ -163,7 +149,8 @@ class RealRank:
             self.weights = share.weights.first_slots(self.slots)
             borrowed = "experts of other slots stand in for those of another placement"
         else:
-            room = self._free_bytes() - cache_bytes - self.step_bytes(engine.max_num_batched_tokens)
+            most = engine.max_num_batched_tokens
+            room = self._room.free_bytes() - cache_bytes - self._step_bytes(most, most * m.top_k)
             self.weights = RankWeights(m, slot_LS, self.seed, self.device, room)
         if share is not None and shared_cache:
             self.cache = share.cache
@@ -182,34 +169,10 @@ class RealRank:
         same = w.seed == seed and self.device == device and w.model == model
         return bool(same and np.array_equal(w.slot_to_expert_LS, slot_to_expert_LS))
 
-    def _free_bytes(self) -> int:
-        kind = "cuda" if self.on_cuda else "cpu"
-        together = 1 if self.lone or self.alone else self.ranks  # processes of a group take theirs at the same time
-        fraction = _CUDA_FRACTION if self.on_cuda else _HOST_FRACTION / together
-        free = Device.find(kind, self.threads, self.device.index or 0, fraction).capacity_bytes
-        if self.on_cuda:
-            import torch
-
-            index = self.device.index
-            free += torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)  # freed, and kept by torch
-        return free - _REST_BYTES[kind]
-
-    def _require(self, bytes_: int, what: str) -> None:
-        free = self._free_bytes()
-        if bytes_ > free:
-            reason = f"{what} takes {bytes_ / 2**30:.2f} GiB, and {max(free, 0) / 2**30:.2f} GiB are free"
-            raise Infeasible([f"{reason}; lower engine.max_num_seqs or max_model_len"], (bytes_ - free) / max(free, 1))
-
-    def step_bytes(self, tokens: int) -> int:
-        """The most that a step of so many own tokens takes besides weights and cache: the rows of its experts as they
-        are gathered, multiplied and summed in float32, and the states around them, twice where graphs keep theirs."""
-        m, item = self.model, int(dtype_bytes(self.model.activation_dtype))
-        rows = tokens * m.top_k * (2 if self.alone else 1)
-        row = m.hidden_size * (2 * item + 8) + 2 * m.moe_intermediate_size * item
-        wide = 6 * m.hidden_size + 2 * self.heads.fused * self.heads.dim
-        wide += 3 * max(m.dense_intermediate_size, m.shared_intermediate_size)
-        logits = 8 * min(tokens, self.prepared.result.scenario.engine.max_num_seqs) * m.vocab_size
-        return (rows * row + tokens * wide * item + logits) * (2 if self.on_cuda else 1)
+    def _step_bytes(self, tokens: int, rows: int) -> int:
+        """Of a step with so many tokens and rows; twice where graphs keep theirs."""
+        sampled = min(tokens, self.prepared.result.scenario.engine.max_num_seqs)
+        return step_bytes(self.model, self.heads, tokens, rows, sampled) * (2 if self.on_cuda else 1)
 
     def _choose_kernels(self, backend: str) -> None:
         """As the calibration runs the experts; rows that an exchange brought go through plain or grouped products."""
@@ -258,7 +221,7 @@ class RealRank:
         own, row_T = own_tokens(work, self.rank, self.cache, not self.on_cuda)
         position_T, request_T = work.position_N[own], work.request_N[own]
         slot_L = lay_out(work, own, self.first, self.slots, self.model.top_k, self.alone)
-        self._require_step(max(len(own), *(len(slot) for slot in slot_L)))
+        self._require_step(len(own), slot_L)
         token_T = self._tokens(request_T, position_T)
         groups = groups_of(work, own, row_T, 0.0 if self.on_cuda else _CALL_BYTES / self._token_bytes)
         request, position = request_T.tolist(), position_T.tolist()
@@ -298,10 +261,10 @@ class RealRank:
         self._foreign = states, returned, self._random(gates, arriving * self.model.top_k, torch.float32)
         return self._foreign
 
-    def _require_step(self, tokens: int) -> None:
-        if tokens > self._known_to_fit:
-            self._require(self.step_bytes(tokens) // (2 if self.on_cuda else 1), f"a step of {tokens} tokens")
-            self._known_to_fit = tokens
+    def _require_step(self, tokens: int, slot_L: list[AnyArray]) -> None:
+        """Raise Infeasible where the step's own memory is not there."""
+        rows = max(slot.size for slot in slot_L)
+        self._room.require_step(self._step_bytes(tokens, rows), f"a step of {tokens} tokens and {rows} rows")
 
     def _to_device(self, x: Any) -> Any:
         import torch
