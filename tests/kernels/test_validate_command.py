@@ -195,6 +195,9 @@ def test_the_tables_fit_and_say_the_verdict_first(made: tuple[Path, int], width:
         (("--profile", "x.yaml", "--calibrate-budget", "9s"), "leave out one"),
         (("--set", "routing.fidelity=count"), "token"),
         (("--device", "tpu"), "cpu or cuda"),
+        (("--profile", "nowhere.yaml"), "nowhere.yaml: no such file"),
+        (("--profile", "README.md"), "not YAML"),
+        (("--set", "model.weight_dtype=fp8"), "the kernels here run"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_validated_is_one_clear_error(
@@ -355,5 +358,7 @@ def test_regret_of_the_pick_stands_beside_that_of_others() -> None:
     assert found["regret"]["roofline"] == found["regret"]["default"] == pytest.approx(130 / 110 - 1, abs=1e-3)
     assert found["regret"]["random"] == pytest.approx(120 / 110 - 1, abs=1e-3)
     assert found["tau_without_ties"] == pytest.approx(1 / 3, abs=1e-4)
+    assert [(b["figure"], b["met"], b["bound"]) for b in found["bounds"]] == [("regret of the pick", False, 0.02)]
+    assert not found["bounds"][0]["binds"], "two steps of which one is off by 18 % say little of a run"
     assert [f["name"] for f in found["fresh"]] == ["c2"]
     assert judge_candidates(measured_of(predictions, record, ["c1/a", "c1/b"]), facts, None) is None

@@ -91,7 +91,23 @@ def judge_candidates(m: Measured, facts: Mapping[str, Any], fresh: Measured | No
         ],
     }
     out["fresh"] = None if fresh is None else _fresh(fresh, everyone)
+    firm = float(np.hypot(half[pick], half[int(np.argmin(measured))]))
+    out["bounds"] = [_bound(regret(measured, pick), firm, m.quiet)]
     return out
+
+
+def _bound(found: float, half_width: float, quiet: bool) -> dict[str, Any]:
+    """The pick's regret; it binds where the ratio of the pick to the best is firm to half the bound."""
+    binds = quiet and half_width < REGRET / 2
+    return {
+        "figure": "regret of the pick",
+        "found": round(found, 5),
+        "bound": REGRET,
+        "at": "most",
+        "met": found <= REGRET,
+        "binds": binds,
+        "why_not": "" if binds else ("contended" if not quiet else "times are not firm enough"),
+    }
 
 
 def _fresh(m: Measured, candidates: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

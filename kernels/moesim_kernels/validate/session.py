@@ -98,7 +98,19 @@ class Session:
             )
             raise BadInput(Problem("--device", message))
         prepare_real(self.written)
+        self._check_profile()
         self.folder = out / f"validate-{self.written.name}-{self._hash()}"
+
+    def _check_profile(self) -> None:
+        """Raise BadInput, before anything is written, for a profile that cannot be read or cannot be measured."""
+        from moesim_kernels.calibrate.deployment import deployment_of
+
+        if self.options.profile is not None:
+            load_profile(self.options.profile)
+            return
+        problems = deployment_of(self.written).unmeasured(self.options.device)
+        if problems:
+            raise BadInput(problems)
 
     def _hash(self) -> str:
         o = self.options

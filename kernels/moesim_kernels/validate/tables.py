@@ -46,7 +46,8 @@ def _number(value: float | None) -> str:
 
 
 def _bounds(report: Mapping[str, Any]) -> Table:
-    rows = [_bound_row(b) for b in report["bounds"]]
+    more = [] if report["candidates"] is None else report["candidates"]["bounds"]
+    rows = [_bound_row(b) for b in (*report["bounds"], *more)]
     rows.append(_coverage_row(report["coverage"]))
     return Table(f"Found beside the bounds, by {report['clock']} time", ("figure", "found", "bound", ""), rows)
 
@@ -176,9 +177,8 @@ def _candidates(c: Mapping[str, Any]) -> list[Table]:
     g = c["regret"]
     lines = [
         f"Figure: {c['figure']}; the study's objective is {c['objective']}.",
-        f"Picked {c['pick']}, best measured {c['best']}. Regret: pick {_percent(g['pick'], 2)} (at most "
-        f"{_percent(g['bound'])} was to be reached), bare roofline {_percent(g['roofline'], 2)}, random "
-        f"{_percent(g['random'], 2)}, default {_percent(g['default'], 2)}.",
+        f"Picked {c['pick']}, best measured {c['best']}. Regret: pick {_percent(g['pick'], 2)}, bare roofline "
+        f"{_percent(g['roofline'], 2)}, random {_percent(g['random'], 2)}, default {_percent(g['default'], 2)}.",
         f"tau-b {_number(c['tau'])} (all pairs {_number(c['tau_without_ties'])}, best quarter "
         f"{_number(c['tau_top_quartile'])}, by the study's objective {_number(c['tau_of_study'])}); top-3 recall "
         f"{c['top3_recall']:.2f}; right order by true gap: {_gaps(c['pairs_by_gap'])}.",

@@ -13,7 +13,9 @@ EXIT_MISSED = 4
 def verdict(report: Mapping[str, Any]) -> dict[str, Any]:
     """state: wrong profile, missed, contended, few settings, or within. A wrong profile is told wherever it is found;
     bounds that were missed count where they bind."""
-    bounds = [*report["bounds"], *(report.get("served") or {}).get("bounds", [])]
+    bounds = list(report["bounds"])
+    for part in ("served", "candidates"):
+        bounds += (report[part] or {"bounds": []})["bounds"]
     binding = [b for b in bounds if b["binds"]]
     missed = [b for b in binding if not b["met"]]
     narrow = report["coverage"]["state"] == "too narrow" and report["noise"]["quiet"]
