@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepared = prepare_real(scenario)
     if args.requests is not None:
         prepared.stream = first_requests(prepared.stream, args.requests)
-    executor = RealRank(prepared, device=args.device)
+    executor = RealRank(prepared, device=args.device, graphs=False)  # every step is new: none is captured for one run
     before = cpu_pressure()
     run = served(prepared, executor, args.clock)
     host = [t for t in run.host_ns if t >= 0]
