@@ -30,6 +30,8 @@ __all__ = [
     "reduce_scatter",
 ]
 
+_WEIGHTS = 4 << 20  # elements: 16 MiB in fp32, more than a core's share of the last cache
+_LAYERS = 3  # exchanges of tokens in one sample
 _TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Named *_single since torch 2.13, where the older names warn.
 _GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -125,6 +127,7 @@ class _Rank:
         self.native = {op: self._has(op, dist.get_world_size()) for op in OPS}
         self.ready: dict[str, Any] = {"native": self.native}
         self._buffers: dict[Call, _Buffers] = {}
+        self._weight_NK: torch.Tensor | None = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Carry out one request of the parent."""
@@ -133,7 +136,7 @@ class _Rank:
         if request["do"] == "time":
             if call not in self._buffers:
                 self._buffers[call] = _Buffers(call, self.device, self.native[call.op])
-            return {"ns": self._time_ns(self._buffers[call])}
+            return {"spans": self._spans(self._buffers[call])}
         if request["do"] == "values":
             buffers = _Buffers(call, self.device, self.native[call.op])
             buffers.source.copy_(torch.tensor(request["given"], dtype=torch.float32).view(buffers.source.shape))
@@ -143,7 +146,8 @@ class _Rank:
         self._buffers.pop(call, None)
         return {}
 
-    def _time_ns(self, buffers: _Buffers) -> int:
+    def _spans(self, buffers: _Buffers) -> list[tuple[int, int]]:
+        """Begin and end of each execution on the machine's clock; with CUDA from 0 between events."""
         buffers.reset()
         dist.barrier()
         if self.device.type == "cuda":
@@ -153,10 +157,23 @@ class _Rank:
             buffers.run()
             end.record()
             end.synchronize()
-            return int(start.elapsed_time(end) * 1e6)
-        begin = time.perf_counter_ns()
-        buffers.run()
-        return time.perf_counter_ns() - begin
+            return [(0, int(start.elapsed_time(end) * 1e6))]
+        exchanges, spans = buffers.call.op in EXCHANGES, list[tuple[int, int]]()
+        for _ in range(_LAYERS if exchanges else 1):
+            if exchanges:
+                self._compute()
+            begin = time.perf_counter_ns()
+            buffers.run()
+            spans.append((begin, time.perf_counter_ns()))
+        return spans
+
+    def _compute(self) -> None:
+        """What a rank does before it exchanges tokens: a product whose weights come from memory. It takes the caches
+        and the rank's share of the cores, as a step does; ranks that idled are quicker, on a busy machine three times.
+        """
+        if self._weight_NK is None:
+            self._weight_NK = torch.randn(_WEIGHTS // 1024, 1024)
+        torch.mm(self._weight_NK[:8], self._weight_NK.t())
 
     def _has(self, op: str, ranks: int) -> bool:
         """Whether the back end brings `op`: one that it lacks is refused before anything is sent."""

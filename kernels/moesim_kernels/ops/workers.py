@@ -103,16 +103,30 @@ class Group(Workers):
         self.native: dict[str, bool] = {str(op): bool(has) for op, has in self.ready[0]["native"].items()}
 
     def rank_ns(self, call: Call) -> list[int]:
-        """Wall nanoseconds of one execution on each rank, after a barrier; CUDA events with nccl.
+        """Wall nanoseconds of one execution on each rank, from when it begins; CUDA events with nccl.
 
-        Buffers hold random normal values and are allocated at the first use of a call, until `release`.
+        All begin after a barrier. Exchanges of tokens: the mean of several, before each of which the ranks compute for
+        some milliseconds, as in a step. Buffers hold random normal values and are allocated at the first use of a call,
+        until `release`.
         """
-        self._admit(call)
-        return [int(answer["ns"]) for answer in self.ask({"do": "time", "call": asdict(call)}, call.op)]
+        return [round(sum(end - begin for begin, end in spans) / len(spans)) for spans in self._spans(call)]
 
     def time_ns(self, call: Call) -> int:
-        """Wall nanoseconds of one execution: that of the slowest rank."""
-        return max(self.rank_ns(call))
+        """Wall nanoseconds of one execution: that of the slowest rank, or of an exchange of tokens from when the last
+        rank is there to when the last one has all it gets."""
+        if call.op not in EXCHANGES or self.backend == "nccl":
+            return max(self.rank_ns(call))
+        ns: list[int] = [
+            max(end for _, end in spans) - max(begin for begin, _ in spans)
+            for spans in zip(*self._spans(call), strict=True)
+        ]
+        return round(sum(ns) / len(ns))
+
+    def _spans(self, call: Call) -> list[list[tuple[int, int]]]:
+        """Begin and end of each execution on each rank."""
+        self._admit(call)
+        answers = self.ask({"do": "time", "call": asdict(call)}, call.op)
+        return [[(int(begin), int(end)) for begin, end in answer["spans"]] for answer in answers]
 
     def values(self, call: Call, given: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
         """What each rank ends with when rank r gives given[r] (flat); outputs are poisoned with NaN before."""
