@@ -59,7 +59,7 @@ def _predictions(count: int = 44, error: float = 0.03, speed: float = 0.01, seed
         )
     facts = {
         "device": "cpu", "ranks": 1, "held_out": [p.name for p in out], "layers": 4,
-        "profile": {"speed_error": speed, "errors": {}, "reference_drift": 1.02},
+        "profile": {"speed_error": speed, "errors": {}, "reference_ns": 1e6, "made_on": "a CPU"},
     }  # fmt: skip
     return Predictions(tuple(out), facts)
 
@@ -246,9 +246,11 @@ def test_what_the_profile_itself_allows_for_is_no_finding() -> None:
     assert _whole(p, _record(p, {"moe": 1.6}))["wrong"] != []
     firm = _predictions(error=0.03, speed=0.01)
     assert _whole(firm, _record(firm, {"moe": 1.2}))["wrong"] != []
-    firm.facts["profile"]["reference_drift"] = 1.4  # the machine's speed was seen to change: sigma 0.13
+    firm.facts["profile"]["reference_ns"] = 1.15e6  # the machine was seen to change its speed: one more sigma, 0.14
     assert _whole(firm, _record(firm, {"moe": 1.2}))["wrong"] == []
     assert _whole(firm, _record(firm, {"moe": 2.0}))["wrong"] != []
+    firm.facts["profile"]["made_on"] = "another CPU"  # which excuses nothing
+    assert _whole(firm, _record(firm, {"moe": 1.2}))["wrong"] != []
 
 
 def test_a_small_part_that_is_off_is_no_wrong_profile() -> None:

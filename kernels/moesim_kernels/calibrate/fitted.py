@@ -266,6 +266,7 @@ def _provenance(
         "seconds": round(sum(float(e.get("seconds") or 0.0) for e in record.ends), 1),
         "psi_percent": None if made.psi is None else round(made.psi, 1),
         "reference_drift": round(made.drift, 3),
+        "reference_ns": _median([x.reference_ns for x in record.lines if x.reference_ns]),
         "points": made.counts,
         "held_out": {j.operator: j.to_json() for j in made.judged},
         "refused": [str(r) for r in made.refused[:20]],

@@ -84,6 +84,7 @@ def profile_facts(profile: DeviceProfile, source: str) -> dict[str, Any]:
         "date": None if said.get("date") is None else str(said["date"]),
         "psi_percent": said.get("psi_percent"),
         "reference_drift": said.get("reference_drift"),
+        "reference_ns": said.get("reference_ns"),
     }
 
 

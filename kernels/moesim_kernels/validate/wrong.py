@@ -5,9 +5,9 @@ they do not average away over settings: the median of ln(measured / predicted) o
 else but what is left of the noise. Where it lies beyond three of the stated sigmas and the median's own interval, and
 is large enough to matter for the step, the profile (or what the simulator makes of it) does not describe this machine.
 
-On a busy machine speed changes by more than a profile's `speed_error` says (two threads of one core, say). How much is
-seen in the reference product that a calibration runs all along: 90th over 10th percentile of its times, which are
-2.563 sigmas of a normal distribution apart. The larger of the two sigmas counts.
+Between two runs a shared machine changes its speed by more than a profile's `speed_error` may say. A product that is
+always the same is timed all along, while calibrating and while measuring: what its median has changed by counts as one
+more sigma.
 
 Legend: N settings, P operators.
 """
@@ -29,7 +29,6 @@ __all__ = ["Finding", "PartTimes", "blame", "findings"]
 
 SIGMAS_BEYOND = 3.0
 LEAST_SETTINGS = 5
-_DECILES = 2.563
 LEAST_EFFECT = 0.05
 """on the step: what a part is off by, at its share"""
 
@@ -77,15 +76,14 @@ class Finding:
         }
 
 
-def findings(parts: Sequence[PartTimes], speed_error: float = 0.0, reference_drift: float = 1.0) -> list[Finding]:
+def findings(parts: Sequence[PartTimes], speed_shift: float = 1.0) -> list[Finding]:
     """Of every part the stratum (all settings, or those of one kind) in which it is off most, if it is; the one with
-    the largest effect first. speed_error: that the parts' intervals contain; reference_drift: 90th over 10th percentile
-    of the reference product's times, of the calibration or of the measurement, whichever is larger."""
+    the largest effect first. speed_shift: the reference product's time while measuring over that while calibrating."""
     out = []
-    more = max(0.0, (np.log(max(reference_drift, 1.0)) / _DECILES) ** 2 - speed_error**2)
+    variance = float(np.log(speed_shift)) ** 2
     for part in parts:
         kinds = ("all", *sorted(set(part.kind_N)))
-        found = [one for where in kinds if (one := _look(part, where, float(more))) is not None]
+        found = [one for where in kinds if (one := _look(part, where, variance)) is not None]
         if found:
             out.append(max(found, key=lambda f: f.effect))
     # what is off and matters little is told beside what matters, and alone it is none
