@@ -146,13 +146,13 @@ class RawCheck:
 
     def _served(self) -> list[Row]:
         """Figures of a served run."""
-        served = self.report["served"] or {"bounds": []}
+        served = self.report["served"] or {"bounds": [], "runs": 0}
         return [
             Row(
                 f"served run: {b['figure']}",
                 self._profile(),
-                "a run on the real clock",
-                Found(1, abs(b["found"]), abs(b["found"])),
+                "runs on the real clock",
+                Found(served["runs"], abs(b["found"]), abs(b["found"])),
                 Bound("a served run", b["bound"]),
                 unit="one",
                 state="" if b["binds"] else str(b["why_not"]),
