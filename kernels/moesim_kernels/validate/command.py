@@ -46,7 +46,8 @@ _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but e
 def run(
     scenario: Annotated[Path, typer.Argument(help="The scenario, a YAML file.", metavar="SCENARIO")],
     profile: Annotated[
-        Path | None, typer.Option(help="Predict with this profile. Default: one measured now.", metavar="FILE.yaml")
+        str | None,
+        typer.Option(help="Predict with this profile, a file or a name. Default: one measured now.", metavar="PROFILE"),
     ] = None,
     calibrate_budget: Annotated[
         str | None, typer.Option(help="Time to measure a profile, such as 150s. Default: 150s.", metavar="TIME")
@@ -78,6 +79,10 @@ def run(
             help="Candidates: the N best, N of the middle, N at random, the default.", min=1, max=50, metavar="N"
         ),
     ] = 5,
+    predict_only: Annotated[
+        bool,
+        typer.Option("--predict-only", help="Stop once predictions are sealed; with --profile, needs no torch."),
+    ] = False,
     again: Annotated[bool, typer.Option("--again", help="Measure once more, and say whether both agree.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where torch finds it.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads of a process.", min=1, max=1024, metavar="N")] = 1,
@@ -94,19 +99,28 @@ def run(
     quiet: _Quiet = False,
 ) -> None:
     """Predict steps of SCENARIO, write the prediction down, run them with real kernels, judge."""
+    from moesim.scenario.files import find_named
     from moesim_kernels.calibrate.command import seconds_of
     from moesim_kernels.calibrate.run import require_torch
     from moesim_kernels.validate.session import Options
 
     if profile is not None and calibrate_budget is not None:
         raise _bad("--calibrate-budget", "--profile names the profile; leave out one of the two")
+    if predict_only and profile is None:
+        raise _bad("--predict-only", "what is not measured needs a profile; name one with --profile")
     budget_s = seconds_of(calibrate_budget or "150s", "--calibrate-budget")
-    require_torch()
-    kind = _device(device)
+    if not predict_only:
+        require_torch()
+    kind = _device(device, not predict_only)
+    named = None if profile is None else find_named(profile, "hw_profiles", Path(), "", "device profile")
+    before = 0 if predict_only else anchors
     options = Options(
-        scenario, tuple(overrides or ()), profile, budget_s, settings, anchors, rounds, ranks, from_study, storage, top,
+        scenario, tuple(overrides or ()), named, budget_s, settings, before, rounds, ranks, from_study, storage, top,
         kind, threads, backend, seed, serve, quiet or as_json,
     )  # fmt: skip
+    if predict_only:
+        _predicted(options, out, as_json)
+        return
     _finish(*_validated(options, out, again), shlex.join(["moesim", *sys.argv[1:]]), as_json, quiet)
 
 
@@ -128,10 +142,26 @@ def _bad(option: str, message: str) -> Exception:
     return BadInput(Problem(option, message))
 
 
-def _device(name: str | None) -> str:
+def _device(name: str | None, needs_torch: bool) -> str:
     from moesim_kernels.calibrate.command import device_of
 
-    return device_of(name, needs_torch=True)
+    return device_of(name, needs_torch=needs_torch)
+
+
+def _predicted(options: Options, out: Path, as_json: bool) -> None:
+    """The first stages alone; tells where the predictions lie, and their seal."""
+    from moesim.results import json_text
+    from moesim_kernels.validate.predict import seal_of
+    from moesim_kernels.validate.session import PREDICTIONS, Session
+
+    session = Session(options, out)
+    session.open()
+    found = session.predictions(session.profile())
+    path = session.folder / PREDICTIONS
+    if as_json:
+        sys.stdout.write(json_text(found.to_json()))
+    else:
+        print(f"{len(found.settings)} steps predicted: {path}\nseal (SHA-256): {seal_of(path)}")
 
 
 def _validated(options: Options, out: Path, again: bool) -> tuple[Path, dict[str, Any]]:

@@ -177,7 +177,7 @@ class Session:
             "layers": self.written.model.num_moe_layers,
             "seed": self.seed,
             "profile": profile_facts(
-                load_profile(profile), "measured for this run" if self.options.profile is None else str(profile)
+                load_profile(profile), "measured for this run" if self.options.profile is None else profile.name
             ),
             "variants_refused": refused,
             "anchors": None if anchored is None else anchored.to_json(),
@@ -266,6 +266,8 @@ class Session:
         if run is None:
             return None, why, None
         out = self.folder / HOST
+        if not self.options.anchors:  # nothing is measured before the prediction
+            return run, why, None
         if not out.exists():
             from moesim_kernels.calibrate.run import measure
 
