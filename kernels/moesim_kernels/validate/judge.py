@@ -108,7 +108,7 @@ def judge(predictions: Predictions, record: Record) -> dict[str, Any]:
     predicted = np.array([p.ns for p in m.predicted], float)
     parts = _parts(m)
     shift = _speed_shift(predictions.facts["profile"], record)
-    wrong = findings(parts, shift)
+    wrong = findings(parts, 1.0 if shift is None else shift)
     step = _errors(predicted, m.levels.ns_N)
     layer = _layer(m)
     tied = tied_NN(m.levels.ns_N, m.levels.half_width_N)
@@ -119,7 +119,7 @@ def judge(predictions: Predictions, record: Record) -> dict[str, Any]:
             "rounds": [int(m.levels.rounds_N.min()), int(m.levels.rounds_N.max())],
         },
         "clock": m.clock,
-        "noise": _noise(m) | {"speed_shift": round(shift, 4)},
+        "noise": _noise(m) | {"speed_shift": None if shift is None else round(shift, 4)},
         "step": step | {"by_kind": _by_kind(m)},
         "layer": layer,
         "parts": [_part_row(part) for part in parts],
@@ -148,13 +148,13 @@ def _errors(predicted_N: FloatArray, measured_N: FloatArray) -> dict[str, Any]:
     }
 
 
-def _speed_shift(profile: Mapping[str, Any], record: Record) -> float:
-    """The reference product's median while measuring over that while calibrating. Where one of them is not known, as
-    much as it changed by during the one that is: half of what lies between its 10th and 90th percentiles. 1 for a
-    profile of another machine."""
+def _speed_shift(profile: Mapping[str, Any], record: Record) -> float | None:
+    """The reference product's median while measuring over that while calibrating; None for another machine's profile.
+    Where one of them is not known, as much as it changed by during the one that is: half of what lies between its 10th
+    and 90th percentiles."""
     machine = record.machine.get("device" if record.machine.get("device") != "cpu" else "cpu")
     if profile.get("made_on") != machine:
-        return 1.0  # another machine's profile is not excused by that
+        return None  # the other machine's speed excuses nothing
     seen = [s.reference_ns for s in record.samples if s.reference_ns]
     if seen and profile.get("reference_ns"):
         return float(np.median(seen)) / float(profile["reference_ns"])

@@ -142,7 +142,8 @@ def _honesty(report: Mapping[str, Any]) -> Table:
         f"Noise: {s['measured']} of {s['predicted']} settings, {rounds} rounds; {spread}; CPU pressure (PSI) {psi}; "
         f"drift taken out, x {n['drift'][0]:.3f} to x {n['drift'][1]:.3f}."
     ]
-    lines[0] += f" The reference product takes x {n['speed_shift']:.3f} of what it took while calibrating."
+    if n["speed_shift"] is not None:
+        lines[0] += f" The machine's reference product took x {n['speed_shift']:.3f} of what it took while calibrating."
     if n["wall_over_cpu"] is not None:
         lines[0] += f" Wall over thread CPU time: {n['wall_over_cpu']:.3f}."
     a = report["coverage"].get("anchors")
