@@ -7,6 +7,8 @@
 #   make claims     what papers state beside what this version does, the three pages anew (some ten minutes)
 #   make offload-real  the mini-runtime against the simulator, reads from this disk (six quiet minutes, 400 MB)
 #   make check      style, types, import order   make lint        repair what ruff can repair
+#   make validation the table of errors, results/validation/README.md, from what is committed
+#   make contested  three contested choices on this CPU, every candidate measured (ten quiet minutes)
 #   make campaign   `moesim tune` killed 200 times, nothing lost (ten quiet minutes)
 #   make bench      the asv benchmarks of this checkout
 #   make clean      remove the environment and every cache (results/ stays)
@@ -18,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 PYTEST_ARGS ?= -n auto
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-gpu cpu-profile routing-lm claims offload-real campaign check lint bench clean
+.PHONY: help demo test test-slow test-gpu cpu-profile routing-lm claims offload-real validation contested campaign check lint bench clean
 
 help:
 	@sed -n 's/^#   /  /p' Makefile
@@ -67,6 +69,12 @@ claims: $(VENV)/.stamp-dev
 
 offload-real: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/offload/real_against_simulated.py --link disk
+
+validation: $(VENV)/.stamp-dev
+	$(BIN)/python benchmarks/validation/page.py
+
+contested: $(VENV)/.stamp-dev
+	$(BIN)/python benchmarks/validate/spaces.py
 
 campaign: $(VENV)/.stamp-dev
 	$(BIN)/python benchmarks/tuner/kill_campaign.py --out results/validation/tuner_kills.md

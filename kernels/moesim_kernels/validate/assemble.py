@@ -52,12 +52,12 @@ def judge_folder(folder: Path) -> dict[str, Any]:
         "notes": [
             *strangeness(facts["profile"], record.machine),
             *_refused(facts["variants_refused"]),
-            *([f"not served for real: {facts['not_served']}"] if facts["not_served"] else []),
+            *([f"not served for real: {facts['not_served']}"] if facts.get("not_served") else []),
             *dict.fromkeys(f"{about}: {text}" if about else text for about, text in record.notes),
         ],
         "candidates": _candidates(predictions, record, folder, seal),
         "again": _again(predictions, record, folder, seal),
-        "served": None if facts["served"] is None else judge_served_runs(facts["served"], folder, seal),
+        "served": None if facts.get("served") is None else judge_served_runs(facts.get("served"), folder, seal),
     }
     return {"schema": report.pop("schema"), "verdict": verdict(report), **report}
 
