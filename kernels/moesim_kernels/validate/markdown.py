@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moesim_kernels.validate.tables import Table, tables
+from moesim_kernels.validate.tables import Table, profile_words, tables
 
 __all__ = ["markdown"]
 
 
 def markdown(report: Mapping[str, Any], command: str) -> str:
     """The verdict first, then every table; `command` made it."""
-    profile, machine = report["profile"], report["machine"]
+    words, machine = profile_words(report["profile"]), report["machine"]
     ran = machine.get("device") if machine.get("device") != "cpu" else machine.get("cpu")
     out = [
         f"# moesim validate {report['scenario']}",
@@ -20,7 +20,7 @@ def markdown(report: Mapping[str, Any], command: str) -> str:
         f"**{report['verdict']['sentence']}**",
         "",
         f"Made by `{command}` (exit code {report['verdict']['exit_code']}), moesim {report['moesim']}, on {ran}, torch "
-        f"{machine.get('torch')}, {machine.get('date')}. Profile {profile['name']}, {profile['source']}. Predictions "
+        f"{machine.get('torch')}, {machine.get('date')}. {words[:1].upper() + words[1:]}. Predictions "
         f"were on disk before the first measurement: SHA-256 `{report['seal']}`.",
     ]
     for table in tables(report):

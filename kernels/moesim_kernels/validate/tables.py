@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Table", "tables"]
+__all__ = ["Table", "profile_words", "tables"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,13 @@ class Table:
     header: tuple[str, ...] = ()
     rows: Sequence[tuple[str, ...]] = ()
     lines: list[str] = field(default_factory=list)
+
+
+def profile_words(profile: Mapping[str, Any]) -> str:
+    """Which profile predicted."""
+    if profile["source"] == "measured for this run":
+        return "profile measured for this run"
+    return f"profile {profile['name']} ({profile['source']})"
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:

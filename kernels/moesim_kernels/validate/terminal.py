@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 from rich.text import Text
 
-from moesim_kernels.validate.tables import Table, tables
+from moesim_kernels.validate.tables import Table, profile_words, tables
 
 __all__ = ["show"]
 
@@ -21,13 +21,11 @@ def show(report: Mapping[str, Any], file: IO[str] | None = None, width: int | No
     """Print it; the verdict first. Fits any width from 60 columns."""
     console = Console(file=file or sys.stdout, width=width, highlight=False, emoji=False)
     with console.capture() as captured:
-        profile = report["profile"]
         console.print(Text(str(report["scenario"]), style="bold"), Text(f"seed {report['seed']}", style="dim"))
         console.print(Text(report["verdict"]["sentence"], style=f"bold {_COLOUR[report['verdict']['state']]}"))
         console.print(
             Text(
-                f"profile {profile['name']}, {profile['source']}; predictions sealed before measuring: "
-                f"{report['seal'][:16]}",
+                f"{profile_words(report['profile'])}; predictions sealed before measuring: {report['seal'][:16]}",
                 style="dim",
             )
         )
