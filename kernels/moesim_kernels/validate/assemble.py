@@ -37,6 +37,7 @@ def judge_folder(folder: Path) -> dict[str, Any]:
     record = read_record(folder / FIRST, seal)
     found = judge(predictions, record)
     facts = predictions.facts
+    served = facts.get("served")
     report = {
         "schema": SCHEMA,
         "moesim": moesim.__version__,
@@ -57,7 +58,7 @@ def judge_folder(folder: Path) -> dict[str, Any]:
         ],
         "candidates": _candidates(predictions, record, folder, seal),
         "again": _again(predictions, record, folder, seal),
-        "served": None if facts.get("served") is None else judge_served_runs(facts.get("served"), folder, seal),
+        "served": None if served is None else judge_served_runs(served, folder, seal),
     }
     return {"schema": report.pop("schema"), "verdict": verdict(report), **report}
 
