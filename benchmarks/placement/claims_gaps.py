@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "routing"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "oracle"))
 
 from claim_page import Section, table
-from test_affinity_optima import LAYERS, assignments, instance, least_crossing, nothing, stage_two
+from test_affinity_optima import LAYERS, assignments, instance, least_crossing, stage_two
 from test_placement_optima import INSTANCES, gaps_of, instances
 
 from moesim.placement.affinity import Policy as Affinity
@@ -54,7 +54,7 @@ def crossing_gaps() -> list[tuple[str, ...]]:
         weight_LE, ctx = instance(number)
         experts, ranks = weight_LE.shape[1], ctx.num_ranks
         ids = ctx.sample.expert_TLK.astype(int)
-        least = least_crossing(ids, experts, ranks, ctx.rank_to_node, nothing(experts, ranks))
+        least = least_crossing(ids, experts, ranks, ctx.rank_to_node)
         for name, policy in CROSSING.items():
             found[name].append(policy.objective(policy.place(weight_LE, ctx), weight_LE, ctx) - least)
         share_LE, state_SE = load_shares(weight_LE), assignments(experts, ranks)

@@ -35,6 +35,7 @@ between two timed ones gives {ranks.simple} %). DeepEP's normal kernels, whose t
 other text ({lfu} points). How the load of synthetic routing varies from batch to batch ({vary.p90} % at the p90; its
 mean is good), and how balanced a training run ends ({train} %).
 """
+STEPS = "**Whole steps**, predicted and sealed before the first one ran."
 ROWS: dict[str, tuple[str, str, str, str]] = {
     "moe": ("h100", "fused MoE, bf16 and FP8, two engines", "", "within"),
     "new": ("h100", "fused MoE, shapes never timed", "", "within"),
@@ -78,5 +79,18 @@ def verdict(parts: Parts) -> str:
         values = {"": row.found.median, "p90": row.found.p90}
         return percent(row.beside[0].median if which == "simple" else values[which])
 
-    filled = (re.sub(r"\{([a-z0-9.]+)\}", figure, text) for text in (GOOD, BAD))
+    filled = [re.sub(r"\{([a-z0-9.]+)\}", figure, text) for text in (GOOD, BAD)]
+    told = [steps(check, found) for name, (check, found) in parts.items() if name.startswith("raw/")]
+    if told:
+        filled.insert(1, f"{STEPS} {' '.join(told)}")
     return "\n\n".join(textwrap.fill(" ".join(text.split()), 118, break_on_hyphens=False) for text in filled)
+
+
+def steps(check: Any, rows: list[Row]) -> str:
+    """One run of `moesim validate`, whatever its verdict."""
+    step = next(row for row in rows if row.what == "step time")
+    held = next(row for row in rows if row.inside is not None)
+    f, r = step.found, check.report
+    tau = "" if f.tau is None else f", tau {f.tau:.2f}"
+    off = f"{f.n} steps are {percent(f.median)} % off, nine in ten within {percent(f.p90)} %{tau}: {step.verdict()}"
+    return f"{check.SOURCE.machine} (`{r['scenario']}`): {off}; {held.inside} of {held.found.n} intervals of 90 % held."
