@@ -195,7 +195,7 @@ def test_the_tables_fit_and_say_the_verdict_first(made: tuple[Path, int], width:
         (("--profile", "x.yaml", "--calibrate-budget", "9s"), "leave out one"),
         (("--set", "routing.fidelity=count"), "token"),
         (("--device", "tpu"), "cpu or cuda"),
-        (("--profile", "nowhere.yaml"), "nowhere.yaml: no such file"),
+        (("--profile", "nowhere.yaml"), "no such file"),
         (("--profile", "README.md"), "not YAML"),
         (("--set", "model.weight_dtype=fp8"), "the kernels here run"),
     ],

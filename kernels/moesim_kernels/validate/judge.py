@@ -119,7 +119,8 @@ def judge(predictions: Predictions, record: Record) -> dict[str, Any]:
             "rounds": [int(m.levels.rounds_N.min()), int(m.levels.rounds_N.max())],
         },
         "clock": m.clock,
-        "noise": _noise(m) | {"speed_shift": None if shift is None else round(shift, 4)},
+        "noise": _noise(m)
+        | {"speed_shift": None if shift is None else round(shift, 4), "steady": _steady(shift, bounds)},
         "step": step | {"by_kind": _by_kind(m)},
         "layer": layer,
         "parts": [_part_row(part) for part in parts],
@@ -130,7 +131,8 @@ def judge(predictions: Predictions, record: Record) -> dict[str, Any]:
         "wrong": [f.to_json() for f in wrong],
         "rows": _rows(m),
     }
-    out["bounds"] = _bounds(out, bounds, m.quiet)
+    hinder = "contended" if not m.quiet else "" if out["noise"]["steady"] else "speed changed"
+    out["bounds"] = _bounds(out, bounds, hinder)
     return out
 
 
@@ -160,6 +162,11 @@ def _speed_shift(profile: Mapping[str, Any], record: Record) -> float | None:
         return float(np.median(seen)) / float(profile["reference_ns"])
     here = float(np.percentile(seen, 90) / np.percentile(seen, 10)) if seen else 1.0
     return float(np.sqrt(max(here, float(profile.get("reference_drift") or 1.0))))
+
+
+def _steady(shift: float | None, bounds: Bounds) -> bool:
+    """The machine is as fast as it was when it was calibrated, to half of what is to be judged."""
+    return shift is None or abs(float(np.log(shift))) < bounds.median / 2.0
 
 
 def _by_kind(m: Measured) -> dict[str, Any]:
@@ -339,8 +346,8 @@ def _finite(value: float) -> float | None:
 # ---- bounds
 
 
-def _bounds(report: Mapping[str, Any], bounds: Bounds, quiet: bool) -> list[dict[str, Any]]:
-    """Each figure beside its bound; state: met, missed, or what keeps it from binding."""
+def _bounds(report: Mapping[str, Any], bounds: Bounds, hinder: str) -> list[dict[str, Any]]:
+    """Each figure beside its bound. hinder: what keeps them from binding, or empty."""
     rows = []
     for what in ("step", "layer"):
         found = report[what]
@@ -348,17 +355,17 @@ def _bounds(report: Mapping[str, Any], bounds: Bounds, quiet: bool) -> list[dict
             continue
         tau = report["ranking"]["tau"] if what == "step" else found["tau"]
         enough = found["settings"] >= LEAST_SETTINGS
-        rows.append(_bound(f"{what} time, median error", found["median"], bounds.median, True, quiet, enough))
+        rows.append(_bound(f"{what} time, median error", found["median"], bounds.median, True, hinder, enough))
         if bounds.p90 is not None:
-            rows.append(_bound(f"{what} time, p90 error", found["p90"], bounds.p90, True, quiet, enough))
-        rows.append(_bound(f"{what} time, tau-b", tau, bounds.tau, False, quiet, enough))
+            rows.append(_bound(f"{what} time, p90 error", found["p90"], bounds.p90, True, hinder, enough))
+        rows.append(_bound(f"{what} time, tau-b", tau, bounds.tau, False, hinder, enough))
     return rows
 
 
-def _bound(name: str, found: float | None, bound: float, most: bool, quiet: bool, enough: bool) -> dict[str, Any]:
+def _bound(name: str, found: float | None, bound: float, most: bool, hinder: str, enough: bool) -> dict[str, Any]:
     met = found is not None and (found <= bound if most else found >= bound)
-    binds = quiet and enough and found is not None
-    why = "" if binds else ("contended" if not quiet else f"fewer than {LEAST_SETTINGS} settings")
+    binds = not hinder and enough and found is not None
+    why = "" if binds else (hinder or f"fewer than {LEAST_SETTINGS} settings")
     return {
         "figure": name,
         "found": found,

@@ -16,14 +16,15 @@ def verdict(report: Mapping[str, Any]) -> dict[str, Any]:
     bounds = list(report["bounds"])
     for part in ("served", "candidates"):
         bounds += (report[part] or {"bounds": []})["bounds"]
-    binding = [b for b in bounds if b["binds"]]
+    fair = report["noise"]["quiet"] and report["noise"]["steady"]
+    binding = [b for b in bounds if b["binds"] and report["noise"]["steady"]]
     missed = [b for b in binding if not b["met"]]
-    narrow = report["coverage"]["state"] == "too narrow" and report["noise"]["quiet"]
+    narrow = report["coverage"]["state"] == "too narrow" and fair
     if report["wrong"]:
         return _said("wrong profile", EXIT_MISSED, _wrong(report))
     if missed or (narrow and binding):
         return _said("missed", EXIT_MISSED, _missed(report, missed))
-    if not report["noise"]["quiet"]:
+    if not fair:
         return _said("contended", 0, _contended(report))
     if not binding:
         return _said("few settings", 0, f"Too few settings for a bound to bind: {_figures(report)}.")
@@ -74,10 +75,11 @@ def shown(value: float | None) -> str:
 
 def _contended(report: Mapping[str, Any]) -> str:
     noise = report["noise"]
-    psi = "" if noise["psi_percent"] is None else f"PSI {noise['psi_percent']:.0f} %, "
-    spread = (
-        "too few repeats" if noise["half_width_median"] is None else f"medians firm to {noise['half_width_median']:.1%}"
-    )
+    told = [] if noise["psi_percent"] is None else [f"PSI {noise['psi_percent']:.0f} %"]
+    loose = noise["half_width_median"] is None
+    told.append("too few repeats" if loose else f"medians firm to {noise['half_width_median']:.1%}")
+    if not noise["steady"]:
+        told.append(f"the machine's speed changed: its reference product takes x {noise['speed_shift']:.2f}")
     met = all(b["met"] for b in report["bounds"])
     tail = "which would be within the bounds" if met else "which would miss a bound"
-    return f"Contended ({psi}{spread}), so no bound binds: {_figures(report)}, {tail}."
+    return f"Contended ({', '.join(told)}), so no bound binds: {_figures(report)}, {tail}."
