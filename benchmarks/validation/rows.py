@@ -163,6 +163,10 @@ class Errors:
         self.predicted.append(np.asarray(predicted, np.float64).ravel())
         self.measured.append(np.asarray(measured, np.float64).ravel())
 
+    def relative(self) -> NDArray[np.float64]:
+        """|predicted / measured - 1|, [P]."""
+        return np.abs(np.concatenate(self.predicted) / np.concatenate(self.measured) - 1.0)
+
     def found(self, ranked: bool = False) -> Found:
         """Their errors."""
         return found(np.concatenate(self.predicted), np.concatenate(self.measured), ranked)

@@ -25,15 +25,15 @@ token counts ({moe.simple} % by interpolating them) and {new} % for shapes that 
 against {load.simple} % for a model that sees totals alone, and {hit} % (over the bound of 5) against {hit.simple} %
 where batches hit a part of the experts. A layer on a calibrated CPU thread is {layer} % off, a step with experts on a
 disk {disk} %, decoding with experts on a CPU {kt} %, the shipped H100's large all-reduces {other} % on somebody
-else's machine. Hit rates of LRU caches lie within {lru.p90} points.
+else's machine, DeepEP's kernels inside a node {deep} %. Hit rates of LRU caches lie within {lru.p90} points.
 """
 BAD = """
 **Not good.** Sizes far below anything timed ({small} %). Kernels that jump between configurations (Mixtral's on an
-A100: {mixtral} %; interpolating does no better). Numbers of GPUs that were never timed ({ranks} %, where the middle
-between two timed ones gives {ranks.simple} %). DeepEP's normal kernels, whose time hangs on more than bytes ({deep}
-%, {deep.simple} % by interpolating), and what an engine does around them, which is not priced ({engine} %). LFU on
-other text ({lfu} points). How the load of synthetic routing varies from batch to batch ({vary.p90} % at the p90; its
-mean is good), and how balanced a training run ends ({train} %).
+A100: {mixtral} %; interpolating does no better). Numbers of GPUs or nodes that were never timed ({ranks} % for an
+all-gather, where the middle between two timed ones gives {ranks.simple} %; {nodes} % for DeepEP on four nodes). What
+an engine does around DeepEP's kernels, which is not priced ({engine} %). LFU on other text ({lfu} points). How the
+load of synthetic routing varies from batch to batch ({vary.p90} % at the p90; its mean is good), and how balanced a
+training run ends ({train} %).
 """
 STEPS = "**Whole steps**, predicted and sealed before the first one ran."
 ROWS: dict[str, tuple[str, str, str, str]] = {
@@ -50,7 +50,8 @@ ROWS: dict[str, tuple[str, str, str, str]] = {
     "small": ("a800", "uneven load, smaller than anything fitted", "", "missed"),
     "mixtral": ("a100_mixtral", "token counts held out", "", "missed"),
     "ranks": ("h100_links", "all-gather, NCCL", "4 GPUs", "missed"),
-    "deep": ("h100_links", "DeepEP normal kernels, 20 SMs", "counts", "missed"),
+    "deep": ("h100_links", "DeepEP normal kernels, 20 SMs", "counts", "within"),
+    "nodes": ("h100_nodes", "DeepEP normal kernels", "", "missed"),
     "engine": ("vllm_deepep", "DeepEP normal kernels, 20 SMs", "", "missed"),
     "lfu": ("moe_lrc", "hit rate, LFU", "", "missed"),
     "vary": ("synthetic_routing", "how that load varies from batch to batch", "", "missed"),

@@ -13,8 +13,8 @@ from moesim_kernels.fit.curves import spread
 from moesim_kernels.fit.model import fit_operator, predict, with_fits
 from moesim_kernels.fit.samples import Samples, sample_points
 
-from benchmarks.validation.checks.h100_links import shipped
-from benchmarks.validation.rows import DATA, HELD_OUT, Bound, Row, Source, beside, found, interpolated
+from benchmarks.validation.checks.h100_links import claim, shipped
+from benchmarks.validation.rows import DATA, HELD_OUT, Row, Source, beside, found, interpolated
 
 GROUP = "links"
 TITLE = "All-reduce on a DGX H100"
@@ -26,7 +26,7 @@ SOURCE = Source(
     ("kernels/collectives/h100_dgx_all_reduce.csv.gz",),
     "DGX H100, NCCL",
 )
-CLAIM = Bound("what the shipped profile claims for all-reduce: 1 sigma of log 0.101, so 90 % within 18 %", None, 0.18)
+CLAIM = claim("all_reduce")
 
 
 @cache

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.validation.checks.h100_links import shipped
-from benchmarks.validation.rows import Bound, Errors, Row, Source
+from benchmarks.validation.checks.h100_links import CLAIM, shipped
+from benchmarks.validation.rows import Errors, Row, Source
 from benchmarks.validation.tables import Part, profiles
 from moesim.cost.operators import Operators
 
@@ -24,7 +24,6 @@ SOURCE = Source(
     "8 x H100 SXM, vLLM 0.24.0",
 )
 TABLE = "comm/vllm/0.24.0/moe_a2a_perf.parquet"
-CLAIM = Bound("what the shipped profile claims for all-to-all: 1 sigma of log 0.123, so 90 % within 22 %", None, 0.22)
 KINDS = {
     "deepep_ht": ("normal", "normal kernels, 20 SMs"),
     "deepep_ll": ("ll", "low-latency kernels"),
