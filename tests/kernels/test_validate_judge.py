@@ -297,16 +297,18 @@ def test_bounds_bind_on_a_quiet_machine_alone_and_a_miss_then_costs_the_exit_cod
     assert loud["verdict"]["state"] == "contended"
 
 
-def test_no_bound_binds_where_the_machine_has_changed_its_speed_since_it_was_calibrated() -> None:
+def test_a_machine_that_has_changed_its_speed_since_it_was_calibrated_is_said_to_have() -> None:
     p = _predictions(error=0.15, speed=0.05)
     p.facts["profile"]["reference_ns"] = 1.02e6  # within half of the median's bound
-    assert _whole(p, _record(p, own_error=0.12))["verdict"]["state"] == "missed"
+    steady = _whole(p, _record(p, own_error=0.12))["verdict"]
+    assert steady["state"] == "missed"
+    assert "speed" not in steady["sentence"]
     p.facts["profile"]["reference_ns"] = 1.4e6
     report = _whole(p, _record(p, own_error=0.12))
     assert report["clock"] == "wall"
-    assert report["verdict"]["state"] == "contended"
-    assert "takes x 0.71" in report["verdict"]["sentence"]
-    assert {b["why_not"] for b in report["bounds"]} == {"speed changed"}
+    assert report["verdict"]["state"] == "missed"
+    assert report["verdict"]["exit_code"] == 4
+    assert "takes x 0.71; calibrate again" in report["verdict"]["sentence"]
 
 
 def test_intervals_that_are_too_narrow_or_too_wide_are_said_to_be() -> None:

@@ -95,7 +95,8 @@ class Prepared:
     `timed`, where there is one, is used in place of `run` under any clock: it does one call on rotation `i` and
     returns its nanoseconds (a collective's slowest rank, a read after its blocks have left the cache). `note` says
     what the log must say beside the times. `follows`: in a step the same call has just run for the layer before, so a
-    sample begins with an untimed one, however long it takes.
+    sample begins with an untimed one, however long it takes. `cool`: on a CPU, what has run before each call in a step
+    has left nothing of it in the caches, code included; it is run, untimed, before every timed call.
     """
 
     run: Callable[[int], Any]
@@ -108,6 +109,7 @@ class Prepared:
     timed: Callable[[int], int] | None = None
     note: str = ""
     follows: bool = False
+    cool: Callable[[], Any] | None = None
 
 
 @dataclass

@@ -131,8 +131,7 @@ def judge(predictions: Predictions, record: Record) -> dict[str, Any]:
         "wrong": [f.to_json() for f in wrong],
         "rows": _rows(m),
     }
-    hinder = "contended" if not m.quiet else "" if out["noise"]["steady"] else "speed changed"
-    out["bounds"] = _bounds(out, bounds, hinder)
+    out["bounds"] = _bounds(out, bounds, "" if m.quiet else "contended")
     return out
 
 
