@@ -11,20 +11,23 @@ from moesim_kernels.validate.record import Record, Sample
 from moesim.errors import BadInput
 
 
+FACTS = {"device": "cuda", "ranks": 1, "profile": {"speed_error": 0.04, "reference_ns": 1000.0, "made_on": "GPU"}}
+
+
 def _predicted(name: str, ns: int) -> Predicted:
     return Predicted(name, "decode", (), 1, 1, ns, {}, {}, {}, 0.5, {}, (1.0, 0.0, 0.0, 0.0), {}, 1.0)
 
 
-def _found(miss: list[float]) -> tuple[Predictions, Record]:
+def _found(miss: list[float], reference: float = 1001.0) -> tuple[Predictions, Record]:
     """Steps that are `miss` off in ln, by the wall; in CPU time half of it."""
     names = [f"a{i}" for i in range(len(miss))]
-    predictions = Predictions(tuple(_predicted(n, 1_000_000) for n in names), {"device": "cuda"})
+    predictions = Predictions(tuple(_predicted(n, 1_000_000) for n in names), FACTS)
     samples = [
-        Sample(n, r, 1e6 * np.exp(-x), 1e6 * np.exp(-x / 2), {}, {}, None, None)
+        Sample(n, r, 1e6 * np.exp(-x), 1e6 * np.exp(-x / 2), {}, {}, None, reference)
         for r in range(3)
         for n, x in zip(names, miss, strict=True)
     ]
-    return predictions, Record("", 1, {}, samples)
+    return predictions, Record("", 1, {"device": "GPU"}, samples)
 
 
 def test_by_hand() -> None:
@@ -40,6 +43,17 @@ def test_by_hand() -> None:
     assert {p.half_width for p in again.settings} == {round(found.half_width, 5)}
     assert {p.half_width_cpu for p in again.settings} == {round(found.half_width_cpu, 5)}
     assert [p.ns for p in again.settings] == [1_000_000] * 19
+
+
+def test_a_machine_of_another_speed_is_not_taken_for_the_models_error() -> None:
+    """All anchors are half as slow again; what is left of them, and the profile's error of the speed, is the width."""
+    miss = [-0.4 + (-1) ** i * 0.01 * (i + 1) for i in range(19)]
+    found = anchored_by(*_found(miss, reference=1500.0))
+    assert not found.steady
+    assert found.bias == pytest.approx(float(np.median(miss)))
+    left = np.sort(np.abs(np.array(miss) - np.median(miss)))[17]
+    assert found.half_width == pytest.approx(float(np.hypot(left, 1.645 * 0.04)), abs=2e-5)
+    assert anchored_by(*_found(miss)).half_width > 0.5  # the same on a steady machine is the model's
 
 
 def test_too_few() -> None:

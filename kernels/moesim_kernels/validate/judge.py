@@ -22,7 +22,7 @@ from moesim_kernels.validate.ranking import best_recall, pairs_by_gap, tau_b, ti
 from moesim_kernels.validate.record import Record, Sample
 from moesim_kernels.validate.wrong import PartTimes, findings
 
-__all__ = ["LAYER", "Measured", "judge", "measured_of"]
+__all__ = ["LAYER", "Measured", "judge", "measured_of", "speed_shift", "steady"]
 
 LAYER = ("dispatch", "experts", "combine")
 """the parts that make up what a layer's routed experts take"""
@@ -107,7 +107,7 @@ def judge(predictions: Predictions, record: Record) -> dict[str, Any]:
     m = measured_of(predictions, record, plain, bounds)
     predicted = np.array([p.ns for p in m.predicted], float)
     parts = _parts(m)
-    shift = _speed_shift(predictions.facts["profile"], record)
+    shift = speed_shift(predictions.facts["profile"], record)
     wrong = findings(parts, 1.0 if shift is None else shift)
     step = _errors(predicted, m.levels.ns_N)
     layer = _layer(m)
@@ -120,7 +120,7 @@ def judge(predictions: Predictions, record: Record) -> dict[str, Any]:
         },
         "clock": m.clock,
         "noise": _noise(m)
-        | {"speed_shift": None if shift is None else round(shift, 4), "steady": _steady(shift, bounds)},
+        | {"speed_shift": None if shift is None else round(shift, 4), "steady": steady(shift, bounds)},
         "step": step | {"by_kind": _by_kind(m)},
         "layer": layer,
         "parts": [_part_row(part) for part in parts],
@@ -149,7 +149,7 @@ def _errors(predicted_N: FloatArray, measured_N: FloatArray) -> dict[str, Any]:
     }
 
 
-def _speed_shift(profile: Mapping[str, Any], record: Record) -> float | None:
+def speed_shift(profile: Mapping[str, Any], record: Record) -> float | None:
     """The reference product's median while measuring over that while calibrating; None for another machine's profile.
     Where one of them is not known, as much as it changed by during the one that is: half of what lies between its 10th
     and 90th percentiles."""
@@ -163,7 +163,7 @@ def _speed_shift(profile: Mapping[str, Any], record: Record) -> float | None:
     return float(np.sqrt(max(here, float(profile.get("reference_drift") or 1.0))))
 
 
-def _steady(shift: float | None, bounds: Bounds) -> bool:
+def steady(shift: float | None, bounds: Bounds) -> bool:
     """The machine is as fast as it was when it was calibrated, to half of what is to be judged."""
     return shift is None or abs(float(np.log(shift))) < bounds.median / 2.0
 

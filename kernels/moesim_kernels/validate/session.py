@@ -166,19 +166,21 @@ class Session:
         variants, refused = allowed_variants(lambda o: prepared_for(o).result.scenario.hash)
         limits = Limits.of(prepared_for(()), alike=self.options.device == "cuda")
         held_out = draw_settings(limits, self.options.settings, self.seed, variants)
-        anchored = self._anchored(limits, variants, prepared_for)
+        told = "measured for this run" if self.options.profile is None else profile.name
+        machine = {
+            "device": self.options.device,
+            "ranks": self.ranks,
+            "profile": profile_facts(load_profile(profile), told),
+        }
+        anchored = self._anchored(limits, variants, prepared_for, machine)
         study, settings = self._candidates(prepared_for)
         run, why, host_us = self._predicted_run(profile) if self.options.serve else (None, "", None)
         facts = {
             "scenario": self.written.name,
             "scenario_hash": self.written.hash,
-            "device": self.options.device,
-            "ranks": self.ranks,
+            **machine,
             "layers": self.written.model.num_moe_layers,
             "seed": self.seed,
-            "profile": profile_facts(
-                load_profile(profile), "measured for this run" if self.options.profile is None else profile.name
-            ),
             "variants_refused": refused,
             "anchors": None if anchored is None else anchored.to_json(),
             "held_out": [s.name for s in held_out],
@@ -245,7 +247,11 @@ class Session:
         return {**facts, "candidates": rows, "skipped": skipped}, settings
 
     def _anchored(
-        self, limits: Limits, variants: Sequence[tuple[str, ...]], prepared_for: Callable[[tuple[str, ...]], Prepared]
+        self,
+        limits: Limits,
+        variants: Sequence[tuple[str, ...]],
+        prepared_for: Callable[[tuple[str, ...]], Prepared],
+        facts: dict[str, Any],
     ) -> Anchored | None:
         """What whole steps are off by, on steps drawn like the held-out ones and measured now; None where none are
         asked for. Nobody has predicted anything yet that these could be judged by, so their seal says so."""
@@ -256,7 +262,7 @@ class Session:
         write_settings(asked, steps)
         if not self._complete(record.name, [s.name for s in steps], BEFORE):
             self._run(asked, record, BEFORE, len(steps))
-        return anchored_by(predict(steps, prepared_for, {"device": self.options.device}), read_record(record, BEFORE))
+        return anchored_by(predict(steps, prepared_for, facts), read_record(record, BEFORE))
 
     def _predicted_run(self, profile: Path) -> tuple[dict[str, list[int]] | None, str, float | None]:
         """The simulated run of the scenario's requests, or why none is served; and us of each step that planning takes

@@ -157,7 +157,13 @@ def _honesty(report: Mapping[str, Any]) -> Table:
     if a is not None:
         lines.append(
             f"Intervals: from {a['steps']} other steps like these, measured before anything was predicted; those were "
-            f"off by {_percent(float(np.expm1(a['bias'])), sign=True)} (median), which is told and not taken out."
+            f"off by {_percent(float(np.expm1(a['bias'])), sign=True)} (median), "
+            + (
+                "which is told and not taken out."
+                if a.get("steady", True)
+                else "on a machine of another speed than when it was calibrated, so that the profile's error of its speed"
+                " stands in its place."
+            )
         )
     grade = ", ".join(f"{share:.0%} {name}" for name, share in w["grade"].items())
     what = f"its part `{w['part']}`" + (f" ({', '.join(w['operators'])})" if w["operators"] else "")
