@@ -92,6 +92,24 @@ def test_the_same_run_as_the_simulator(overrides: tuple[str, ...]) -> None:
         assert executor.rows == tokens * 6 * 4
 
 
+def test_pauses_are_told(tmp_path: Path) -> None:
+    """Once a pause that is long enough, and never while somebody waits."""
+    from moesim_kernels.real.serve import IDLE_NS
+
+    scenario = load_scenario(FILE, ["requests.num_requests=12", "requests.rate_per_s=0.5"])
+    prepared, clock = prepare_real(scenario), _Clock()
+    executor, seen = _AsPriced(prepared, clock), []
+    served = serve(prepared, executor, clock, idle=lambda: seen.append(clock.at))
+    requests = served.outcome.requests
+    gaps = 0
+    for i in range(1, 12):
+        ended = max(int(requests.finish_ns[:i].max()), 0)
+        gaps += int(requests.arrival_ns[i]) - ended > IDLE_NS
+    assert len(seen) == gaps > 3
+    for at in seen:
+        assert not ((requests.arrival_ns <= at) & (requests.finish_ns > at)).any()
+
+
 def test_preempted_requests_are_computed_again() -> None:
     """A KV cache of a few blocks: who is preempted gives its rows back, and all end."""
     scenario = load_scenario(FILE, ["requests.num_requests=24", "requests.rate_per_s=40"])
@@ -157,4 +175,5 @@ def test_a_process_of_its_own_writes_what_it_served(tmp_path: Path) -> None:
     assert len(steps["duration_ns"]) == len(steps["wall_ns"]) == len(steps["host_ns"])
     assert all(0 <= h < d for h, d in zip(steps["host_ns"], steps["duration_ns"], strict=True))
     assert found["host_us_median"] > 0
+    assert all(ns > 0 for ns in found["reference_ns"])
     assert not list(tmp_path.glob(".*"))

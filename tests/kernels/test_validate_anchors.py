@@ -10,7 +10,6 @@ from moesim_kernels.validate.record import Record, Sample
 
 from moesim.errors import BadInput
 
-
 FACTS = {"device": "cuda", "ranks": 1, "profile": {"speed_error": 0.04, "reference_ns": 1000.0, "made_on": "GPU"}}
 
 

@@ -256,7 +256,7 @@ def test_a_second_measurement_and_served_runs_join_the_report(scenario: Path, tm
 
 
 def _served(folder: Path, number: int, requests: dict[str, list[int]], seal: str = "s", clock: str = "wall") -> None:
-    run = {"seal": seal, "clock": clock, "psi": [1.0, None], "requests": requests}
+    run = {"seal": seal, "clock": clock, "psi": [1.0, None], "requests": requests, "reference_ns": [700.0, 710.0]}
     (folder / f"served-{number}.json").write_text(json.dumps(run))
 
 
@@ -281,6 +281,13 @@ def test_served_runs_are_judged_by_their_own_bounds(tmp_path: Path) -> None:
     assert rows["makespan"]["binds"]
     assert not rows["makespan"]["met"]
     assert rows["time to first token (TTFT)"]["met"]
+    elsewhere = judge_served_runs(REQUESTS, tmp_path, "s", calibrated_ns=1000.0)
+    assert elsewhere is not None
+    assert {b["why_not"] for b in elsewhere["bounds"]} == {"speed changed"}
+    assert elsewhere["speed_shift"] == pytest.approx(0.705)
+    there = judge_served_runs(REQUESTS, tmp_path, "s", calibrated_ns=690.0)
+    assert there is not None
+    assert there["bounds"] == found["bounds"]
     _served(tmp_path, 2, slower, clock="cpu")
     again = judge_served_runs(REQUESTS, tmp_path, "s")
     assert again is not None

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from moesim_kernels.validate.again import agreement
 from moesim_kernels.validate.judge import judge, measured_of
-from moesim_kernels.validate.noise import levels, median_half_width
+from moesim_kernels.validate.noise import at_speed, levels, median_half_width
 from moesim_kernels.validate.predict import Predicted, Predictions
 from moesim_kernels.validate.ranking import best_recall, pairs_by_gap, regret, tau_b, tied_NN, top_quartile
 from moesim_kernels.validate.record import Record, Sample, read_record
@@ -425,3 +425,26 @@ def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(BadInput, match="no whole first line"):
         read_record(tmp_path / "empty.jsonl")
+
+
+def test_times_are_told_at_the_speed_at_which_the_machine_was_calibrated() -> None:
+    """A machine that is half as fast again for two rounds of three: by its reference, the slow rounds are like the
+    calibration, so all times are theirs."""
+    rng = np.random.default_rng(5)
+    level_N = np.exp(rng.uniform(0, 2, 30)) * 1e6
+    fast_R = np.repeat([False, True, True, False, True, True, False, True, True], 30)
+    at = np.tile(np.arange(30), 9)
+    ns = level_N[at] * np.where(fast_R, 0.8, 1.0) * np.exp(rng.normal(0, 0.002, 270))
+    reference = [700.0 if fast else 1010.0 for fast in fast_R]
+    plain = levels(ns, at, 30, True).ns_N / level_N
+    assert np.median(plain) == pytest.approx(0.8, rel=0.02)
+    same = at_speed(reference, 1000.0)
+    assert same is not None
+    assert same.mean() == pytest.approx(1 / 3)
+    told = levels(ns, at, 30, True, same).ns_N / level_N
+    assert np.median(told) == pytest.approx(1.0, rel=0.01)
+    assert np.abs(told - 1).max() < 0.06
+    # a calibration at a speed that was never seen, or none that is known: nothing is changed
+    assert at_speed(reference, 3000.0) is None
+    assert at_speed(reference, None) is None
+    assert at_speed([None, *reference[1:]], 1000.0) is None

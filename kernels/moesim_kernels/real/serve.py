@@ -24,7 +24,11 @@ from moesim.record import NOT_YET, REJECTED, Recorder, RequestRecords
 from moesim.simulate import Prepared
 from moesim_kernels.real.work import StepWork, couples_tokens, make_work, phase_of, slots_of
 
-__all__ = ["Clock", "CpuClock", "Executor", "Served", "WallClock", "serve"]
+__all__ = ["IDLE_NS", "Clock", "CpuClock", "Executor", "Served", "WallClock", "serve"]
+
+
+IDLE_NS = 50_000_000
+"""of a pause in which something else may be done"""
 
 
 class Clock(Protocol):
@@ -84,22 +88,32 @@ class Served:
 
 
 def serve(
-    prepared: Prepared, executor: Executor, clock: Clock, told: Callable[[int, int], None] | None = None
+    prepared: Prepared,
+    executor: Executor,
+    clock: Clock,
+    told: Callable[[int, int], None] | None = None,
+    idle: Callable[[], None] | None = None,
 ) -> Served:
-    """Serve all requests of a scenario of one rank. told: requests that have ended, and all. Raises BadInput for a
-    deployment of several ranks, and where max_model_len lets no request in."""
+    """Serve all requests of a scenario of one rank. told: requests that have ended, and all. idle: called while no
+    request is there and none is due for a while (`IDLE_NS`). Raises BadInput for a deployment of several ranks, and
+    where max_model_len lets no request in."""
     if prepared.layout.dp > 1:
         raise BadInput(f"one rank is served for real, and the deployment has {prepared.layout.dp}; set dp and ep to 1")
-    return _Server(prepared, executor, clock, told).run()
+    return _Server(prepared, executor, clock, told, idle).run()
 
 
 class _Server:
     def __init__(
-        self, prepared: Prepared, executor: Executor, clock: Clock, told: Callable[[int, int], None] | None
+        self,
+        prepared: Prepared,
+        executor: Executor,
+        clock: Clock,
+        told: Callable[[int, int], None] | None,
+        idle: Callable[[], None] | None,
     ) -> None:
         deployment, stream = prepared.deployment, prepared.stream
         assert deployment is not None
-        self.prepared, self.executor, self.clock, self.told = prepared, executor, clock, told
+        self.prepared, self.executor, self.clock, self.told, self.idle = prepared, executor, clock, told, idle
         self.kv, self.max_model_len = deployment.kv, deployment.max_model_len
         self.rank = Rank(deployment.kv, deployment.batching, deployment.max_num_seqs, deployment.max_num_batched_tokens)
         self.stream = stream
@@ -124,6 +138,8 @@ class _Server:
             self._admit(now)
             if not self.rank.waiting and not self.rank.running_set:
                 if self.next < self.requests:
+                    if self.idle is not None and self.arrival[self.next] - self.clock.now_ns() > IDLE_NS:
+                        self.idle()
                     self.clock.wait_until(self.arrival[self.next])
                 continue
             self._step(now)

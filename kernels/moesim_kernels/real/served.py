@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,13 @@ _WARM = 12
 """steps before the clock starts"""
 
 
-def served(prepared: Prepared, executor: Any, clock: str) -> Served:
-    """Serve a scenario on an executor (`real.rank.RealRank`) that has been warmed up. clock: wall or cpu."""
+def served(prepared: Prepared, executor: Any, clock: str, idle: Callable[[], None] | None = None) -> Served:
+    """Serve a scenario on an executor (`real.rank.RealRank`) that has been warmed up. clock: wall or cpu; idle: called
+    in pauses of the wall's."""
     _warm_up(prepared, executor)
-    return serve(prepared, executor, WallClock() if clock == "wall" else CpuClock())
+    if clock == "wall":
+        return serve(prepared, executor, WallClock(), idle=idle)
+    return serve(prepared, executor, CpuClock())
 
 
 def _warm_up(prepared: Prepared, executor: Any) -> None:
@@ -101,8 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--requests", type=int, help="the first N alone")
     parser.add_argument("--seal", default="")
     args = parser.parse_args(arguments)
+    from moesim_kernels.bench.harness import reference_product
     from moesim_kernels.bench.machine import facts
-    from moesim_kernels.bench.pool import Device
+    from moesim_kernels.bench.pool import Device, Pool
     from moesim_kernels.bench.pressure import cpu_pressure
     from moesim_kernels.real.rank import RealRank
 
@@ -114,13 +118,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prepared.stream = first_requests(prepared.stream, args.requests)
     executor = RealRank(prepared, device=args.device, graphs=False)  # every step is new: none is captured for one run
     before = cpu_pressure()
-    run = served(prepared, executor, args.clock)
+    device = Device.find(args.device)
+    reference = reference_product(device, Pool(device))
+    speed = [reference()]  # how fast the machine is: before, in pauses, after
+    run = served(prepared, executor, args.clock, lambda: speed.append(reference()))
+    speed.append(reference())
     host = [t for t in run.host_ns if t >= 0]
     found = {
         "seal": args.seal,
         "scenario": scenario.hash,
         "clock": args.clock,
-        "machine": facts(Device.find(args.device)),
+        "machine": facts(device),
+        "reference_ns": speed,
         "psi": [before, cpu_pressure()],
         "host_us_median": float(np.median(host)) / 1e3 if host else None,
         **records(run),

@@ -65,7 +65,8 @@ def anchored_by(predicted: Predictions, record: Record) -> Anchored:
     BadInput for fewer than LEAST that were measured."""
     facts = predicted.facts
     bounds = BOUNDS[kind_of(str(facts["device"]), int(facts["ranks"]))]
-    calm = steady(speed_shift(facts["profile"], record), bounds)
+    shift = speed_shift(facts["profile"], record)
+    calm = True
     widths = []
     bias, steps = 0.0, 0
     for thread in (False, True):
@@ -75,6 +76,7 @@ def anchored_by(predicted: Predictions, record: Record) -> Anchored:
         if steps < LEAST:
             message = f"{steps} anchors were measured, and an interval of 90 % takes {LEAST}; raise --anchors"
             raise BadInput(Problem("anchors", message))
+        calm = found.same_speed is not None or steady(shift, bounds)
         middle = float(np.median(miss))
         width = float(interval(np.abs(miss if calm else miss - middle), LEVEL).half_width)
         speed = 0.0 if calm else SIGMAS * float(facts["profile"]["speed_error"])

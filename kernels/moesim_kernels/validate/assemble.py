@@ -13,7 +13,7 @@ from moesim.errors import BadInput, Problem
 from moesim.results import json_text, replacing_file
 from moesim_kernels.validate.again import agreement
 from moesim_kernels.validate.bounds import BOUNDS, kind_of
-from moesim_kernels.validate.judge import judge, measured_of
+from moesim_kernels.validate.judge import calibrated_ns, judge, measured_of
 from moesim_kernels.validate.pick import judge_candidates
 from moesim_kernels.validate.predict import Predictions, read_predictions, seal_of
 from moesim_kernels.validate.profile import strangeness
@@ -58,7 +58,9 @@ def judge_folder(folder: Path) -> dict[str, Any]:
         ],
         "candidates": _candidates(predictions, record, folder, seal),
         "again": _again(predictions, record, folder, seal),
-        "served": None if served is None else judge_served_runs(served, folder, seal),
+        "served": None
+        if served is None
+        else judge_served_runs(served, folder, seal, calibrated_ns(facts["profile"], record)),
     }
     return {"schema": report.pop("schema"), "verdict": verdict(report), **report}
 

@@ -16,13 +16,13 @@ from moesim.errors import BadInput, Problem
 from moesim.hardware import GRADES
 from moesim_kernels.fit.conformal import clopper_pearson
 from moesim_kernels.validate.bounds import BOUNDS, LEAST_SETTINGS, LEVEL, MAX_PSI, Bounds, kind_of
-from moesim_kernels.validate.noise import Levels, levels
+from moesim_kernels.validate.noise import Levels, at_speed, levels
 from moesim_kernels.validate.predict import Predicted, Predictions
 from moesim_kernels.validate.ranking import best_recall, pairs_by_gap, tau_b, tied_NN, top_quartile
 from moesim_kernels.validate.record import Record, Sample
 from moesim_kernels.validate.wrong import PartTimes, findings
 
-__all__ = ["LAYER", "Measured", "judge", "measured_of", "speed_shift", "steady"]
+__all__ = ["LAYER", "Measured", "calibrated_ns", "judge", "measured_of", "speed_shift", "steady"]
 
 LAYER = ("dispatch", "experts", "combine")
 """the parts that make up what a layer's routed experts take"""
@@ -40,6 +40,9 @@ class Measured:
     psi: float | None
     quiet: bool
     wall_over_cpu: float | None
+    same_speed: float | None = None
+    """share of the samples taken while the machine was as fast as when it was calibrated, at which speed all times then
+    are; None: not known, or no such samples"""
 
 
 def measured_of(
@@ -67,16 +70,18 @@ def measured_of(
     place = {p.name: n for n, p in enumerate(predicted)}
     at_M = np.array([place[s.setting] for s in samples], np.int64)
     drifts = str(predictions.facts.get("device", "cpu")) == "cpu"
-    wall = levels([s.wall_ns for s in samples], at_M, len(predicted), drifts)
+    same = at_speed([s.reference_ns for s in samples], calibrated_ns(predictions.facts.get("profile"), record))
+    wall = levels([s.wall_ns for s in samples], at_M, len(predicted), drifts, same)
     seen = [s.psi for s in samples if s.psi is not None]
     psi = float(np.median(seen)) if seen else None
     quiet = (psi is None or psi < MAX_PSI) and _firm(wall, bounds)
     by_cpu = (thread or not quiet) and all(s.cpu_ns > 0 for s in samples)
-    found = levels([s.cpu_ns for s in samples], at_M, len(predicted), drifts) if by_cpu else wall
+    found = levels([s.cpu_ns for s in samples], at_M, len(predicted), drifts, same) if by_cpu else wall
     clock = "thread CPU" if by_cpu else "wall"
     parts = _part_levels(samples, at_M, found.drift_M, len(predicted), by_cpu)
     ratio = [s.wall_ns / s.cpu_ns for s in samples if s.cpu_ns > 0]
-    return Measured(predicted, clock, found, parts, psi, quiet, float(np.median(ratio)) if ratio else None)
+    share = float(same.mean()) if same is not None and drifts else None
+    return Measured(predicted, clock, found, parts, psi, quiet, float(np.median(ratio)) if ratio else None, share)
 
 
 def _firm(found: Levels, bounds: Bounds | None) -> bool:
@@ -108,7 +113,7 @@ def judge(predictions: Predictions, record: Record) -> dict[str, Any]:
     predicted = np.array([p.ns for p in m.predicted], float)
     parts = _parts(m)
     shift = speed_shift(predictions.facts["profile"], record)
-    wrong = findings(parts, 1.0 if shift is None else shift)
+    wrong = findings(parts, 1.0 if shift is None or m.same_speed is not None else shift)
     step = _errors(predicted, m.levels.ns_N)
     layer = _layer(m)
     tied = tied_NN(m.levels.ns_N, m.levels.half_width_N)
@@ -120,7 +125,11 @@ def judge(predictions: Predictions, record: Record) -> dict[str, Any]:
         },
         "clock": m.clock,
         "noise": _noise(m)
-        | {"speed_shift": None if shift is None else round(shift, 4), "steady": steady(shift, bounds)},
+        | {
+            "speed_shift": None if shift is None else round(shift, 4),
+            "same_speed": None if m.same_speed is None else round(m.same_speed, 4),
+            "steady": m.same_speed is not None or steady(shift, bounds),
+        },
         "step": step | {"by_kind": _by_kind(m)},
         "layer": layer,
         "parts": [_part_row(part) for part in parts],
@@ -149,12 +158,22 @@ def _errors(predicted_N: FloatArray, measured_N: FloatArray) -> dict[str, Any]:
     }
 
 
+def calibrated_ns(profile: Mapping[str, Any] | None, record: Record) -> float | None:
+    """The reference product's time while the profile was measured; None for another machine's."""
+    if not profile or not profile.get("reference_ns") or profile.get("made_on") != _machine(record):
+        return None
+    return float(profile["reference_ns"])
+
+
+def _machine(record: Record) -> Any:
+    return record.machine.get("device" if record.machine.get("device") != "cpu" else "cpu")
+
+
 def speed_shift(profile: Mapping[str, Any], record: Record) -> float | None:
     """The reference product's median while measuring over that while calibrating; None for another machine's profile.
     Where one of them is not known, as much as it changed by during the one that is: half of what lies between its 10th
     and 90th percentiles."""
-    machine = record.machine.get("device" if record.machine.get("device") != "cpu" else "cpu")
-    if profile.get("made_on") != machine:
+    if profile.get("made_on") != _machine(record):
         return None  # the other machine's speed excuses nothing
     seen = [s.reference_ns for s in record.samples if s.reference_ns]
     if seen and profile.get("reference_ns"):

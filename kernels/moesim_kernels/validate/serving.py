@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moesim.errors import BadInput, Problem
 from moesim.scenario.load import Scenario
 from moesim.simulate import RunResult, simulate
 from moesim_kernels.bench.errors import BadPlan
 from moesim_kernels.bench.strict import parse, read_bytes
 from moesim_kernels.validate.bounds import MAX_PSI
+from moesim_kernels.validate.noise import SAME_SPEED
 from moesim_kernels.validate.served import BOUNDS, ServedJudgement, judge_served
 
 __all__ = ["LONGEST_S", "host_of", "judge_served_runs", "predicted_run", "serve_command", "served_file"]
@@ -73,9 +76,12 @@ def serve_command(scenario: Path, out: Path, seal: str, device: str, clock: str,
     return [sys.executable, "-m", "moesim_kernels.real.served", *options]
 
 
-def judge_served_runs(predicted: Mapping[str, Any], folder: Path, seal: str) -> dict[str, Any] | None:
-    """The served runs in a folder beside the simulated one; None where none was served. Raises BadInput for a file that
-    is none, or has another seal."""
+def judge_served_runs(
+    predicted: Mapping[str, Any], folder: Path, seal: str, calibrated_ns: float | None = None
+) -> dict[str, Any] | None:
+    """The served runs in a folder beside the simulated one; None where none was served. calibrated_ns: the reference
+    product's time while the profile was measured: no bound binds where it took another time while serving, for a run
+    cannot be said at another speed. Raises BadInput for a file that is none, or has another seal."""
     runs: list[dict[str, Any]] = []
     while (path := served_file(folder, len(runs) + 1)).exists():
         runs.append(_read(path, seal))
@@ -85,12 +91,16 @@ def judge_served_runs(predicted: Mapping[str, Any], folder: Path, seal: str) -> 
     psi = [x for run in runs for x in run["psi"] if x is not None]
     clocks = sorted({str(run["clock"]) for run in runs})
     quiet = clocks == ["wall"] and max(psi, default=0.0) < MAX_PSI and len(runs) > 1
+    speed = [x for run in runs for x in run.get("reference_ns") or [] if isinstance(x, int | float)]
+    shift = float(np.median(speed)) / calibrated_ns if speed and calibrated_ns else None
+    same = shift is None or abs(float(np.log(shift))) < SAME_SPEED
     return {
         **judged.to_json(),
         "clocks": clocks,
         "psi_percent": max(psi, default=None),
-        "bounds": [_bound(judged, name, quiet) for name in BOUNDS],
-        "lines": _lines(judged, clocks, psi),
+        "speed_shift": None if shift is None else round(shift, 4),
+        "bounds": [_bound(judged, name, quiet, same) for name in BOUNDS],
+        "lines": _lines(judged, clocks, psi, shift),
     }
 
 
@@ -112,9 +122,9 @@ def _whole(column: Any) -> bool:
     return isinstance(column, Sequence) and all(type(x) is int for x in column)
 
 
-def _bound(judged: ServedJudgement, name: str, quiet: bool) -> dict[str, Any]:
+def _bound(judged: ServedJudgement, name: str, quiet: bool, same: bool) -> dict[str, Any]:
     error, bound = abs(judged.error[name]), BOUNDS[name]
-    binds = quiet and judged.binds(name)
+    binds = quiet and same and judged.binds(name)
     return {
         "figure": _TITLES[name],
         "found": round(error, 5),
@@ -122,11 +132,11 @@ def _bound(judged: ServedJudgement, name: str, quiet: bool) -> dict[str, Any]:
         "at": "most",
         "met": error <= bound,
         "binds": binds,
-        "why_not": "" if binds else ("one run alone" if judged.runs < 2 else "contended"),
+        "why_not": "" if binds else ("one run alone" if judged.runs < 2 else "contended" if same else "speed changed"),
     }
 
 
-def _lines(judged: ServedJudgement, clocks: Sequence[str], psi: Sequence[float]) -> list[str]:
+def _lines(judged: ServedJudgement, clocks: Sequence[str], psi: Sequence[float], shift: float | None) -> list[str]:
     units = {"ms": "ms", "s": "s"}
     told = []
     for name in BOUNDS:
@@ -139,6 +149,7 @@ def _lines(judged: ServedJudgement, clocks: Sequence[str], psi: Sequence[float])
         f"{judged.times_s[i]:.0f} s {judged.predicted_Q[i]:.0f}/{judged.measured_Q[i]:.1f}" for i in places
     )
     psi_told = "not told" if not psi else f"{max(psi):.0f} %"
+    psi_told += "" if shift is None else f"; the machine's reference product took x {shift:.2f} of while calibrating"
     return [
         *told,
         f"requests in the system over time, predicted/measured: {over_time}; apart by {judged.queue_error:.1%}",

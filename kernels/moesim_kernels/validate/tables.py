@@ -151,6 +151,10 @@ def _honesty(report: Mapping[str, Any]) -> Table:
     ]
     if n["speed_shift"] is not None:
         lines[0] += f" The machine's reference product took x {n['speed_shift']:.3f} of what it took while calibrating."
+    if n.get("same_speed") is not None:
+        lines[0] += (
+            f" Times are those of its speed while calibrating, which it had in {n['same_speed']:.0%} of the samples."
+        )
     if n["wall_over_cpu"] is not None:
         lines[0] += f" Wall over thread CPU time: {n['wall_over_cpu']:.3f}."
     a = report["coverage"].get("anchors")
@@ -161,7 +165,7 @@ def _honesty(report: Mapping[str, Any]) -> Table:
             + (
                 "which is told and not taken out."
                 if a.get("steady", True)
-                else "on a machine of another speed than when it was calibrated, so that the profile's error of its speed"
+                else "on a machine of another speed than while calibrating, so the profile's error of its speed"
                 " stands in its place."
             )
         )
