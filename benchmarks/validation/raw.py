@@ -92,7 +92,7 @@ class RawCheck:
                 Found(again["settings"], 0.0, 0.0),
                 inside=again["inside"],
                 level=c["level"],
-                state=state,
+                state=state or ("agree" if again["agree"] else ""),
             )
             for again in r["again"]
         ]
@@ -103,7 +103,8 @@ class RawCheck:
 
     def _profile(self) -> str:
         profile = self.report["profile"]
-        return f"profile {profile['name']}, {Path(profile['source']).name}"
+        source = Path(profile["source"]).name
+        return f"profile {source}" if source.startswith("measured") else f"profile {profile['name']}, {source}"
 
     def _state(self) -> str:
         """What keeps bounds from binding."""
@@ -121,7 +122,7 @@ class RawCheck:
             Found(found["settings"], found["median"], found["p90"], tau),
             Bound(f"`moesim validate`, {own.title}", own.median, own.p90, own.tau),
             (Beside("bare roofline", roof["median"], roof["p90"], roof["tau"]),) if steps else (),
-            note=f"{r['verdict']['state']}, by {r['clock']} time, PSI {psi or 0:.0f} %" if steps else "",
+            note=f"by {r['clock']} time, PSI {psi or 0:.0f} %{_speed(r['noise'])}" if steps else "",
             state=self._state(),
         )
 
@@ -160,6 +161,14 @@ class RawCheck:
             for b in served["bounds"]
             if b["at"] == "most"
         ]
+
+
+def _speed(noise: dict[str, Any]) -> str:
+    """How fast the machine was against its calibration."""
+    shift = noise.get("speed_shift")
+    told = "" if shift is None else f"; its reference product took x {shift:.2f} of what it took while calibrating"
+    share = noise.get("same_speed")
+    return told + ("" if share is None else f", times are at that speed, which {share:.0%} of the samples had")
 
 
 def raw_checks() -> dict[str, RawCheck]:
