@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moesim_kernels.bench.drift import drift_factors
+from moesim_kernels.bench.drift import drift_factors, usual_reference_ns
 from moesim_kernels.bench.errors import BadPlan
 from moesim_kernels.bench.log import LogWriter, Samples, begun_for, forget, read_log, read_points, speed_error
 from moesim_kernels.bench.plan import Case, Plan
@@ -250,3 +250,28 @@ def test_bytes_through_disks_and_links_keep_their_own_times(tmp_path: Path):
     *compute, disk = read_points(plan, tmp_path / "log")
     assert (disk.ns_p25, disk.ns_median, disk.ns_p75) == (100.0, 200.0, 300.0)
     assert compute[0].ns_p75 / compute[0].ns_p25 < 1.5
+
+
+def test_points_are_those_of_the_speed_that_the_machine_had_most_often(tmp_path: Path):
+    """A core with two speeds in turns of a few samples, which products feel more than reads: what is common to both is
+    no drift that could be taken out, so the samples of the usual speed stand."""
+    plan = Plan("cpu", tuple(Case("gemm", {"n": 8, "k": 8}, {"m": m}, "fp32") for m in range(1, 13)))
+    rng = np.random.default_rng(6)
+    log = LogWriter(tmp_path / "log", plan, MACHINE)
+    slow, left = False, 0
+    for n in range(30):
+        for i in rng.permutation(12):
+            if not left:
+                slow, left = bool(rng.random() < 0.4), int(rng.integers(1, 6))
+            left -= 1
+            feels = 1.5 if i % 2 else 1.1
+            ns = 1000.0 * (i + 1) * (feels if slow else 1.0) * float(np.exp(rng.normal(0.0, 0.005)))
+            reference = (1450.0 if slow else 980.0) * float(np.exp(rng.normal(0.0, 0.02)))
+            log.samples(Samples(plan.cases[i].id, n, (ns,), (ns,), None, reference))
+    log.close()
+    seen = np.array([line.reference_ns or 0.0 for line in read_log(tmp_path / "log", plan).lines])
+    assert usual_reference_ns(seen) == pytest.approx(980.0, rel=0.02)
+    assert usual_reference_ns(np.zeros(3)) is None
+    for i, point in enumerate(read_points(plan, tmp_path / "log")):
+        assert point.ns_median == pytest.approx(1000.0 * (i + 1), rel=0.03)
+        assert point.samples < 30

@@ -14,11 +14,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LEAST_CASES", "drift_factors"]
+__all__ = ["LEAST_CASES", "SAME_SPEED", "drift_factors", "usual_reference_ns"]
 
 NEIGHBOURS = 10
 LEAST_CASES = 8  # with fewer a window would hold a case several times, and take its own spread for drift
 _TURNS = 5
+SAME_SPEED = 0.12
+"""|ln| of two times of the reference product, up to which the machine counts as being as fast"""
 
 
 def drift_factors(ns: NDArray[np.float64], case: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -49,3 +51,17 @@ def _running_median(values: NDArray[np.float64]) -> NDArray[np.float64]:
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * NEIGHBOURS + 1)
     parts = [np.nanmedian(windows[at : at + 4096], axis=1) for at in range(0, len(windows), 4096)]
     return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def usual_reference_ns(reference_ns: NDArray[np.float64]) -> float | None:
+    """The reference product's time at the speed that the machine had most often; None for no times.
+
+    A shared core has two speeds, by what its other thread does, half as fast again. The mean or median of the times may
+    be neither; this is the median of the densest window of +-`SAME_SPEED`.
+    """
+    log = np.sort(np.log(reference_ns[reference_ns > 0]))
+    if not len(log):
+        return None
+    held = np.searchsorted(log, log + 2.0 * SAME_SPEED, side="right") - np.arange(len(log))
+    first = int(held.argmax())
+    return float(np.exp(np.median(log[first : first + int(held[first])])))

@@ -1,7 +1,7 @@
 """Runs a plan: interleaved rounds over all cases, within a budget, into a log that can be gone on with.
 
 Every round runs each case whose turn it is once, in a new order, so that a drift of the machine meets all cases alike.
-About every 20 samples a reference GEMM is timed; each line of the log carries the last one. A case is built and warmed
+Every few samples a reference GEMM is timed; each line of the log carries the last one. A case is built and warmed
 up at its first turn; one that does not fit into memory beside the others waits for the next group. The groups take
 turns; a run with one group is the rule, for all weights are views of shared arenas (`pool`).
 """
@@ -32,7 +32,7 @@ __all__ = ["MINIMUM", "TARGET", "Run", "Summary", "reference_product", "run"]
 
 TARGET = 30
 MINIMUM = 5
-REFERENCE_EVERY = 20
+REFERENCE_EVERY = {"cpu": 4, "cuda": 20}  # samples; a shared CPU changes its speed within a second
 VISITS = 3  # a run with several groups comes back to each so often
 BROKE = "broke the device"  # begins the reason of a case after which nothing runs in this process any more
 
@@ -158,7 +158,7 @@ class Run:
         self.progress(self._status(case))
         if key not in self.resident and not self._prepare(key):
             return
-        if self.reference is not None and self.samples % REFERENCE_EVERY == 0:
+        if self.reference is not None and self.samples % REFERENCE_EVERY[self.plan.device] == 0:
             self._reference_ns = self.reference()
         began_s = self.now_s()
         try:

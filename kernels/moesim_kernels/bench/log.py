@@ -21,7 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moesim_kernels.bench.drift import LEAST_CASES, drift_factors
+import numpy as np
+from numpy.typing import NDArray
+
+from moesim_kernels.bench.drift import LEAST_CASES, SAME_SPEED, drift_factors, usual_reference_ns
 from moesim_kernels.bench.errors import BadPlan
 from moesim_kernels.bench.machine import IDENTITY
 from moesim_kernels.bench.plan import Case, Plan
@@ -35,6 +38,7 @@ MAX_LINE_BYTES = 1 << 20
 MAX_NS = 1e14  # a day and a bit: no call of a benchmark takes that long
 _SYNC_S = 1.0
 _QUARTERS = 4
+_LEAST_USUAL = 4  # samples at the machine's usual speed, below which all of a case's samples count
 _COUNTS = ("cpus", "gpus", "sms", "threads", "cache_bytes", "host_memory_bytes", "memory_bytes")
 Normalise = Literal["level", "reference", "none"]
 _LINKS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "token_exchange")
@@ -210,20 +214,26 @@ def read_points(plan: Plan, path: Path | str, normalise: Normalise | None = None
 
     normalise: `level` takes out the drift that all compute cases share (see `drift`; those that move bytes through
     disks, links and other processes are left as they are), `reference` divides by the last reference GEMM, `none` does
-    neither. By default `level` for a CPU and `none` for CUDA. Raises BadPlan with `file:line`.
+    neither. By default `level` for a CPU and `none` for CUDA. Under `level` a case's samples are those that were taken
+    at the speed that the machine had most often (`drift.usual_reference_ns`), where it has `_LEAST_USUAL` of them.
+    Raises BadPlan with `file:line`.
     """
-    import numpy as np
-
     record = read_log(path, plan)
     how = normalise or ("level" if plan.device == "cpu" else "none")
-    by_id: dict[str, list[tuple[Samples, float]]] = {}
-    for line, factor in zip(record.lines, _factors(record, plan, how), strict=True):
-        by_id.setdefault(line.id, []).append((line, factor))
+    usual = _usual(record) if how == "level" else np.ones(len(record.lines), np.bool_)
+    factors = np.array(_factors(record, plan, how))
+    if len(factors) and usual.any():
+        factors = factors / np.median(factors[usual])
+    by_id: dict[str, list[tuple[Samples, float, bool]]] = {}
+    for line, factor, same in zip(record.lines, factors.tolist(), usual.tolist(), strict=True):
+        by_id.setdefault(line.id, []).append((line, factor, same))
     points = []
     for case in plan.cases:
-        lines = by_id.get(case.id, [])
-        if not lines:
+        found = by_id.get(case.id, [])
+        if not found:
             continue
+        there = [(line, factor) for line, factor, same in found if same]
+        lines = there if len(there) >= _LEAST_USUAL else [(line, factor) for line, factor, _ in found]
         ns = np.array([x / factor for line, factor in lines for x in line.ns])
         low, median, high = np.percentile(ns, [25, 50, 75])
         seen = [line.reference_ns for line, _ in lines if line.reference_ns]
@@ -235,12 +245,19 @@ def read_points(plan: Plan, path: Path | str, normalise: Normalise | None = None
     return points
 
 
+def _usual(record: Record) -> NDArray[np.bool_]:
+    """Lines that were measured while the machine was as fast as it was most often; all where that is not known."""
+    seen = np.array([line.reference_ns or 0.0 for line in record.lines])
+    usual_ns = usual_reference_ns(seen)
+    if usual_ns is None:
+        return np.ones(len(seen), np.bool_)
+    return np.asarray((seen > 0) & (np.abs(np.log(np.maximum(seen, 1.0) / usual_ns)) <= SAME_SPEED))
+
+
 def speed_error(plan: Plan, record: Record) -> float:
     """How far the machine's own speed may be off in another run, 1 sigma of log: the spread of the drift (see `drift`)
     between the quarters of this run, each standing for a run. 0 for a log too short to tell.
     """
-    import numpy as np
-
     steady = {case.id for case in plan.cases if case.op not in _OWN_DRIFT}
     factor = np.array(_factors(record, plan, "level"))
     log = np.log(factor[[line.id in steady for line in record.lines]])
@@ -251,8 +268,6 @@ def speed_error(plan: Plan, record: Record) -> float:
 
 def _factors(record: Record, plan: Plan, how: Normalise) -> list[float]:
     """What each line's times are divided by."""
-    import numpy as np
-
     factors = np.ones(len(record.lines))
     if how == "reference":
         known = [line.reference_ns for line in record.lines if line.reference_ns]

@@ -20,6 +20,7 @@ from scipy.stats import kendalltau
 import moesim
 from moesim.errors import BadInput, Problem
 from moesim.hardware import Curve, DeviceProfile
+from moesim_kernels.bench.drift import usual_reference_ns
 from moesim_kernels.bench.log import Point, Record, read_log, read_points, speed_error
 from moesim_kernels.bench.plan import Plan
 from moesim_kernels.bench.strict import canonical
@@ -266,7 +267,7 @@ def _provenance(
         "seconds": round(sum(float(e.get("seconds") or 0.0) for e in record.ends), 1),
         "psi_percent": None if made.psi is None else round(made.psi, 1),
         "reference_drift": round(made.drift, 3),
-        "reference_ns": _median([x.reference_ns for x in record.lines if x.reference_ns]),
+        "reference_ns": usual_reference_ns(np.array([x.reference_ns or 0.0 for x in record.lines])),
         "points": made.counts,
         "held_out": {j.operator: j.to_json() for j in made.judged},
         "refused": [str(r) for r in made.refused[:20]],

@@ -13,13 +13,11 @@ from numpy.typing import ArrayLike
 
 from moesim.arrays import AnyArray, BoolArray, FloatArray, IntArray
 from moesim.rng import generator
-from moesim_kernels.bench.drift import drift_factors
+from moesim_kernels.bench.drift import SAME_SPEED, drift_factors
 
 __all__ = ["SAME_SPEED", "Levels", "at_speed", "levels", "median_half_width"]
 
 _DRAWS = 400
-SAME_SPEED = 0.12
-"""|ln| of the reference product's time over that of the calibration, up to which the machine counts as being as fast"""
 _LEAST_SHARE, _LEAST_SAMPLES = 0.05, 10
 
 
