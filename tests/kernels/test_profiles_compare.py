@@ -36,12 +36,14 @@ def sure(profile: DeviceProfile, error: float) -> DeviceProfile:
 def test_a_device_twice_as_fast_takes_half_as_long_everywhere(name: str) -> None:
     profile = load_named(name)
     report = compare(profile, profile.scaled(2.0), OPERATORS)
-    rows = [row for op in report["operators"] for shape in op["shapes"] for row in shape["rows"]]
-    assert rows
-    for row in rows:
-        assert row["ratio"] == pytest.approx(0.5, rel=1e-12)
+    assert any(shape["rows"] for op in report["operators"] for shape in op["shapes"])
     for op in report["operators"]:
-        assert op["geometric_mean"]["ratio"] == pytest.approx(0.5, rel=1e-12)
+        # a block is priced from parts that are whole nanoseconds, each up to half of one off, nine in 10 us and more
+        near = 5e-4 if op["operator"] == "block" else 1e-12
+        for shape in op["shapes"]:
+            for row in shape["rows"]:
+                assert row["ratio"] == pytest.approx(0.5, rel=near)
+        assert op["geometric_mean"]["ratio"] == pytest.approx(0.5, rel=near)
         assert op["unpriced"] == 0
 
 
