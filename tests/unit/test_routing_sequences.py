@@ -185,7 +185,7 @@ def test_the_hash_heeds_it_only_where_it_is_given(tmp_path: Path) -> None:
 
 
 def test_the_quickstart_keeps_its_hash() -> None:
-    """As README prints it; it was another before the key was there only where the device's profile has changed since."""
+    """As README prints it. It changes with the content of the device's profile, as all hashes do."""
     assert load_scenario("workloads/quickstart.yaml").hash == "af67ecc06c436d42"
 
 
