@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from moesim_kernels.bench import cases, clock, floors, machine
@@ -27,6 +23,7 @@ from moesim_kernels.bench.pool import Device, Pool
 from moesim_kernels.bench.pressure import cpu_pressure
 from moesim_kernels.bench.progress import Status
 from moesim_kernels.bench.schedule import Schedule
+from moesim_kernels.bench.undisturbed import no_collection, signals_end
 
 __all__ = ["MINIMUM", "TARGET", "Run", "Summary", "reference_product", "run"]
 
@@ -229,28 +226,6 @@ def _is_no_room(error: Exception) -> bool:
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
-@contextmanager
-def _signals(run: Run) -> Iterator[None]:
-    """SIGINT and SIGTERM end the run after the sample at hand; a second one ends it at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        if run.caught is not None:
-            raise SystemExit(128 + number)
-        run.caught = number
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
 def run(
     plan: Plan,
     log_path: Path | str,
@@ -295,7 +270,7 @@ def run(
             bench.works = _cuda_works
         bench.leave_out(log.record.refused)
         bench.rounds = max((line.round + 1 for line in log.record.lines), default=0)
-        with _signals(bench), _steady():
+        with signals_end(bench), no_collection():
             cases.reserve([case for case in plan.cases if done.get(case.id, 0) < target], pool)
             bench.reference = reference_product(device, pool)
             summary = bench.go(pool.release)
@@ -314,18 +289,6 @@ def _cuda_works() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-@contextmanager
-def _steady() -> Iterator[None]:
-    """No garbage collection inside a sample: it is done between rounds."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def reference_product(device: Device, pool: Pool) -> Callable[[], float]:

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ import torch.distributed as dist
 
 from moesim.errors import MoesimError
 from moesim.scenario.load import scenario_from_dict
+from moesim_kernels.bench.undisturbed import no_collection
 from moesim_kernels.ops import block
 from moesim_kernels.ops.exchange import TokenExchange
 from moesim_kernels.ops.worker import serve
@@ -170,7 +169,7 @@ class GroupRank:
         sections = step.rank.sections
         assert isinstance(sections, Trace)
         dist.barrier()
-        with _steady():
+        with no_collection():
             sections.begin()
             sent_LG = self._step(step)
         step.rank.remember(step.loaded)
@@ -215,20 +214,6 @@ class GroupRank:
         for rank in self._ranks.values():
             rank.forget(request["request"])
         return {}
-
-
-@contextmanager
-def _steady() -> Iterator[None]:
-    """No garbage collection inside a step."""
-    import gc
-
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 if __name__ == "__main__":

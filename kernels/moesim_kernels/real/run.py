@@ -12,13 +12,11 @@ import gc
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 from moesim.errors import BadInput, Infeasible, Problem
@@ -32,6 +30,7 @@ from moesim_kernels.bench.pool import Device, Pool
 from moesim_kernels.bench.pressure import cpu_pressure
 from moesim_kernels.bench.progress import Progress, Status
 from moesim_kernels.bench.strict import parse, read_bytes
+from moesim_kernels.bench.undisturbed import signals_end
 from moesim_kernels.real.loaded import no_room
 from moesim_kernels.real.record import Writer
 from moesim_kernels.real.work import Setting, StepWork, prepare_real, resolve
@@ -317,7 +316,7 @@ def measure(asked: Measurement) -> Ended:
             run = _Run(asked, settings, writer, runner, reference_product(device, Pool(device)))
             progress = Progress(sys.stderr)
             run.noted.add(runner.remark)
-            with _signals(run), _steady():
+            with signals_end(run), _steady():
                 run.prepare()
                 try:
                     run.go(progress)
@@ -330,29 +329,6 @@ def measure(asked: Measurement) -> Ended:
             writer.close()
     finally:
         runner.close()
-
-
-@contextmanager
-def _signals(run: _Run) -> Iterator[None]:
-    """A signal ends the run after the step at hand; a second one ends it at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        if run.caught is not None:
-            raise SystemExit(128 + number)
-        run.caught = number
-
-    for number in numbers:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
 
 
 @contextmanager
