@@ -155,7 +155,10 @@ def prepare_real(scenario: Scenario, seed: int | None = None) -> Prepared:
     elif scenario.tiers is not None:
         told = "experts in other memory run in the mini-runtime: moesim runtime compare"
     elif not scenario.model.is_moe or scenario.model.attention.kind != "gqa" or not scenario.model.gated_mlp:
-        told = f"{scenario.model.name}: MoE models with gated experts and grouped-query attention are executed"
+        told = (
+            f"{scenario.model.name} is not executed: MoE models with gated experts and grouped-query attention are, "
+            "such as qwen3-30b-a3b, mixtral-8x7b or a smaller one (workloads/validate/)"
+        )
     elif scenario.parallel.tp > 1 or scenario.parallel.replicas > 1 or scenario.parallel.dp != scenario.parallel.ep:
         p = scenario.parallel
         told = f"tp=1, replicas=1 and ep=dp are executed, not tp={p.tp}, dp={p.dp}, ep={p.ep}, replicas={p.replicas}"
@@ -164,7 +167,7 @@ def prepare_real(scenario: Scenario, seed: int | None = None) -> Prepared:
     elif scenario.routing.fidelity != "token":
         told = "single tokens are executed: set routing.fidelity to token"
     if told or scenario.requests is None:
-        raise BadInput(told, str(scenario.base))
+        raise BadInput(told, f"scenario {scenario.name}")
     prepared = prepare(scenario, scenario.requests, scenario.seed if seed is None else seed)
     if prepared.deployment is None:
         raise Infeasible(list(prepared.result.reasons))
